@@ -1,0 +1,334 @@
+"""Is the engine right, and how fast is it? `uv run benchmark.py` answers both on any machine.
+
+1. Exactness: greedy tokens of a few prompts against Hugging Face `generate`: alone, batched, reordered, among
+   strangers, under preemption. A token that `generate` would not have chosen is a mismatch, and the exit status 1,
+   unless Hugging Face's own log-probabilities put it within a tolerance of its choice: then it is a near-tie, counted
+   and shown.
+2. Throughput: a seeded workload of fixed lengths, with latencies and memory.
+
+The last line of stdout is one JSON object. `ENABLE_PROFILING=1` also writes a line per step to profile.csv.
+"""
+
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+
+import pandas as pd
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
+
+import flex_nano_vllm
+from flex_nano_vllm import Inference, RequestOutput, SamplingParams
+from flex_nano_vllm.random_models import BYTE_VOCABULARY, SPECIAL_TOKENS, byte_tokenizer, random_gemma2
+from flex_nano_vllm.workload import digest, make_workload
+
+# How much less likely, in nats, a token may be than Hugging Face's own choice: rounding decides between such two.
+NEAR_TIE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.25}
+
+TEXTS = (
+    "The 12 months of the year are: January, February, March,",
+    "The first 20 prime numbers are: 2, 3,",
+)
+# Lengths next to page boundaries and past the sliding window of the CPU model.
+EXACTNESS_PROMPT_LENS = (1, 120, 127, 128, 250, 380)
+EXACTNESS_TOKENS = 48
+NUM_STRANGERS = 16
+
+
+@dataclass
+class Options:
+    """Sizes left at their default depend on the device: see `main`."""
+
+    model: str | None = field(
+        default=None,
+        metadata={"help": "folder or hub id; default: google/gemma-2-2b on a GPU, a small random Gemma-2 on a CPU"},
+    )
+    dtype: str | None = field(default=None, metadata={"help": "default: bfloat16 on a GPU, float32 on a CPU"})
+    num_requests: int | None = field(default=None, metadata={"help": "default: 512 on a GPU, 64 on a CPU"})
+    max_prompt_len: int = 512
+    min_new_tokens: int | None = field(default=None, metadata={"help": "default: 128 on a GPU, 32 on a CPU"})
+    max_new_tokens: int | None = field(default=None, metadata={"help": "default: 512 on a GPU, 128 on a CPU"})
+    max_batch_size: int | None = field(default=None, metadata={"help": "default: 256 on a GPU, 32 on a CPU"})
+    max_seq_length: int = 1024
+    n_pages: int | None = field(default=None, metadata={"help": "default: from free memory"})
+    page_size: int = 128
+    max_num_batched_tokens: int | None = field(default=None, metadata={"help": "token budget of a step"})
+    compile: bool = True
+    check: bool = field(default=True, metadata={"help": "check exactness"})
+    seed: int = 0
+    csv: str = field(default="profile.csv", metadata={"help": "where ENABLE_PROFILING=1 writes its steps"})
+
+
+def main() -> int:
+    (options,) = HfArgumentParser(Options, description=__doc__.split("\n")[0]).parse_args_into_dataclasses()
+    console = Console()
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    for name, gpu_default, cpu_default in (
+        ("dtype", "bfloat16", "float32"),
+        ("num_requests", 512, 64),
+        ("min_new_tokens", 128, 32),
+        ("max_new_tokens", 512, 128),
+        ("max_batch_size", 256, 32),
+    ):
+        if getattr(options, name) is None:
+            setattr(options, name, gpu_default if on_gpu else cpu_default)
+    if options.max_prompt_len + options.max_new_tokens > options.max_seq_length:
+        sys.exit(f"max_prompt_len and max_new_tokens add up to more than max_seq_length={options.max_seq_length}")
+    if options.check and max(EXACTNESS_PROMPT_LENS) + EXACTNESS_TOKENS > options.max_seq_length:
+        sys.exit(f"the exactness check needs max_seq_length >= {max(EXACTNESS_PROMPT_LENS) + EXACTNESS_TOKENS}")
+    model, tokenizer, model_name = load(options.model, getattr(torch, options.dtype), device, console)
+    console.print(f"{model_name}, {options.dtype}, on {device_name(device)}, torch {torch.__version__}")
+
+    def build_engine(n_pages: int | None) -> Inference:
+        return Inference(
+            model,
+            tokenizer,
+            options.max_batch_size,
+            options.max_seq_length,
+            n_pages,
+            options.page_size,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            compile=None if options.compile else False,
+            record_steps=os.environ.get("ENABLE_PROFILING") == "1",
+        )
+
+    started = time.perf_counter()
+    graphs_before = num_graphs()
+    engine = build_engine(options.n_pages)
+    engine.warmup()
+    warmup_seconds = time.perf_counter() - started
+    num_compiled = num_graphs() - graphs_before
+    mode = f"{num_compiled} of at most {engine.runner.max_graphs} graphs" if engine.runner.compiled else "uncompiled"
+    console.print(f"ready in {warmup_seconds:.1f} s: {mode}, {engine.page_table.n_pages} pages of {options.page_size}")
+    token_ids = range(len(SPECIAL_TOKENS), BYTE_VOCABULARY)  # ordinary tokens of every vocabulary
+
+    exactness = None
+    if options.check:
+        exactness = check_exactness(engine, model, token_ids, options, console)
+        engine = build_engine(engine.page_table.n_pages)  # a pool of another size would be compiled anew
+
+    requests = make_workload(
+        options.num_requests,
+        prompt_lens=(1, options.max_prompt_len),
+        output_lens=(options.min_new_tokens, options.max_new_tokens),
+        token_ids=token_ids,
+        seed=options.seed,
+    )
+    console.print(f"\nworkload of {len(requests)} requests, digest {digest(requests)}")
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    graphs_before = num_graphs()
+    started = time.perf_counter()
+    outputs = engine.generate(
+        [list(request.prompt_token_ids) for request in requests],
+        [SamplingParams(temperature=0, max_tokens=r.max_tokens, ignore_eos=True) for r in requests],
+        use_tqdm=sys.stderr.isatty(),
+    )
+    seconds = time.perf_counter() - started
+    results = summarize(outputs, seconds)
+    assert results["output_tokens"] == sum(request.max_tokens for request in requests), "the pool cut answers short"
+    results["preemptions"] = engine.stats().num_preemptions
+    results["peak_memory_gb"] = peak_memory_bytes(device) / 1e9
+    results["graphs_compiled_while_timed"] = num_graphs() - graphs_before
+    print_results(results, console)
+
+    if engine.steps:
+        pd.DataFrame(map(asdict, engine.steps)).to_csv(options.csv, index=False)
+        console.print(f"{len(engine.steps)} steps written to {options.csv}")
+    record = {
+        "engine": "flex-nano-vllm",
+        "versions": {
+            "flex_nano_vllm": flex_nano_vllm.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "model": model_name,
+        "settings": asdict(options)
+        | {"n_pages": engine.page_table.n_pages, "compiled": engine.runner.compiled}
+        | {"max_num_batched_tokens": engine.scheduler.max_num_batched_tokens},
+        "warmup_seconds": round(warmup_seconds, 2),
+        "num_graphs": num_compiled,
+        "workload_digest": digest(requests),
+        "exactness": exactness,
+        "results": {
+            name: None if value != value else round(value, 4) if isinstance(value, float) else value
+            for name, value in results.items()
+        },
+    }
+    print(json.dumps(record))
+    return 1 if exactness and exactness["mismatches"] else 0
+
+
+def load(
+    name: str | None, dtype: torch.dtype, device: torch.device, console: Console
+) -> tuple[PreTrainedModel, transformers.PreTrainedTokenizerBase, str]:
+    """The model asked for, or the device's default: with random weights where no other can be had."""
+    shape = "gemma-2-2b" if device.type == "cuda" else "gemma2-tiny"
+    if name is None and device.type == "cpu":
+        return random_gemma2(shape, dtype, device), byte_tokenizer(), f"{shape} (random weights)"
+    try:
+        path = name or "google/gemma-2-2b"
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            device_map=device,
+            use_safetensors=True,
+            attn_implementation="eager",  # for the oracle: older transformers would choose sdpa, which has no softcap
+        )
+        return model, AutoTokenizer.from_pretrained(path), path
+    except OSError as error:
+        if name is not None:
+            raise
+        console.print(f"google/gemma-2-2b cannot be had ({str(error).splitlines()[0]}): its shape with random weights")
+        return random_gemma2(shape, dtype, device), byte_tokenizer(), f"{shape} (random weights)"
+
+
+def check_exactness(
+    engine: Inference, model: PreTrainedModel, token_ids: range, options: Options, console: Console
+) -> dict:
+    """Run the same prompts in five kinds of company and compare each with Hugging Face. Closes the engine.
+
+    In float32 and float64 the tokens must be those of `generate`. In every dtype, each generated token must be the one
+    that Hugging Face finds most likely after the same tokens (teacher-forced), or a near-tie.
+    """
+    drawn = [
+        list(make_workload(1, (n, n), (1, 1), token_ids, seed=n)[0].prompt_token_ids) for n in EXACTNESS_PROMPT_LENS
+    ]
+    prompts = [engine.tokenizer(text).input_ids for text in TEXTS] + drawn
+    longest = options.max_seq_length - EXACTNESS_TOKENS
+    strangers = make_workload(NUM_STRANGERS, (1, longest), (1, 1), token_ids, seed=options.seed + 1)
+    greedy = SamplingParams(temperature=0, max_tokens=EXACTNESS_TOKENS)
+
+    def run(prompts: list[list[int]]) -> list[list[int]]:
+        return [output.outputs[0].token_ids for output in engine.generate(prompts, greedy, use_tqdm=False)]
+
+    scenarios = {
+        "alone": [run([prompt])[0] for prompt in prompts],
+        "batched": run(prompts),
+        "reordered": run(prompts[::-1])[::-1],
+        "among strangers": run(prompts + [list(s.prompt_token_ids) for s in strangers])[: len(prompts)],
+    }
+    scenarios["under preemption"] = run_under_preemption(engine, prompts, greedy)
+    for text, tokens in zip(TEXTS, scenarios["batched"]):
+        console.print(f"  {text!r} -> {engine.tokenizer.decode(tokens)!r}", markup=False, highlight=False)
+    num_preemptions = engine.stats().num_preemptions
+    engine.close()
+
+    tolerance = NEAR_TIE[model.dtype]
+    expected = [hf_generate(model, prompt) for prompt in prompts]
+    counts = {"tokens": 0, "mismatches": 0, "near_ties": 0, "largest_near_tie": 0.0}
+    counts["preemptions"] = num_preemptions
+    table = Table("scenario", "equal to generate", "near-ties", "mismatches", title="exactness against Hugging Face")
+    for scenario, outputs in scenarios.items():
+        near_ties = mismatches = 0
+        for prompt, tokens, reference in zip(prompts, outputs, expected):
+            deficits = hf_deficits(model, prompt, tokens)
+            ties = [deficit for deficit in deficits if 0 < deficit <= tolerance]
+            near_ties += len(ties)
+            mismatches += sum(not deficit <= tolerance for deficit in deficits)
+            # As long as the tokens are the same, so must be the moment to stop.
+            common = min(len(tokens), len(reference))
+            mismatches += tokens[:common] == reference[:common] and len(tokens) != len(reference)
+            counts["tokens"] += len(tokens)
+            counts["largest_near_tie"] = max([counts["largest_near_tie"], *ties])
+        num_equal = sum(tokens == reference for tokens, reference in zip(outputs, expected))
+        counts["near_ties"] += near_ties
+        counts["mismatches"] += mismatches
+        table.add_row(scenario, f"{num_equal} of {len(prompts)}", str(near_ties), str(mismatches))
+    console.print(table)
+    console.print(
+        f"{counts['tokens']} tokens, {num_preemptions} preemptions; near-tie: up to {tolerance} nats less likely than "
+        f"Hugging Face's own choice, largest seen {counts['largest_near_tie']:.2g}"
+    )
+    return counts
+
+
+def run_under_preemption(engine: Inference, prompts: list[list[int]], params: SamplingParams) -> list[list[int]]:
+    """Greedy tokens when every other step the newest request loses its pages and has to start again."""
+    request_ids = [engine.add_request(prompt, params) for prompt in prompts]
+    tokens = {}
+    while engine.has_unfinished_requests():
+        for output in engine.run_one_step() + engine.run_one_step():
+            tokens[output.request_id] = output.outputs[0].token_ids
+        if len(engine.scheduler.running) > 1:  # the oldest must get on
+            engine.scheduler.preempt_newest()
+    return [tokens[request_id] for request_id in request_ids]
+
+
+def hf_generate(model: PreTrainedModel, prompt: list[int]) -> list[int]:
+    input_ids = torch.tensor([prompt], device=model.device)
+    output = model.generate(
+        input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=EXACTNESS_TOKENS, do_sample=False
+    )
+    return output[0, len(prompt) :].tolist()
+
+
+@torch.no_grad()
+def hf_deficits(model: PreTrainedModel, prompt: list[int], tokens: list[int]) -> list[float]:
+    """For each token, by how many nats Hugging Face finds its own choice more likely, given the tokens before."""
+    logits = model(torch.tensor([prompt + tokens], device=model.device)).logits[0, len(prompt) - 1 : -1]
+    logprobs = logits.double().log_softmax(dim=-1)
+    chosen = logprobs.gather(1, torch.tensor(tokens, device=model.device)[:, None])[:, 0]
+    return (logprobs.amax(dim=-1) - chosen).tolist()
+
+
+def summarize(outputs: list[RequestOutput], seconds: float) -> dict:
+    """Throughput and latencies of a finished run; times in milliseconds where the name says so."""
+    num_prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)
+    num_output_tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+    ttft = pd.Series([output.metrics.ttft for output in outputs], dtype=float) * 1e3
+    tpot = pd.Series([o.metrics.tpot(len(o.outputs[0].token_ids)) for o in outputs], dtype=float).dropna() * 1e3
+    return {
+        "seconds": seconds,
+        "num_requests": len(outputs),
+        "prompt_tokens": num_prompt_tokens,
+        "output_tokens": num_output_tokens,
+        "requests_per_s": len(outputs) / seconds,
+        "output_tokens_per_s": num_output_tokens / seconds,
+        "total_tokens_per_s": (num_prompt_tokens + num_output_tokens) / seconds,
+        "ttft_p50_ms": ttft.quantile(0.5),
+        "ttft_p99_ms": ttft.quantile(0.99),
+        "tpot_p50_ms": tpot.quantile(0.5),
+        "tpot_p99_ms": tpot.quantile(0.99),
+    }
+
+
+def print_results(results: dict, console: Console) -> None:
+    table = Table("", "", show_header=False)
+    for name, value in results.items():
+        table.add_row(name.replace("_", " "), f"{value:,.2f}" if isinstance(value, float) else f"{value:,}")
+    console.print(table)
+
+
+def num_graphs() -> int:
+    """Graphs that torch.compile has made in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak of allocated device memory, or of the process on a CPU (its compiler runs not included)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

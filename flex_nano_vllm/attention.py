@@ -1,0 +1,204 @@
+"""Attention of a Hugging Face model over the paged pool: all that calls FlexAttention. Knows no queues, no budgets.
+
+The model keeps its own code. transformers lets a model's attention function be chosen by name
+(`AttentionInterface`), hands it query, key and value after projection, norms and RoPE, and passes on any extra
+keyword of `model(...)`. That is the whole seam: `patch_model` gives every attention layer a `PagedKVCache` and
+chooses `paged_flex_attention`; the engine calls `model(..., paged=step_batch)`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
+from transformers import AttentionInterface, PreTrainedModel
+
+from flex_nano_vllm.masks import softcap as softcap_mod
+from flex_nano_vllm.step import StepBatch
+
+# Must not contain the name of one of transformers' own implementations: it tests names by prefix and substring.
+ATTN_IMPLEMENTATION = "paged_flex"
+
+# Every one of these is held to Hugging Face's `generate`, token for token, by tests/test_exactness.py.
+SUPPORTED_MODEL_TYPES = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
+
+
+class PagedKVCache(nn.Module):
+    """The KV pool of one attention layer, and the kernel that reads it.
+
+    `k_cache` and `v_cache` are two separate buffers [1, K, P * page_size, D]: heads outermost, so that a page of one
+    head is contiguous; two buffers, because the CPU template copies a buffer that K and V share (and torch 2.11
+    refuses it). They start as zeros, and are finite at all times.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        flex: Callable[..., Tensor],
+    ):
+        super().__init__()
+        shape = (1, num_kv_heads, num_slots, head_dim)
+        self.register_buffer("k_cache", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
+        self.register_buffer("v_cache", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
+        self.flex = flex
+
+    def update(self, step: StepBatch, key: Tensor, value: Tensor) -> None:
+        """Write the step's keys and values, [1, K, T, D], into their slots.
+
+        Only finite numbers enter the pool. A NaN there would reach every query whose kernel passes by, since a masked
+        slot still counts as 0 * V, and the CPU kernel's running maximum may lose one that should be seen. So a token
+        whose numbers are not finite is written as zeros and marked in `step.finite`: its request fails, alone and at
+        once, and its pages can be used again by anybody.
+        """
+        finite = (key.isfinite() & value.isfinite()).all(dim=-1, keepdim=True).all(dim=1, keepdim=True)  # [1, 1, T, 1]
+        step.finite.logical_and_(finite.flatten())
+        self.k_cache.index_copy_(2, step.slots, torch.where(finite, key, 0))
+        self.v_cache.index_copy_(2, step.slots, torch.where(finite, value, 0))
+
+    def attend(self, query: Tensor, step: StepBatch, window: int | None, scale: float, cap: float | None) -> Tensor:
+        """Attention of the step's queries, [T, H, D], over the pool. Returns [T, H, D]."""
+        num_heads, head_dim = query.shape[1:]
+        num_kv_heads = self.k_cache.shape[1]
+        k_cache, v_cache = self.k_cache[:, :, : step.kv_len], self.v_cache[:, :, : step.kv_len]
+        outputs = []
+        for tiles in step.tiles:
+            # Heads of a group share their keys: as rows of one query block they read each page once.
+            grouped = query[tiles.tokens].view(-1, num_kv_heads, num_heads // num_kv_heads, head_dim)
+            folded = grouped.transpose(0, 1).reshape(1, num_kv_heads, -1, head_dim)  # [1, K, tiles * L * G, D]
+            block_mask = tiles.block_masks[window]
+            output = self.flex(
+                folded,
+                k_cache,
+                v_cache,
+                score_mod=None if cap is None else softcap_mod(cap),
+                block_mask=block_mask,
+                scale=scale,
+                kernel_options=kernel_options(query.device, *block_mask.BLOCK_SIZE),
+            )
+            unfolded = output.view(num_kv_heads, -1, num_heads // num_kv_heads, head_dim).transpose(0, 1)
+            outputs.append(unfolded.reshape(-1, num_heads, head_dim))  # [tiles * L, H, D]
+        return torch.cat(outputs)[step.tile_slot]
+
+
+def kernel_options(device: torch.device, q_block: int, page_size: int) -> dict[str, object] | None:
+    """The Triton kernel's own tile must divide the mask's blocks; before torch 2.14 nobody else sees to it.
+
+    Its defaults are tuned for the device and the head dim, and divide blocks of 128. Where a block is no multiple of
+    128, the tile is made small, so that it takes no more shared memory than the default would.
+    "TRITON" is the main kernel. The flex-decoding kernel, which "AUTO" would pick for few query rows, wants one batch
+    entry per sequence instead of this packed layout.
+    """
+    if device.type != "cuda":
+        return None
+    options: dict[str, object] = {"BACKEND": "TRITON"}
+    if q_block % 128:
+        options["BLOCK_M"] = min(32, q_block & -q_block)  # the largest power of two that divides it
+    if page_size % 128:
+        options["BLOCK_N"] = 16
+    return options
+
+
+def paged_flex_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    paged: StepBatch | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls in every layer: query [1, H, T, D], key and value [1, K, T, D],
+    after RoPE. Returns [1, T, H, D] and no weights.
+
+    Raises RuntimeError when the model was called by anybody but the engine, whose masks come with the step.
+    """
+    if paged is None:
+        raise RuntimeError(
+            "this model is patched for paged attention and belongs to an Inference engine: it cannot be called "
+            "directly. Use the engine, or give the model back first with engine.close()"
+        )
+    module.kv_cache.update(paged, key, value)
+    output = module.kv_cache.attend(query[0].transpose(0, 1), paged, sliding_window, scaling, softcap)
+    return output[None], None
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Raises ValueError, naming the reason, for a model that this attention would answer wrongly for."""
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model must be a loaded transformers model, got {model!r}: see Inference.from_pretrained")
+    name, config = type(model).__name__, model.config
+    if config.model_type not in SUPPORTED_MODEL_TYPES:
+        supported = ", ".join(SUPPORTED_MODEL_TYPES)
+        raise ValueError(f"{name} (model_type {config.model_type!r}) is not supported; supported are {supported}")
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"{name} has no language-model head: load it with AutoModelForCausalLM")
+    if getattr(config, "use_bidirectional_attention", False):
+        raise ValueError(f"{name} attends in both directions (use_bidirectional_attention), which no decoder can page")
+    rope = config.rope_parameters
+    for parameters in [entry for entry in rope.values() if isinstance(entry, dict)] or [rope]:
+        # These two choose their frequencies by the longest sequence in the call, and a call holds many sequences.
+        if parameters.get("rope_type") in ("dynamic", "longrope"):
+            raise ValueError(f"{name} uses rope_type {parameters['rope_type']!r}, which depends on the batch")
+    if model.training:
+        raise ValueError(f"{name} is in training mode: call model.eval() first")
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) != 1 or "meta" in {device.type for device in devices}:
+        raise ValueError(f"{name} must live on one device, but its parameters are on {sorted(map(str, devices))}")
+
+
+def attention_layers(model: PreTrainedModel) -> list[nn.Module]:
+    return [layer.self_attn for layer in model.get_decoder().layers]
+
+
+def layer_windows(model: PreTrainedModel) -> list[int | None]:
+    """The sliding window of each layer, None for full attention, as the model passes it to the attention function."""
+    # Mistral's layers have no attribute of their own, they read the config; Llama's do not read it.
+    default = model.config.sliding_window if model.config.model_type == "mistral" else None
+    return [getattr(attention, "sliding_window", default) for attention in attention_layers(model)]
+
+
+def kv_shape(model: PreTrainedModel) -> tuple[int, int]:
+    """(kv heads, head dim) of every layer."""
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_key_value_heads, head_dim
+
+
+def patch_model(model: PreTrainedModel, num_slots: int, flex: Callable[..., Tensor] = flex_attention) -> None:
+    """Give every attention layer a `PagedKVCache` of `num_slots` slots and route attention through it.
+
+    `flex` is `flex_attention` itself or a compiled one. Undone by `unpatch_model`. Raises ValueError for a model that
+    is patched already.
+    """
+    if is_patched(model):
+        raise ValueError(f"{type(model).__name__} is patched already: unpatch_model(model) first")
+    AttentionInterface.register(ATTN_IMPLEMENTATION, paged_flex_attention)  # with no mask function: we bring our masks
+    num_kv_heads, head_dim = kv_shape(model)
+    try:
+        for attention in attention_layers(model):
+            weight = attention.o_proj.weight
+            attention.kv_cache = PagedKVCache(num_slots, num_kv_heads, head_dim, model.dtype, weight.device, flex)
+            attention.unpatched_implementation = model.config._attn_implementation
+        model.set_attn_implementation(ATTN_IMPLEMENTATION)
+    except BaseException:
+        unpatch_model(model)
+        raise
+
+
+def unpatch_model(model: PreTrainedModel) -> None:
+    """Give the model back as it was, and the pool's memory with it. Does nothing to a model that is not patched."""
+    for attention in attention_layers(model):
+        if hasattr(attention, "kv_cache"):
+            model.set_attn_implementation(attention.unpatched_implementation)
+            del attention.kv_cache, attention.unpatched_implementation
+
+
+def is_patched(model: PreTrainedModel) -> bool:
+    return any(hasattr(attention, "kv_cache") for attention in attention_layers(model))

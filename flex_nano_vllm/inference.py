@@ -1,0 +1,457 @@
+"""The engine as its user sees it: prompts in, texts out. Knows nothing of page arithmetic or masks."""
+
+import functools
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
+from numbers import Integral
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from flex_nano_vllm.attention import check_supported, unpatch_model
+from flex_nano_vllm.memory import check_pool_fits, pool_size
+from flex_nano_vllm.metrics import EngineStats, StepMetrics
+from flex_nano_vllm.page_table import PageTable, cdiv
+from flex_nano_vllm.runner import ModelRunner, why_not_compiled
+from flex_nano_vllm.sampler import sample, uniform
+from flex_nano_vllm.scheduler import Chunk, Scheduler
+from flex_nano_vllm.sequence import MAX_SEED, CompletionOutput, RequestOutput, SamplingParams, Sequence
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | SequenceOf[int]
+
+# The engine that a model is patched for. A notebook runs its constructor cell again while the old engine still lives.
+_engine_of_model: "weakref.WeakKeyDictionary[PreTrainedModel, weakref.ref[Inference]]" = weakref.WeakKeyDictionary()
+
+
+class Inference:
+    """Continuous batching over paged FlexAttention, for a Hugging Face model that is already loaded.
+
+        engine = Inference(model, tokenizer, max_batch_size=16, max_seq_length=2048)
+        outputs = engine.generate(["The 12 months are"], SamplingParams(temperature=0, max_tokens=64))
+        print(outputs[0].outputs[0].text)
+
+    While the engine lives, the model belongs to it (see `attention.patch_model`); `close()`, leaving a `with` block, or
+    deleting the engine gives it back as it was, and so does building another engine on the model, if this one has no
+    unfinished requests. One thread at a time may call it; another one gets a RuntimeError.
+
+    Args:
+        model: of a supported architecture, in eval mode, on one device; its dtype is the pool's dtype.
+        tokenizer: None if all prompts are token ids; outputs then have no text.
+        max_batch_size: sequences that run at once, and no more than there are pages. More may wait.
+        max_seq_length: prompt and output of one request, in tokens. Default: what the model was made for.
+        n_pages: pages of the KV pool, the reserved page 0 included. Default: what `max_batch_size` sequences of
+            `max_seq_length` need, but at most half of the free memory (nine tenths on a GPU).
+        page_size: tokens per page.
+        max_num_batched_tokens: token budget of a step. Default: 512 on a CPU, 2048 on a GPU.
+        watermark: tokens by which every running request can still grow when another one is admitted.
+        compile: whether to compile FlexAttention. Default: where that is possible; otherwise the reason is logged once.
+        record_steps: keep a `StepMetrics` of every step in `engine.steps`.
+    Raises:
+        ValueError: for a model that is not supported, a size that is out of range or does not fit into memory, or
+            `compile=True` where FlexAttention cannot be compiled. The model is left as it was.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        max_batch_size: int = 32,
+        max_seq_length: int | None = None,
+        n_pages: int | None = None,
+        page_size: int = 128,
+        *,
+        max_num_batched_tokens: int | None = None,
+        watermark: int = 32,
+        compile: bool | None = None,
+        record_steps: bool = False,
+    ):
+        check_supported(model)
+        model_max = model.config.max_position_embeddings
+        max_seq_length = model_max if max_seq_length is None else max_seq_length
+        if max_num_batched_tokens is None:
+            max_num_batched_tokens = 512 if model.device.type == "cpu" else 2048
+        _check_size("max_batch_size", max_batch_size, 1)
+        _check_size("max_seq_length", max_seq_length, 2, "a prompt token and a generated one")
+        _check_size("page_size", page_size, 1)
+        _check_size("max_num_batched_tokens", max_num_batched_tokens, 1)
+        _check_size("watermark", watermark, 0)
+        if n_pages is not None:
+            _check_size("n_pages", n_pages, 2, "page 0 is reserved")
+        if max_seq_length > model_max:
+            raise ValueError(f"max_seq_length={max_seq_length} is more than the {model_max} positions the model has")
+        obstacle = why_not_compiled(model.device, model.dtype, page_size)
+        if compile and obstacle:
+            raise ValueError(f"compile=True, but {obstacle}")
+        if compile is None and obstacle:
+            _warn_uncompiled(obstacle)
+        _release_model(model)  # before memory is looked at
+        if n_pages is None:
+            n_pages = pool_size(model, page_size, max_batch_size, max_seq_length)
+        max_batch_size = min(max_batch_size, n_pages - 1)  # whoever runs holds a page
+        check_pool_fits(model, n_pages, page_size, max_batch_size)
+
+        self.model, self.tokenizer = model, tokenizer
+        max_pages_per_row = min(cdiv(max_seq_length, page_size), n_pages - 1)
+        with torch.inference_mode(False):  # buffers of that mode could not be written outside of it
+            self.page_table = PageTable(n_pages, page_size, max_batch_size, max_pages_per_row, model.device)
+        self.max_seq_length = max_seq_length
+        self.max_request_tokens = min(max_seq_length, self.page_table.num_usable_pages * page_size)
+        if self.max_request_tokens < 2:
+            raise ValueError(f"n_pages={n_pages} of page_size={page_size} hold no prompt token and a generated one")
+        self.scheduler = Scheduler(self.page_table, max_num_batched_tokens, watermark)
+        self.eos_token_ids = _eos_token_ids(model, tokenizer)
+        self.steps: list[StepMetrics] = []
+        self._record_steps = record_steps
+        self._start_time = time.perf_counter()
+        self._num_requests = self._num_finished = self._num_steps = 0
+        self._num_computed_tokens = self._num_generated_tokens = 0
+        self._unreported: list[Sequence] = []  # finished, and not yet returned to the caller
+        self._in_use = threading.Lock()
+        compiled = obstacle is None if compile is None else compile
+        with torch.inference_mode(False):
+            self.runner = ModelRunner(model, self.page_table, max_num_batched_tokens, compiled)
+        self._give_back = weakref.finalize(self, unpatch_model, model)
+        _engine_of_model[model] = weakref.ref(self)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str,
+        *,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str | None = None,
+        **engine_options: object,
+    ) -> "Inference":
+        """Load model and tokenizer from a folder or a hub id, and build an engine with the given options.
+
+        `device` defaults to the GPU where there is one. Weights are read from safetensors only, and no code that comes
+        with a model is run: a repository that asks for it is refused with a ValueError.
+        """
+        refusal = f"{path_or_id} brings its own code (auto_map): load the model yourself if you trust it"
+        try:
+            config = AutoConfig.from_pretrained(path_or_id, trust_remote_code=False)
+        except ValueError as error:
+            raise ValueError(refusal if "trust_remote_code" in str(error) else str(error)) from error
+        if getattr(config, "auto_map", None):
+            raise ValueError(refusal)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        tokenizer = AutoTokenizer.from_pretrained(path_or_id, trust_remote_code=False)
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
+            raise ValueError(f"{path_or_id} has no tokenizer (or one that knows no tokens): pass model and tokenizer")
+        model = AutoModelForCausalLM.from_pretrained(
+            path_or_id, dtype=dtype, device_map=device, use_safetensors=True, trust_remote_code=False
+        )
+        return cls(model, tokenizer, **engine_options)
+
+    def generate(
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete one prompt or many, and return the outputs in the order of the prompts.
+
+        Args:
+            prompts: a text, a list of token ids, or a list whose entries are either.
+            sampling_params: for all prompts, or a list with one for each. Default: `SamplingParams()`.
+            use_tqdm: show a progress bar.
+        Raises:
+            ValueError: for any prompt that is empty, holds an unknown token id, or can never fit; for lists of
+                different lengths. All prompts are checked before the first one is taken.
+            RuntimeError: while other requests are unfinished (of `add_request`, or of another thread).
+
+        Whatever goes wrong later, an interrupt included, all pages are free again afterwards and the engine is usable.
+        """
+        with self._exclusively():
+            sequences = self._sequences(prompts, sampling_params)
+            if self.has_unfinished_requests():
+                raise RuntimeError(
+                    "the engine has unfinished requests: run_one_step() until it has none, or abort them"
+                )
+            outputs: dict[int, RequestOutput] = {}
+            try:
+                for sequence in sequences:
+                    self.scheduler.add(sequence)
+                with tqdm(total=len(sequences), unit="req", dynamic_ncols=True, disable=not use_tqdm) as bar:
+                    started, num_tokens = time.perf_counter(), 0
+                    while self.has_unfinished_requests():
+                        for output in self._step():
+                            outputs[output.request_id] = output
+                            num_tokens += len(output.outputs[0].token_ids)
+                            rate = num_tokens / (time.perf_counter() - started)
+                            bar.set_postfix_str(f"{rate:.0f} tok/s", refresh=False)
+                            bar.update()
+            except BaseException:
+                self._forget_requests()
+                raise
+            return [outputs[sequence.request_id] for sequence in sequences]
+
+    def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
+        """Queue one request and return its id. Raises ValueError, before anything is taken, for what can never run."""
+        with self._exclusively():
+            sequence = self._sequence(
+                prompt, SamplingParams() if sampling_params is None else sampling_params, "prompt"
+            )
+            self.scheduler.add(sequence)
+            return sequence.request_id
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether there is a request whose output has not been returned."""
+        return self.scheduler.has_unfinished_requests() or bool(self._unreported)
+
+    def abort(self, request_id: int) -> RequestOutput | None:
+        """End a request, wherever it is, and return what it has so far, with finish_reason "abort".
+
+        None, and no harm, if it has ended already or never was.
+        """
+        with self._exclusively():
+            sequence = self.scheduler.abort(request_id)
+            return None if sequence is None else self._output(sequence)
+
+    def run_one_step(self) -> list[RequestOutput]:
+        """Compute one step and return the requests that finished in it.
+
+        If it raises an exception, nothing is lost: the step can be run again, or its requests aborted. (An interrupt in
+        the middle of bookkeeping is another matter: `generate` then starts afresh, by hand `close()` does.)
+        """
+        with self._exclusively():
+            return self._step()
+
+    def _step(self) -> list[RequestOutput]:
+        started = time.perf_counter()
+        chunks = self.scheduler.schedule()
+        if chunks:
+            sequences = [chunk.sequence for chunk in chunks]
+            logits = self.runner.forward(chunks)
+            token_ids = sample(
+                logits,
+                [0.0 if sequence.params.greedy else sequence.params.temperature for sequence in sequences],
+                [uniform(sequence.seed, sequence.num_tokens) for sequence in sequences],
+            )
+            sampled = [s for chunk, s, token_id in zip(chunks, sequences, token_ids) if chunk.samples and token_id >= 0]
+            self._unreported += self.scheduler.commit(chunks, token_ids)
+            self._measure(chunks, sampled, started)
+        outputs = [self._output(sequence) for sequence in self._unreported]
+        self._unreported.clear()
+        return outputs
+
+    def warmup(self) -> None:
+        """Compile everything that serving can need, so that no request waits for the compiler."""
+        with self._exclusively():
+            self.runner.warmup()
+
+    def stats(self) -> EngineStats:
+        """What the engine holds and has done so far."""
+        table = self.page_table
+        return EngineStats(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            num_used_pages=table.num_used_pages,
+            num_free_pages=table.num_free_pages,
+            kv_usage=table.num_used_pages / table.num_usable_pages,
+            num_preemptions=self.scheduler.num_preemptions,
+            num_steps=self._num_steps,
+            num_computed_tokens=self._num_computed_tokens,
+            num_generated_tokens=self._num_generated_tokens,
+            num_finished_requests=self._num_finished,
+        )
+
+    def check_invariants(self) -> None:
+        """Raises AssertionError when the bookkeeping of requests, rows and pages does not add up."""
+        self.scheduler.check_invariants()
+
+    def close(self) -> None:
+        """Give the model back as it was, and free the pool. Forgets unfinished requests. Closing twice is fine."""
+        if self._give_back.alive:
+            with self._exclusively():
+                self._forget_requests()
+                self._give_back()
+
+    def __enter__(self) -> "Inference":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _sequences(
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None,
+    ) -> list[Sequence]:
+        """One sequence per prompt, all of them checked."""
+        is_list = isinstance(prompts, list | tuple)
+        prompts = [prompts] if isinstance(prompts, str) or (is_list and prompts and _is_int(prompts[0])) else prompts
+        if not isinstance(prompts, list | tuple) or not prompts:
+            raise ValueError(f"prompts must be a text, a list of token ids, or a non-empty list of such: {prompts!r}")
+        if sampling_params is None:
+            sampling_params = SamplingParams()
+        if isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params] * len(prompts)
+        if not isinstance(sampling_params, list | tuple):
+            raise ValueError(f"sampling_params must be SamplingParams or a list of them, got {sampling_params!r}")
+        if len(sampling_params) != len(prompts):
+            raise ValueError(f"got {len(prompts)} prompts but {len(sampling_params)} sampling_params")
+        return [
+            self._sequence(prompt, params, f"prompt {i}")
+            for i, (prompt, params) in enumerate(zip(prompts, sampling_params))
+        ]
+
+    def _sequence(self, prompt: Prompt, params: SamplingParams, name: str) -> Sequence:
+        """Check one request at the door. `name` stands for the prompt in errors."""
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"{name}: sampling_params must be SamplingParams, got {params!r}")
+        if isinstance(prompt, str | list | tuple) and not prompt:
+            raise ValueError(f"{name} is empty")
+        token_ids = self._token_ids(prompt, name)
+        if not token_ids:
+            raise ValueError(f"{name} has no tokens: the tokenizer makes none of {prompt!r}")
+        room = self.max_request_tokens - len(token_ids)
+        if room < 1:
+            pool = f"{self.page_table.num_usable_pages} usable pages x {self.page_table.page_size}"
+            to_raise = "max_seq_length" if self.max_request_tokens == self.max_seq_length else "n_pages"
+            raise ValueError(
+                f"{name} has {len(token_ids)} tokens, but prompt and output together get {self.max_request_tokens} "
+                f"(max_seq_length={self.max_seq_length}; the pool holds {pool}): shorten it or raise {to_raise}"
+            )
+        self._num_requests += 1
+        return Sequence(
+            request_id=self._num_requests - 1,
+            prompt=prompt if isinstance(prompt, str) else None,
+            token_ids=token_ids,
+            num_prompt_tokens=len(token_ids),
+            params=params,
+            seed=_draw_seed(params),
+            eos_token_ids=frozenset() if params.ignore_eos else self.eos_token_ids,
+            max_total_tokens=len(token_ids) + (room if params.max_tokens is None else min(room, params.max_tokens)),
+        )
+
+    def _token_ids(self, prompt: Prompt, name: str) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError(f"{name} is a text, but the engine has no tokenizer: pass token ids")
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{name} is not valid Unicode: {error}") from None
+            # A prompt from a chat template brings its own BOS.
+            has_bos = bool(self.tokenizer.bos_token) and prompt.startswith(self.tokenizer.bos_token)
+            prompt = self.tokenizer(prompt, add_special_tokens=not has_bos).input_ids
+        if not isinstance(prompt, list | tuple):
+            raise ValueError(f"{name} must be a text or a list of token ids, got {type(prompt).__name__}")
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        for token_id in prompt:
+            if not _is_int(token_id) or not 0 <= token_id < vocabulary:
+                raise ValueError(f"{name} holds {token_id!r}, but the model's token ids are 0 to {vocabulary - 1}")
+        return [int(token_id) for token_id in prompt]
+
+    def _output(self, sequence: Sequence) -> RequestOutput:
+        sequence.metrics.finished_time = time.perf_counter()
+        token_ids = sequence.output_token_ids
+        text = None
+        if self.tokenizer is not None:
+            # Not every tokenizer calls its EOS a special token.
+            spoken = token_ids[:-1] if token_ids and token_ids[-1] in sequence.eos_token_ids else token_ids
+            text = self.tokenizer.decode(spoken, skip_special_tokens=True)
+        self._num_finished += 1
+        return RequestOutput(
+            request_id=sequence.request_id,
+            prompt=sequence.prompt,
+            prompt_token_ids=sequence.token_ids[: sequence.num_prompt_tokens],
+            outputs=[CompletionOutput(0, text, token_ids, sequence.finish_reason)],
+            metrics=sequence.metrics,
+        )
+
+    def _measure(self, chunks: list[Chunk], sampled: list[Sequence], started: float) -> None:
+        """Stamp the sequences of a step that began at `started`, and count it."""
+        now = time.perf_counter()
+        for chunk in chunks:
+            if chunk.sequence.metrics.first_scheduled_time is None:
+                chunk.sequence.metrics.first_scheduled_time = started
+        for sequence in sampled:
+            if sequence.metrics.first_token_time is None:
+                sequence.metrics.first_token_time = now
+        num_tokens = sum(chunk.length for chunk in chunks)
+        num_decode_tokens = sum(
+            chunk.length == 1 and chunk.start >= chunk.sequence.num_prompt_tokens for chunk in chunks
+        )
+        self._num_steps += 1
+        self._num_computed_tokens += num_tokens
+        self._num_generated_tokens += len(sampled)
+        if self._record_steps:
+            stats = self.stats()
+            self.steps.append(
+                StepMetrics(
+                    step=self._num_steps,
+                    time=now - self._start_time,
+                    duration=now - started,
+                    num_prefill_tokens=num_tokens - num_decode_tokens,
+                    num_decode_tokens=num_decode_tokens,
+                    num_running=stats.num_running,
+                    num_waiting=stats.num_waiting,
+                    num_preemptions=stats.num_preemptions,
+                    num_used_pages=stats.num_used_pages,
+                    kv_usage=stats.kv_usage,
+                )
+            )
+
+    def _forget_requests(self) -> None:
+        self.scheduler.reset()
+        self._unreported.clear()
+
+    @contextmanager
+    def _exclusively(self) -> Iterator[None]:
+        """One caller at a time: neither another thread nor a callback of this one can step in between."""
+        if not self._give_back.alive:
+            raise RuntimeError("this engine is closed: its model was given back, or another engine was built on it")
+        if not self._in_use.acquire(blocking=False):
+            raise RuntimeError("the engine is busy with another call, from another thread or from inside a step")
+        try:
+            yield
+        finally:
+            self._in_use.release()
+
+
+def _draw_seed(params: SamplingParams) -> int:
+    """The request's seed, or one from torch's global generator; greedy requests need none and draw none."""
+    if params.seed is None:
+        return 0 if params.greedy else int(torch.randint(MAX_SEED, ()))
+    return params.seed
+
+
+@functools.cache  # once per process and reason
+def _warn_uncompiled(reason: str) -> None:
+    logger.warning("FlexAttention runs uncompiled: %s", reason)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _check_size(name: str, value: int, least: int, reason: str = "") -> None:
+    if not _is_int(value) or value < least:
+        raise ValueError(f"{name} must be an int >= {least}{f' ({reason})' if reason else ''}, got {value!r}")
+
+
+def _release_model(model: PreTrainedModel) -> None:
+    """Close the idle engine that the model belongs to, if any: its pool must not stand beside the new one."""
+    engine = _engine_of_model.get(model, lambda: None)()
+    if engine is None:
+        return
+    if engine.has_unfinished_requests():
+        raise ValueError("the model belongs to an engine with unfinished requests: finish or abort them, or close it")
+    engine.close()
+
+
+def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
+    """Every id that ends a text for the model, its configs or its tokenizer: chat models have more than one."""
+    sources = [model.generation_config, model.config, tokenizer]
+    ids = [getattr(source, "eos_token_id", None) for source in sources]
+    return frozenset(i for entry in ids if entry is not None for i in ([entry] if _is_int(entry) else entry))

@@ -1,0 +1,78 @@
+"""Models of known shapes with random weights, and a tokenizer over bytes: for machines without a model hub.
+
+Random weights answer noise, but the same noise everywhere: they cost what trained weights cost and prove equality of
+two engines as well.
+"""
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedModel, PreTrainedTokenizerFast
+
+SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>")
+BYTE_VOCABULARY = len(SPECIAL_TOKENS) + 256
+
+GEMMA2_SHAPES = {
+    # The README's CPU model: everything that makes Gemma-2 hard, at a size for two cores.
+    "gemma2-tiny": dict(
+        vocab_size=BYTE_VOCABULARY,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        query_pre_attn_scalar=64,
+        sliding_window=128,
+        max_position_embeddings=4096,
+    ),
+    # The shape of google/gemma-2-2b.
+    "gemma-2-2b": dict(
+        vocab_size=256_000,
+        hidden_size=2304,
+        intermediate_size=9216,
+        num_hidden_layers=26,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=256,
+        query_pre_attn_scalar=256,
+        sliding_window=4096,
+        max_position_embeddings=8192,
+    ),
+}
+
+
+def random_gemma2(
+    shape: str,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A Gemma-2 of a named shape in eval mode, its weights drawn on the device from `seed`."""
+    config = Gemma2Config(
+        **GEMMA2_SHAPES[shape],
+        attn_logit_softcapping=4.0,  # not Gemma's 50: random scores are small, and a dropped cap must change tokens
+        final_logit_softcapping=30.0,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+        initializer_range=1.3 / GEMMA2_SHAPES[shape]["hidden_size"] ** 0.5,  # attention that prefers some tokens
+    )
+    with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []), torch.device(device):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+    # With tied embeddings, a random model finds its last token most likely and repeats it forever. Small embeddings
+    # leave the word to the layers, and the final norm makes up for the smaller logits.
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(0.1)
+        model.get_decoder().norm.weight.fill_(15.0)
+    return model.eval()
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per UTF-8 byte, behind `<pad>`, `<eos>`, `<bos>`; adds BOS as Gemma's tokenizer does."""
+    alphabet = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>")

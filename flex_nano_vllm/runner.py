@@ -1,0 +1,150 @@
+"""Running the model on a step: compilation, shape buckets, warm-up. Does not know which sequence is which."""
+
+import math
+import os
+import shutil
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+from transformers import PreTrainedModel
+
+from flex_nano_vllm.attention import ATTN_IMPLEMENTATION, layer_windows, patch_model
+from flex_nano_vllm.page_table import PageTable, cdiv
+from flex_nano_vllm.scheduler import Chunk
+from flex_nano_vllm.sequence import SamplingParams, Sequence
+from flex_nano_vllm.step import StepBatch, TileKind, TileLayout, effective_window
+
+# Rows of a large tile's query block, tokens times G: a full tile of matrix-multiply work on a CPU and on a GPU.
+LARGE_TILE_ROWS = 128
+# The engines of a process share one table of graphs, and torch's default limit of 8 is for one model.
+RECOMPILE_LIMIT = 4096
+
+
+def why_not_compiled(device: torch.device, dtype: torch.dtype, page_size: int) -> str | None:
+    """The reason why FlexAttention cannot be compiled here, or None if it can."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"no FlexAttention kernel computes in {dtype}"
+    if device.type == "cuda":
+        if page_size < 16 or page_size & (page_size - 1):
+            return f"the CUDA kernel needs page_size to be a power of two of at least 16, not {page_size}"
+        language, variable, default = "C", "CC", "gcc"  # for Triton's launchers
+    elif device.type == "cpu":
+        if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+            return "FlexAttention's CPU kernel needs AVX2"
+        language, variable, default = "C++", "CXX", "g++"
+    else:
+        return f"FlexAttention has no kernel for {device.type}"
+    compiler = os.environ.get(variable, default)
+    if shutil.which(compiler) is None:
+        return f"there is no {language} compiler ({compiler} not found): install {default} or set {variable}"
+    headers = Path(sysconfig.get_path("include"))
+    if not (headers / "Python.h").exists():
+        return f"Python's C headers are not in {headers}: install python3-dev"
+    return None
+
+
+class ModelRunner:
+    """Owns the patched model and the compiled attention.
+
+    FlexAttention is compiled with static shapes, one graph per (bucket of a kind of tile, distinct mask). All of them
+    are made by `warmup()`, or by the first steps that need them; there are at most `max_graphs`, and a step whose shape
+    is in no bucket cannot be built.
+
+    Uncompiled, the same function runs operator by operator. It needs no compiler and computes in any dtype, but looks
+    at every slot between the first page and the last one in use: for tests, small models, and machines without one.
+    """
+
+    def __init__(self, model: PreTrainedModel, page_table: PageTable, max_num_batched_tokens: int, compiled: bool):
+        self.model, self.page_table, self.compiled = model, page_table, compiled
+        config = model.config
+        group_size = config.num_attention_heads // config.num_key_value_heads
+        if compiled:
+            kinds = tile_kinds(group_size, page_table.max_batch_size, max_num_batched_tokens, model.device.type)
+        else:
+            kinds = (TileKind(tile_len=1, buckets=None),)
+        self.layout = TileLayout(kinds, group_size, tuple(dict.fromkeys(layer_windows(model))), whole_pool=compiled)
+        patch_model(model, page_table.n_pages * page_table.page_size, compile_flex_attention(compiled))
+
+    @property
+    def max_graphs(self) -> int:
+        """The most graphs that serving can ever compile."""
+        num_masks = len({effective_window(window, self.page_table) for window in self.layout.windows})
+        return num_masks * sum(len(kind.buckets or ()) for kind in self.layout.kinds)
+
+    @torch.inference_mode(
+        False
+    )  # whatever the caller is in: tensors of that mode are other tensors to a kernel's guards
+    @torch.no_grad()
+    def forward(self, chunks: list[Chunk]) -> Tensor:
+        """Compute the chunks and return the logits at the end of each, [C, V].
+
+        A row has a NaN where the chunk has met numbers that are not finite, at its end or anywhere before.
+        """
+        if self.model.config._attn_implementation != ATTN_IMPLEMENTATION:
+            raise RuntimeError("set_attn_implementation was called on the engine's model: close the engine first")
+        batch = StepBatch.build(chunks, self.page_table, self.layout)
+        output = self.model(
+            batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,  # the default would concatenate everything into a cache of its own
+            logits_to_keep=batch.chunk_ends,
+            paged=batch,
+        )
+        logits = output.logits[0]
+        chunk_of_token = torch.searchsorted(batch.chunk_ends, torch.arange(len(batch.slots), device=logits.device))
+        failed = torch.zeros_like(logits[:, 0]).index_add_(0, chunk_of_token, (~batch.finite).to(logits.dtype)) > 0
+        logits[:, 0].masked_fill_(failed, torch.nan)
+        return logits
+
+    def warmup(self) -> None:
+        """Compile every graph by running each bucket once, on padding: row 0 sees nothing and writes to page 0."""
+        longest = self.page_table.max_pages_per_row * self.page_table.page_size
+        shortest = 1  # chunk that goes into tiles of the kind
+        for kind in self.layout.kinds:
+            for bucket in kind.buckets or () if shortest <= longest else ():
+                filler = Sequence(-1, None, [0] * shortest, shortest, SamplingParams(), 0, frozenset(), shortest, row=0)
+                self.forward([Chunk(filler, 0, shortest)] * bucket)
+            shortest = kind.tile_len + 1
+
+
+def compile_flex_attention(compiled: bool) -> Callable[..., Tensor]:
+    """FlexAttention as kernels made by inductor, or (`compiled=False`) traced and run operator by operator."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(RECOMPILE_LIMIT, config.recompile_limit)
+    config.accumulated_recompile_limit = max(RECOMPILE_LIMIT, config.accumulated_recompile_limit)
+    return torch.compile(
+        flex_attention,
+        # Without fullgraph, a graph too many would silently run the uncompiled function instead.
+        fullgraph=True,
+        # Symbolic sizes break the C++ template (its kernel text is rewritten by name, and ks1 is part of ks17).
+        dynamic=False if compiled else None,
+        backend="inductor" if compiled else "eager",
+    )
+
+
+def tile_kinds(
+    group_size: int, max_batch_size: int, max_num_batched_tokens: int, device_type: str
+) -> tuple[TileKind, ...]:
+    """Small tiles for decodes and large ones for prompts, with buckets up to the most that a step can hold.
+
+    A chunk ends in at most one unfilled tile, and a step has at most `max_batch_size` chunks; that bounds the numbers.
+    A CUDA tile has at least 16 rows, what its matrix instruction takes; a CPU is best off with a decode's G rows.
+    """
+    small = 16 // math.gcd(16, group_size) if device_type == "cuda" else 1
+    large = max(small * 2, LARGE_TILE_ROWS // group_size)
+    large = 1 << (large.bit_length() - 1)  # a power of two, so that a power of two of rows divides the block
+    bound = max_num_batched_tokens // large + max_batch_size
+    return TileKind(small, buckets(max_batch_size)), TileKind(large, buckets(bound))
+
+
+def buckets(bound: int) -> tuple[int, ...]:
+    """Two sizes, the larger one being `bound`: padding is cheap (a tile that sees nothing), graphs are not.
+
+    Never a single tile: with G = 1 it would be a query of length 1, for which torch 2.13 to 2.15 choose a CPU decoding
+    kernel that does not compile for masks without full blocks.
+    """
+    return tuple(sorted({max(2, cdiv(bound, 4)), max(2, bound)}))

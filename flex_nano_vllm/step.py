@@ -1,0 +1,190 @@
+"""One step, packed: the chunks of the scheduler as tensors and block masks. Does not know why these chunks.
+
+The model sees the tokens of all chunks in one row, `input_ids` [1, T], with no padding. Attention cannot: a
+FlexAttention query block walks one list of pages, so a block must not mix sequences. Hence *tiles*: a tile is up
+to `tile_len` consecutive tokens of one chunk, and a chunk goes into the smallest kind of tile that holds it, or is
+cut into tiles of the largest kind:
+
+    chunks        a: 1 token   b: 1 token   c: 5 tokens            kinds of tile: 1 and 4 tokens long
+
+    input_ids   [ a0 b7 c0 c1 c2 c3 c4 ]                           T = 7 tokens
+    tiles of 1  [ a0 | b7 | ·  | ·  ]                              4 tiles (a bucket), 2 used
+    tiles of 4  [ c0 c1 c2 c3 | c4 · · · ]                         2 tiles
+
+One call of FlexAttention per kind of tile, then every token picks up its output again. Tokens that decode ride in
+small tiles and read each page once for few rows; prompts ride in large ones, at matrix-multiply speed. Padding
+costs a row that sees nothing. The number of tiles is rounded up to a bucket, so that the compiled kernels meet a
+handful of shapes and never another.
+
+Dimensions, here and in every trailing comment of the package: T tokens in the step, C chunks in the step, H query
+heads, K kv heads, G = H / K query heads per kv head, D head dim, V vocabulary, P physical pages, N logical pages of
+a row, L tile_len.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from flex_nano_vllm.masks import layer_mask
+from flex_nano_vllm.page_table import PageTable, cdiv, upload
+from flex_nano_vllm.scheduler import Chunk
+
+
+@dataclass(frozen=True)
+class TileKind:
+    """Tiles of `tile_len` tokens, whose number is rounded up to one of `buckets` (None: not rounded)."""
+
+    tile_len: int
+    buckets: tuple[int, ...] | None
+
+    def num_padded_tiles(self, num_tiles: int) -> int:
+        return num_tiles if self.buckets is None else next(bucket for bucket in self.buckets if bucket >= num_tiles)
+
+
+@dataclass(frozen=True)
+class TileLayout:
+    """How steps are cut for attention: fixed for the life of an engine.
+
+    Args:
+        kinds: by ascending `tile_len`.
+        group_size: G; the heads of a group share their keys, so they are folded into the rows of a query block.
+        windows: the distinct sliding windows of the layers, None among them for full attention.
+        whole_pool: attention is always handed the whole pool, so that its shape never changes; otherwise only the
+            part in use (the uncompiled FlexAttention looks at every slot it is handed).
+    """
+
+    kinds: tuple[TileKind, ...]
+    group_size: int
+    windows: tuple[int | None, ...]
+    whole_pool: bool
+
+    def kind_index(self, chunk_len: int) -> int:
+        """The smallest kind of tile that holds the chunk, or the largest kind there is."""
+        return next((i for i, kind in enumerate(self.kinds) if chunk_len <= kind.tile_len), len(self.kinds) - 1)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """All tiles of one kind in a step."""
+
+    tokens: Tensor  # [tiles * L] index into the step's tokens; 0 where padded
+    block_masks: dict[int | None, BlockMask]  # physical, by the sliding window of the layer
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One step as tensors on the device, complete when built."""
+
+    input_ids: Tensor  # [1, T] int64
+    position_ids: Tensor  # [1, T] int64, 0-based
+    slots: Tensor  # [T] int64, where each token's keys and values go
+    chunk_ends: Tensor  # [C] int64, the last token of each chunk: its logits are wanted
+    finite: Tensor  # [T] bool, cleared by the layers where keys or values are not; nothing else is ever changed
+    tiles: tuple[Tiles, ...]
+    tile_slot: Tensor  # [T] int64, where each token's output stands in the concatenated tiles
+    kv_len: int  # slots of the pool that attention is handed
+
+    @classmethod
+    def build(cls, chunks: list[Chunk], page_table: PageTable, layout: TileLayout) -> "StepBatch":
+        """Pack chunks whose pages are reserved. Host work is numpy over whole arrays; one upload carries it all."""
+        page_table.sync()
+        starts, lengths = np.array([(chunk.start, chunk.length) for chunk in chunks]).T
+        rows = np.array([chunk.sequence.row for chunk in chunks])
+        firsts = np.cumsum(lengths) - lengths  # each chunk's first token in the step
+        positions = np.arange(lengths.sum()) + np.repeat(starts - firsts, lengths)
+        input_ids = [i for chunk in chunks for i in chunk.sequence.token_ids[chunk.start : chunk.start + chunk.length]]
+
+        kind_of_chunk = np.array([layout.kind_index(length) for length in lengths])
+        kinds_used = np.unique(kind_of_chunk)
+        cuts = []
+        for kind in kinds_used:
+            mine = kind_of_chunk == kind
+            cuts.append(_cut_into_tiles(layout.kinds[kind], rows[mine], firsts[mine], lengths[mine]))
+        tokens_of_tiles = np.concatenate([tokens.reshape(-1) for tokens, _ in cuts])
+        tile_slot = np.zeros(len(positions), dtype=np.int64)
+        tile_slot[tokens_of_tiles[tokens_of_tiles >= 0]] = np.flatnonzero(tokens_of_tiles >= 0)
+
+        slots = page_table.slots(np.repeat(rows, lengths), positions)
+        token_arrays = [np.array(input_ids), positions, slots, firsts + lengths - 1, tile_slot]
+        uploaded = iter(_upload([*token_arrays, *(array for cut in cuts for array in cut)], page_table.table.device))
+        input_ids, positions, slots, chunk_ends, tile_slot = (next(uploaded) for _ in token_arrays)
+        kv_len = (page_table.n_pages if layout.whole_pool else page_table.num_live_pages) * page_table.page_size
+        tiles = []
+        for kind in kinds_used:
+            tokens = next(uploaded).view(-1, layout.kinds[kind].tile_len)  # [tiles, L], -1 where padded
+            tile_rows = next(uploaded).int()
+            q_pos = torch.where(tokens < 0, -1, positions[tokens]).int()
+            masks = {}
+            for window in {effective_window(window, page_table) for window in layout.windows}:
+                logical = logical_block_mask(q_pos, window, layout.group_size, page_table)
+                masks[window] = page_table.convert_logical_block_mask(logical, tile_rows, kv_len)
+            block_masks = {window: masks[effective_window(window, page_table)] for window in layout.windows}
+            tiles.append(Tiles(tokens.reshape(-1).clamp(min=0), block_masks))
+        finite = torch.ones_like(slots, dtype=torch.bool)
+        return cls(input_ids[None], positions[None], slots, chunk_ends, finite, tuple(tiles), tile_slot, kv_len)
+
+
+def _cut_into_tiles(
+    kind: TileKind, rows: np.ndarray, firsts: np.ndarray, lengths: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cut chunks (page-table row, first token in the step, length) into tiles of one kind.
+
+    Returns the tokens of each tile, [tiles, L] with -1 where padded, and its row, [tiles] with 0 where padded.
+    """
+    tiles_per_chunk = cdiv(lengths, kind.tile_len)
+    num_tiles = tiles_per_chunk.sum()
+    chunk = np.repeat(np.arange(len(lengths)), tiles_per_chunk)  # [tiles] the chunk of each tile
+    number = np.arange(num_tiles) - np.repeat(np.cumsum(tiles_per_chunk) - tiles_per_chunk, tiles_per_chunk)
+    offset = number[:, None] * kind.tile_len + np.arange(kind.tile_len)  # [tiles, L] within the chunk
+    tokens = np.where(offset < lengths[chunk, None], firsts[chunk, None] + offset, -1)
+    padding = kind.num_padded_tiles(num_tiles) - num_tiles
+    return np.pad(tokens, ((0, padding), (0, 0)), constant_values=-1), np.pad(rows[chunk], (0, padding))
+
+
+def logical_block_mask(q_pos: Tensor, window: int | None, group_size: int, page_table: PageTable) -> BlockMask:
+    """The mask of a step in logical positions: which logical pages each tile needs, and the layer's mask_mod.
+
+    Built directly from first and last position of each tile: O(tiles x N) small integers, where
+    `create_block_mask` would evaluate the mask for every query and every slot of the pool.
+
+    Args:
+        q_pos: [tiles, L] int32, position of each query in its sequence; -1 where padded, which sees nothing.
+        window: the layer's sliding window, None for full attention.
+        group_size: G; a query block has L * G rows, G consecutive ones for each token.
+        page_table: for the page size and N.
+    """
+    page_size, max_pages = page_table.page_size, page_table.max_pages_per_row
+    num_tiles, tile_len = q_pos.shape
+    first, last = q_pos[:, 0], q_pos.amax(dim=1)  # [tiles]; both -1 for padding, so that no page is needed
+    first_page = torch.zeros_like(first) if window is None else (first - window + 1).clamp(min=0) // page_size
+    num_pages = last // page_size + 1 - first_page
+    pages = first_page[:, None] + torch.arange(max_pages, dtype=torch.int32, device=q_pos.device)
+    mask, flat_q_pos = layer_mask(window), q_pos.flatten()
+
+    def mask_of_queries(b: Tensor, h: Tensor, q_idx: Tensor, kv_pos: Tensor) -> Tensor:
+        return mask(b, h, flat_q_pos[q_idx // group_size], kv_pos)
+
+    return BlockMask.from_kv_blocks(
+        num_pages[None, None],
+        pages.clamp(max=max_pages - 1)[None, None],  # past the end of the list: never visited, but translated
+        BLOCK_SIZE=(tile_len * group_size, page_size),
+        mask_mod=mask_of_queries,
+        seq_lengths=(num_tiles * tile_len * group_size, max_pages * page_size),
+        compute_q_blocks=False,
+    )
+
+
+def effective_window(window: int | None, page_table: PageTable) -> int | None:
+    """The window, or None if no sequence can be long enough to notice it: its layers then share the causal mask, and
+    its compiled kernel."""
+    longest = page_table.max_pages_per_row * page_table.page_size
+    return None if window is not None and window >= longest else window
+
+
+def _upload(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Copy integer arrays of any shapes to the device in one transfer. Returns them flat, as int64."""
+    packed = np.concatenate([array.reshape(-1).astype(np.int64) for array in arrays])
+    return list(upload(packed, device).split([array.size for array in arrays]))

@@ -1,0 +1,44 @@
+"""Markers that skip what a machine cannot do, and a clean slate of compiled graphs for every test file."""
+
+import pytest
+import torch
+from engines import PROMPTS, SIZES, own_model
+from tiny_models import hf_generate, tiny_model
+
+from flex_nano_vllm import Inference
+from flex_nano_vllm.runner import why_not_compiled
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    obstacle = why_not_compiled(torch.device("cpu"), torch.float32, page_size=16)
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if "compiled" in item.keywords and obstacle:
+            item.add_marker(pytest.mark.skip(reason=obstacle))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_graphs():
+    """Graphs of one file would only slow the look-ups of the next, and count against the process's limit."""
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Matrices of 48 columns gain nothing from threads, and on a busy machine threads wait for each other."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Eight greedy tokens of each of PROMPTS, by Hugging Face."""
+    return [hf_generate(tiny_model("gemma2"), prompt, 8, ignore_eos=True) for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """Room for everybody."""
+    with Inference(own_model("roomy"), None, **SIZES) as engine:
+        yield engine

@@ -1,0 +1,100 @@
+"""Engines, workloads and injected faults that several test files share."""
+
+import bisect
+import copy
+import functools
+import inspect
+import itertools
+import math
+import random
+
+import torch
+from tiny_models import CONFIGS, VOCABULARY, tiny_model
+from transformers import AutoModelForCausalLM
+
+from flex_nano_vllm import SamplingParams
+from flex_nano_vllm.random_models import BYTE_VOCABULARY
+
+SIZES = dict(max_batch_size=3, max_seq_length=32, n_pages=25, page_size=4, compile=False)
+# Seven usable pages for sequences of up to 4 + 2 + 4 pages, cut into chunks of at most 8 tokens: somebody is preempted.
+TIGHT = dict(SIZES, n_pages=8, max_num_batched_tokens=8, watermark=0)
+TEXTS = ["abcdefg", "hi", "xyz0123456"]
+LENGTHS = [6, 3, 5]  # of the answers
+MAX_STEPS = 200  # of any workload here; more of them is a hang
+
+
+def greedy(max_tokens):
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+
+
+def prompt_of(length, seed=0):
+    return random.Random(1000 * seed + length).choices(range(3, VOCABULARY), k=length)
+
+
+def byte_model():
+    """The same weights on every call, with a vocabulary for the byte tokenizer."""
+    config = CONFIGS["gemma2"]()
+    config.vocab_size = BYTE_VOCABULARY
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="eager").eval()
+
+
+@functools.cache
+def own_model(name):
+    """A model that nobody else takes over; one for each group of tests that shares an engine."""
+    return copy.deepcopy(tiny_model("gemma2"))
+
+
+def tokens_of(outputs):
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def drain(engine, max_steps=MAX_STEPS):
+    """Step until nothing is left. Returns the outputs by request id."""
+    outputs = {}
+    for _ in range(max_steps):
+        if not engine.has_unfinished_requests():
+            return outputs
+        for output in engine.run_one_step():
+            assert output.request_id not in outputs, "answered twice"
+            outputs[output.request_id] = output
+    raise AssertionError(f"not finished after {max_steps} steps")
+
+
+def assert_empty(engine):
+    engine.check_invariants()
+    stats = engine.stats()
+    assert (stats.num_running, stats.num_waiting, stats.num_used_pages) == (0, 0, 0)
+    assert stats.num_free_pages == engine.page_table.num_usable_pages
+    assert not engine.has_unfinished_requests()
+
+
+def raise_at_call(monkeypatch, owner, name, number, exception, after=False):
+    """Let the `number`-th call of `owner.name` raise, before its work or after it."""
+    original = getattr(owner, name)
+    calls = itertools.count(1)
+
+    def call(*args, **kwargs):
+        strikes = next(calls) == number
+        if strikes and not after:
+            raise exception("injected")
+        result = original(*args, **kwargs)
+        if strikes:
+            raise exception("injected")
+        return result
+
+    is_bound = inspect.isclass(owner) and inspect.ismethod(original)  # a classmethod brings its class
+    monkeypatch.setattr(owner, name, staticmethod(call) if is_bound else call)
+
+
+PROMPTS = [prompt_of(5), prompt_of(9), prompt_of(2)]
+
+
+def inverse_cdf(logits, temperature, level):
+    """The oracle of sampling: the first token at which the running sum of exp(logit / temperature) exceeds `level` of
+    the whole, and how far (in probability) the nearest rival is."""
+    largest = max(logits)
+    sums = list(itertools.accumulate(math.exp((logit - largest) / temperature) for logit in logits))
+    token = bisect.bisect_right(sums, level * sums[-1])
+    return token, min(abs(s / sums[-1] - level) for s in sums)

@@ -1,0 +1,644 @@
+"""Bad inputs to the offline API: the constructor, `generate`, `add_request`, `abort` and `SamplingParams`.
+
+Whatever is wrong is refused at the door: a ValueError that names the numbers (a NotImplementedError for a sampling
+parameter that vLLM knows and we do not), before any page is taken. The fixtures of the engines ask for a good prompt
+after everything that their tests have thrown at them, so each group also claims that the engine has survived it.
+"""
+
+import copy
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import CONFIGS, VOCABULARY, hf_generate, tiny_model
+from transformers import AutoModel, AutoModelForCausalLM, GPT2Config
+
+from flex_nano_vllm import Inference, SamplingParams, attention, inference, memory
+from flex_nano_vllm.attention import PagedKVCache, attention_layers, is_patched
+from flex_nano_vllm.random_models import BYTE_VOCABULARY, byte_tokenizer
+
+GOOD_PROMPT = [5, 6, 7, 8, 9]
+GREEDY = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+SIZES = dict(max_batch_size=2, max_seq_length=16, n_pages=9, page_size=4, compile=False)
+NAN, INFINITY = math.nan, math.inf
+
+
+def fresh_model(architecture="llama", **config_changes):
+    """A model of its own: a second engine on a shared one would take it over."""
+    if not config_changes:
+        return copy.deepcopy(tiny_model(architecture))
+    config = CONFIGS[architecture]()
+    for name, value in config_changes.items():
+        setattr(config, name, value)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="eager").eval()
+
+
+def generate(engine, prompts, sampling_params=GREEDY):
+    return engine.generate(prompts, sampling_params, use_tqdm=False)
+
+
+def completion(engine, prompt, sampling_params=GREEDY):
+    (output,) = generate(engine, [prompt], sampling_params)
+    return output.outputs[0]
+
+
+def assert_empty(engine):
+    engine.check_invariants()
+    stats = engine.stats()
+    assert (stats.num_running, stats.num_waiting, stats.num_used_pages) == (0, 0, 0)
+    assert not engine.has_unfinished_requests()
+
+
+def assert_refused(engine, call, match, error=ValueError):
+    """`call` raises, and the engine has not moved: no step, no page, no request, none of its counts."""
+    before = engine.stats()
+    with pytest.raises(error, match=match):
+        call()
+    assert engine.stats() == before
+    assert_empty(engine)
+
+
+def assert_untouched(model):
+    assert not is_patched(model)
+    assert model.config._attn_implementation == "eager"
+
+
+def engine_that_must_survive(model, tokenizer, **sizes):
+    expected = hf_generate(model, GOOD_PROMPT, 3, ignore_eos=True)
+    with Inference(model, tokenizer, **{**SIZES, **sizes}) as engine:
+        yield engine
+        assert_empty(engine)
+        assert completion(engine, GOOD_PROMPT).token_ids == expected
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """Bound by max_seq_length=16; the pool holds 32 tokens."""
+    yield from engine_that_must_survive(fresh_model(), None)
+
+
+@pytest.fixture(scope="module")
+def small_pool_engine():
+    """Bound by its pool of 3 usable pages of 4 tokens; max_seq_length=64."""
+    yield from engine_that_must_survive(fresh_model(), None, max_seq_length=64, n_pages=4)
+
+
+@pytest.fixture(scope="module")
+def text_engine():
+    """Speaks bytes."""
+    model = fresh_model(vocab_size=BYTE_VOCABULARY)
+    yield from engine_that_must_survive(model, byte_tokenizer(), max_seq_length=64, n_pages=33)
+
+
+@pytest.fixture(scope="module")
+def bare_model():
+    """Belongs to nobody. Whoever builds an engine on it gives it back."""
+    return fresh_model()
+
+
+# --- prompts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompts", "match"),
+    [
+        (None, "None"),
+        ([], r"\[\]"),
+        ((), r"\(\)"),
+        ([[]], "prompt 0 is empty"),
+        ([()], "prompt 0 is empty"),
+        ([None], "prompt 0 .*NoneType"),
+        ([[None]], "prompt 0 holds None"),
+        (5, "5"),
+        (b"abc", "abc"),
+        ({"prompt": "abc"}, "abc"),
+        ({5, 6}, r"\{5, 6\}"),
+        (torch.tensor([5, 6]), "tensor"),
+        ([torch.tensor([5, 6])], "prompt 0 .*Tensor"),
+        ([np.array([5, 6])], "prompt 0 .*ndarray"),
+        ([b"abc"], "prompt 0 .*bytes"),
+    ],
+    ids=repr,
+)
+def test_what_is_no_prompt_is_refused(engine, prompts, match):
+    assert_refused(engine, lambda: generate(engine, prompts), match)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "match"),
+    [
+        ([VOCABULARY], "prompt 0 holds 211, .*0 to 210"),
+        ([-1], "prompt 0 holds -1, .*0 to 210"),
+        ([2**40], "prompt 0 holds 1099511627776, .*0 to 210"),
+        ([5, 10**400], "prompt 0 holds 1000.*0 to 210"),
+        ([True], "prompt 0 .*bool"),
+        ([5, True], "prompt 0 holds True"),
+        ([[False]], "prompt 0 holds False"),
+        ([1.5], "prompt 0 .*float"),
+        ([5, 1.5], "prompt 0 holds 1.5"),
+        ([[NAN]], "prompt 0 holds nan"),
+        ([5.0, 6.0], "prompt 0 .*float"),
+        ([5, "6"], "prompt 0 holds '6'"),
+        ([["6"]], "prompt 0 holds '6'"),
+        ([5, None], "prompt 0 holds None"),
+        ([5, [6]], r"prompt 0 holds \[6\]"),
+        ([[5], 6], "prompt 1 .*int"),
+        ([[[5]]], r"prompt 0 holds \[5\]"),
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_what_is_no_token_id_is_refused(engine, prompts, match):
+    assert_refused(engine, lambda: generate(engine, prompts), match)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "match"),
+    [
+        ([], "empty"),
+        (None, "NoneType"),
+        (5, "int"),
+        ([VOCABULARY], "holds 211, .*0 to 210"),
+        ([-1], "holds -1"),
+        ([2**40], "holds 1099511627776"),
+        ([True], "holds True"),
+        ([1.5], "holds 1.5"),
+        (["6"], "holds '6'"),
+        ([[5, 6]], r"holds \[5, 6\]"),
+        ("six", "no tokenizer"),
+        ([5] * 16, r"16 tokens.*max_seq_length=16"),
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_add_request_refuses_what_generate_refuses(engine, prompt, match):
+    assert_refused(engine, lambda: engine.add_request(prompt, GREEDY), match)
+
+
+@pytest.mark.parametrize("bad", [[], [VOCABULARY], [True], "text", [5] * 16, None], ids=lambda bad: repr(bad)[:20])
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_one_bad_prompt_is_named_by_its_index_and_none_of_the_others_is_taken(engine, bad, index):
+    prompts = [[5, 6], [7, 8]]
+    prompts.insert(index, bad)
+    assert_refused(engine, lambda: generate(engine, prompts), f"^prompt {index} ")
+
+
+def test_numpy_integers_are_token_ids(engine):
+    assert completion(engine, list(np.array(GOOD_PROMPT))) == completion(engine, GOOD_PROMPT)
+
+
+@pytest.mark.parametrize("request_id", [-1, 10**9, None, "0", 1.5])
+def test_abort_of_an_unknown_request_does_nothing(engine, request_id):
+    before = engine.stats()
+    assert engine.abort(request_id) is None
+    assert engine.stats() == before
+
+
+# --- lengths -----------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_one_token_shorter_than_max_seq_length_gets_one_token(engine):
+    answer = completion(engine, [5] * 15)
+    assert (len(answer.token_ids), answer.finish_reason) == (1, "length")
+
+
+@pytest.mark.parametrize("length", [16, 17, 1000])
+def test_a_prompt_of_max_seq_length_or_more_is_refused_with_the_numbers(engine, length):
+    match = rf"prompt 0 has {length} tokens.*get 16 .*max_seq_length=16.*raise max_seq_length"
+    assert_refused(engine, lambda: generate(engine, [[5] * length]), match)
+
+
+def test_a_prompt_that_leaves_the_pool_one_slot_gets_one_token(small_pool_engine):
+    answer = completion(small_pool_engine, [5] * 11)
+    assert (len(answer.token_ids), answer.finish_reason) == (1, "length")
+
+
+@pytest.mark.parametrize("length", [12, 13, 63])
+def test_a_prompt_that_fits_max_seq_length_but_not_the_pool_is_refused_with_the_numbers(small_pool_engine, length):
+    match = rf"prompt 0 has {length} tokens.*get 12 .*max_seq_length=64.*3 usable pages x 4.*raise n_pages"
+    assert_refused(small_pool_engine, lambda: generate(small_pool_engine, [[5] * length]), match)
+
+
+@pytest.mark.parametrize("max_tokens", [8, 10**12, None])
+def test_a_request_that_would_outgrow_the_pool_ends_at_its_bound_without_preempting_itself(
+    small_pool_engine, max_tokens
+):
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    answer = completion(small_pool_engine, [5] * 5, params)
+    assert (len(answer.token_ids), answer.finish_reason) == (12 - 5, "length")
+    assert small_pool_engine.stats().num_preemptions == 0
+
+
+@pytest.mark.parametrize("max_tokens", [12, 10**12, None])
+def test_a_request_that_would_outgrow_max_seq_length_ends_at_its_bound(engine, max_tokens):
+    answer = completion(engine, [5] * 5, SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True))
+    assert (len(answer.token_ids), answer.finish_reason) == (16 - 5, "length")
+    assert engine.stats().num_preemptions == 0
+
+
+def test_max_tokens_that_just_fit_are_all_given(engine):
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    assert len(completion(engine, [5] * 13, params).token_ids) == 3
+
+
+def test_max_seq_length_need_not_be_a_multiple_of_the_page_size(bare_model):
+    with Inference(bare_model, None, **{**SIZES, "max_seq_length": 10}) as engine:
+        params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+        assert len(completion(engine, [5] * 7, params).token_ids) == 3
+        assert_refused(engine, lambda: generate(engine, [[5] * 10]), "10 tokens.*max_seq_length=10")
+
+
+# --- texts -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("prompts", "name"), [("", "prompt 0"), ([""], "prompt 0"), (["a", ""], "prompt 1")])
+def test_an_empty_text_is_refused_even_if_the_tokenizer_adds_a_bos(text_engine, prompts, name):
+    assert_refused(text_engine, lambda: generate(text_engine, prompts), f"{name} is empty")
+
+
+@pytest.mark.parametrize(("prompts", "index"), [("a", 0), (["a"], 0), ([[5], "a"], 1)])
+def test_a_text_without_a_tokenizer_is_refused(engine, prompts, index):
+    assert_refused(engine, lambda: generate(engine, prompts), f"prompt {index} is a text.*no tokenizer")
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\udfffb", "\udc80\ud800"], ids=ascii)
+def test_a_lone_surrogate_is_refused(text_engine, text):
+    assert_refused(text_engine, lambda: generate(text_engine, ["a", text]), "prompt 1 is not valid Unicode.*surrogate")
+    assert_refused(text_engine, lambda: text_engine.add_request(text, GREEDY), "not valid Unicode")
+
+
+@pytest.mark.parametrize("text", ["\0", "a\0b", "\U0001f600", "שלום עולם", "\u202eabc", "e\u0301", "\r\n\t ", "�"])
+def test_odd_texts_are_taken_byte_by_byte(text_engine, text):
+    (output,) = generate(text_engine, text)
+    assert output.prompt == text
+    assert len(output.prompt_token_ids) == 1 + len(text.encode())  # a BOS and one token per byte
+    assert text_engine.tokenizer.decode(output.prompt_token_ids, skip_special_tokens=True) == text
+    assert len(output.outputs[0].token_ids) == 3
+
+
+def test_a_text_longer_than_max_seq_length_is_refused_by_its_tokens(text_engine):
+    assert_refused(text_engine, lambda: generate(text_engine, "é" * 40), "prompt 0 has 81 tokens.*max_seq_length=64")
+    assert_refused(text_engine, lambda: generate(text_engine, " " * 100_000), "prompt 0 has 100001 tokens")
+
+
+def test_a_prompt_that_brings_its_bos_gets_no_second_one(text_engine):
+    plain, with_bos = generate(text_engine, ["hello", "<bos>hello"])
+    assert plain.prompt_token_ids == with_bos.prompt_token_ids
+    assert with_bos.prompt_token_ids.count(text_engine.tokenizer.bos_token_id) == 1
+    assert with_bos.prompt == "<bos>hello"
+    assert with_bos.outputs == plain.outputs
+
+
+def test_a_tokenizer_that_knows_more_tokens_than_the_model_is_caught(bare_model):
+    # The model has 211 rows of embeddings; the tokenizer's space is number 223.
+    with Inference(bare_model, byte_tokenizer(), **SIZES) as engine:
+        assert_refused(engine, lambda: generate(engine, ["ok", "not ok"]), "prompt 1 holds 223, .*0 to 210")
+
+
+def test_a_tokenizer_without_special_tokens_will_do(bare_model):
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token = tokenizer.pad_token = None
+    with Inference(bare_model, tokenizer, **SIZES) as engine:
+        (output,) = generate(engine, "<bos>")
+        assert len(output.outputs[0].token_ids) == 3
+
+
+# --- sampling parameters -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *itertools.product(["max_tokens"], [0, -1, -(10**12), "5", True, False, 1.5, 5.0, NAN, INFINITY, [5]]),
+        *itertools.product(["temperature"], [-1, -1e-9, NAN, INFINITY, -INFINITY, 3, 2.01, "hot", None, True, 1j]),
+        *itertools.product(["seed"], [-1, 2**63, 10**30, 1.5, 0.0, True, "0", NAN]),
+        *itertools.product(["ignore_eos"], [None, 0, 1, "yes"]),
+    ],
+)
+def test_a_sampling_parameter_out_of_range_is_refused_with_its_value(name, value):
+    with pytest.raises(ValueError, match=name) as error:
+        SamplingParams(**{name: value})
+    assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        dict(max_tokens=1),
+        dict(max_tokens=None),
+        dict(max_tokens=10**12),
+        dict(temperature=0),
+        dict(temperature=2),
+        dict(temperature=1e-9),
+        dict(seed=0),
+        dict(seed=2**63 - 1),
+        dict(seed=None),
+    ],
+    ids=str,
+)
+def test_the_ends_of_the_ranges_are_in_range(parameters):
+    SamplingParams(**parameters)
+
+
+UNIMPLEMENTED = dict(
+    n=2,
+    top_p=0.9,
+    top_k=40,
+    min_p=0.1,
+    stop="\n",
+    stop_token_ids=[5],
+    min_tokens=1,
+    logprobs=0,  # vLLM: the sampled token's only. Equal to False, but not to the default None
+    prompt_logprobs=1,
+    presence_penalty=0.5,
+    frequency_penalty=-0.5,
+    repetition_penalty=1.1,
+    logit_bias={5: 1.0},
+    allowed_token_ids=[5],
+    skip_special_tokens=False,
+    include_stop_str_in_output=True,
+)
+
+
+@pytest.mark.parametrize("name", UNIMPLEMENTED)
+def test_a_sampling_parameter_that_is_not_implemented_is_refused_by_name(name):
+    with pytest.raises(NotImplementedError, match=rf"{name}=.*not implemented"):
+        SamplingParams(**{name: UNIMPLEMENTED[name]})
+
+
+def test_every_sampling_parameter_is_either_implemented_or_refused():
+    names = {field.name for field in dataclasses.fields(SamplingParams)}
+    assert names == {*UNIMPLEMENTED, "temperature", "seed", "max_tokens", "ignore_eos"}
+
+
+@pytest.mark.parametrize(("name", "value"), [("n", True), ("n", 0), ("n", 10**9), ("top_p", NAN), ("top_k", False)])
+def test_nonsense_in_a_parameter_that_is_not_implemented_is_refused_too(name, value):
+    with pytest.raises(NotImplementedError, match=name):
+        SamplingParams(**{name: value})
+
+
+def test_a_parameter_that_nobody_knows_is_refused_by_name():
+    with pytest.raises(TypeError, match="best_of"):
+        SamplingParams(best_of=2)
+
+
+def test_parameters_cannot_be_made_bad_afterwards():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        GREEDY.max_tokens = 0
+    with pytest.raises(ValueError, match=r"max_tokens.*0"):
+        dataclasses.replace(GREEDY, max_tokens=0)
+
+
+@pytest.mark.parametrize("temperature", [1e-9, 9e-6, 0.0, -0.0])
+def test_a_temperature_next_to_zero_is_greedy(engine, temperature):
+    params = SamplingParams(temperature=temperature, max_tokens=3, ignore_eos=True)
+    assert completion(engine, GOOD_PROMPT, params) == completion(engine, GOOD_PROMPT)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_as_many_sampling_params_as_prompts_are_wanted(engine, count):
+    match = f"2 prompts but {count} sampling_params"
+    assert_refused(engine, lambda: generate(engine, [[5], [6]], [GREEDY] * count), match)
+
+
+@pytest.mark.parametrize("params", [5, 0, "x", {"temperature": 0}, {}, [None], [{}]], ids=repr)
+def test_generate_refuses_what_is_not_sampling_params(engine, params):
+    assert_refused(engine, lambda: generate(engine, [[5, 6]], params), "sampling_params")
+
+
+@pytest.mark.parametrize(
+    "params", [5, 0, "x", {"temperature": 0}, {}, [], [GREEDY]], ids=lambda value: repr(value)[:20]
+)
+def test_add_request_refuses_what_is_not_sampling_params(engine, params):
+    try:
+        assert_refused(engine, lambda: engine.add_request([5, 6], params), "sampling_params")
+    finally:
+        engine.scheduler.reset()  # so that a request that slipped through fails this test alone
+
+
+# --- sizes -------------------------------------------------------------------------------------------------------
+
+
+BAD_SIZES = [
+    *itertools.product(
+        ["max_batch_size", "max_seq_length", "page_size", "n_pages", "max_num_batched_tokens"],
+        [0, -1, True, 1.5, "4", NAN],
+    ),
+    ("max_seq_length", 1),  # a prompt token and a generated one
+    ("n_pages", 1),  # page 0 is reserved
+    *itertools.product(["watermark"], [-1, True, 1.5, None]),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_SIZES)
+def test_a_size_out_of_range_is_refused_by_name_and_value(bare_model, name, value):
+    with pytest.raises(ValueError, match=rf"{name} must be an int >= \d.*got {value!r}"):
+        Inference(bare_model, None, **{**SIZES, name: value})
+    assert_untouched(bare_model)
+
+
+@pytest.mark.parametrize(("name", "value"), [("page_size", 0), ("n_pages", 0), ("n_pages", 1), ("max_seq_length", 513)])
+def test_a_refused_size_leaves_the_engine_that_has_the_model_alone(bare_model, name, value):
+    with Inference(bare_model, None, **SIZES) as engine:
+        with pytest.raises(ValueError, match=name):
+            Inference(bare_model, None, **{**SIZES, name: value})
+        assert len(completion(engine, GOOD_PROMPT).token_ids) == 3
+
+
+def test_a_pool_of_one_token_is_refused(bare_model):
+    with pytest.raises(ValueError, match="n_pages=2 of page_size=1 hold no prompt token and a generated one"):
+        Inference(bare_model, None, **{**SIZES, "n_pages": 2, "page_size": 1})
+    assert_untouched(bare_model)
+
+
+def test_max_seq_length_ends_where_the_models_positions_do(bare_model):
+    with pytest.raises(ValueError, match=r"max_seq_length=513 .*512 positions"):
+        Inference(bare_model, None, **{**SIZES, "max_seq_length": 513})
+    assert_untouched(bare_model)
+    with Inference(bare_model, None, **{**SIZES, "max_seq_length": 512}) as engine:
+        assert engine.max_seq_length == 512
+    with Inference(bare_model, None, **{**SIZES, "max_seq_length": None}) as engine:
+        assert engine.max_seq_length == 512
+
+
+def test_the_smallest_engine_there_is_answers(bare_model):
+    smallest = dict(max_batch_size=1, max_seq_length=2, n_pages=2, page_size=2, max_num_batched_tokens=1, watermark=0)
+    expected = hf_generate(bare_model, [5], 1, ignore_eos=True)
+    with Inference(bare_model, None, compile=False, **smallest) as engine:
+        assert completion(engine, [5]).token_ids == expected
+        assert_refused(engine, lambda: generate(engine, [[5, 6]]), "2 tokens.*max_seq_length=2")
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+
+def test_a_pool_larger_than_memory_is_refused_in_gb_and_the_next_engine_is_built(bare_model):
+    with pytest.raises(ValueError, match=r"1,000,000,000,000 pages of 4 .*[\d,]+\.\d GB.*[\d,]+\.\d GB .*n_pages="):
+        Inference(bare_model, None, **{**SIZES, "n_pages": 10**12})
+    assert_untouched(bare_model)
+    with Inference(bare_model, None, **SIZES) as engine:
+        assert len(completion(engine, GOOD_PROMPT).token_ids) == 3
+
+
+def pool_bytes(engine):
+    caches = [layer.kv_cache for layer in attention_layers(engine.model)]
+    kv_bytes = sum(cache.k_cache.nbytes + cache.v_cache.nbytes for cache in caches)
+    return kv_bytes + engine.page_table.physical_to_logical.nbytes
+
+
+def test_the_n_pages_that_is_said_to_fit_is_the_largest_that_does(bare_model, monkeypatch):
+    free = 100_000
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    with pytest.raises(ValueError, match=r"n_pages=\d+ fits") as error:
+        Inference(bare_model, None, **{**SIZES, "n_pages": 10_000})
+    fits = int(str(error.value).split("n_pages=")[1].split(" ")[0])
+    with Inference(bare_model, None, **{**SIZES, "n_pages": fits}) as engine:
+        assert pool_bytes(engine) <= free
+    with pytest.raises(ValueError, match=f"{fits + 1} pages.*n_pages={fits} fits"):
+        Inference(bare_model, None, **{**SIZES, "n_pages": fits + 1})
+    assert_untouched(bare_model)
+
+
+def test_the_default_pool_leaves_half_of_the_memory(bare_model, monkeypatch):
+    free = 1_000_000
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    with Inference(bare_model, None, **{**SIZES, "n_pages": None, "max_batch_size": 50}) as engine:
+        assert engine.page_table.n_pages < 1 + 50 * 4, "the workload fits: it shows nothing"
+        assert free / 4 < pool_bytes(engine) <= free / 2
+        assert completion(engine, GOOD_PROMPT).finish_reason == "length"
+
+
+def test_the_default_pool_holds_a_full_batch_where_memory_allows(bare_model):
+    with Inference(bare_model, None, **{**SIZES, "n_pages": None}) as engine:
+        assert engine.page_table.num_usable_pages == 2 * 4  # two sequences of 16 tokens
+
+
+def test_without_memory_for_a_page_the_default_pool_is_refused_for_want_of_memory(bare_model, monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
+    with pytest.raises(ValueError, match="GB"):
+        Inference(bare_model, None, **{**SIZES, "n_pages": None})
+    assert_untouched(bare_model)
+
+
+def raise_at_call(monkeypatch, owner, name, number):
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def call(*args, **kwargs):
+        if next(calls) == number:
+            raise MemoryError("injected")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, call)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "number"),
+    [
+        (inference.PageTable, "__init__", 1),
+        (PagedKVCache, "__init__", 1),
+        (PagedKVCache, "__init__", 2),  # half of the layers have their cache
+        (attention.AttentionInterface, "register", 1),
+        (inference, "_eos_token_ids", 1),
+    ],
+)
+def test_a_constructor_that_fails_anywhere_leaves_the_model_as_it_was(bare_model, monkeypatch, owner, name, number):
+    raise_at_call(monkeypatch, owner, name, number)
+    try:
+        with pytest.raises(MemoryError, match="injected"):
+            Inference(bare_model, None, **SIZES)
+        monkeypatch.undo()
+        assert_untouched(bare_model)
+        with Inference(bare_model, None, **SIZES) as engine:
+            assert len(completion(engine, GOOD_PROMPT).token_ids) == 3
+    finally:
+        attention.unpatch_model(bare_model)  # so that it is only this test that fails
+
+
+# --- compilation and models --------------------------------------------------------------------------------------
+
+
+def test_compiling_for_float64_is_refused(bare_model):
+    with pytest.raises(ValueError, match=r"compile=True.*torch\.float64"):
+        Inference(bare_model, None, **{**SIZES, "compile": True})
+    assert_untouched(bare_model)
+
+
+def test_without_a_wish_float64_runs_uncompiled(bare_model):
+    with Inference(bare_model, None, **{**SIZES, "compile": None}) as engine:
+        assert not engine.runner.compiled
+        assert len(completion(engine, GOOD_PROMPT).token_ids) == 3
+
+
+def assert_model_refused(model, match):
+    implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    with pytest.raises(ValueError, match=match):
+        Inference(model, None, **SIZES)
+    assert getattr(getattr(model, "config", None), "_attn_implementation", None) == implementation
+
+
+def test_an_unsupported_model_is_refused_by_name():
+    config = GPT2Config(
+        n_layer=1, n_embd=8, n_head=2, n_positions=64, vocab_size=11, bos_token_id=1, eos_token_id=1, pad_token_id=0
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert_model_refused(model, "GPT2LMHeadModel.*'gpt2'.*supported are gemma2, gemma3_text, llama, mistral, qwen2")
+
+
+@pytest.mark.parametrize("model", [None, "google/gemma-2-2b"])
+def test_what_is_no_model_is_refused(model):
+    assert_model_refused(model, "model")
+
+
+def test_a_model_without_a_head_is_refused():
+    assert_model_refused(AutoModel.from_config(CONFIGS["gemma2"]()).eval(), "Gemma2Model has no language-model head")
+
+
+def test_a_model_in_training_mode_is_refused():
+    assert_model_refused(fresh_model().train(), r"training mode.*model\.eval\(\)")
+
+
+ROPE = dict(rope_theta=10_000.0, factor=2.0)
+DYNAMIC = dict(ROPE, rope_type="dynamic")
+LONG = dict(
+    ROPE,
+    rope_type="longrope",
+    short_factor=[1.0] * 6,
+    long_factor=[2.0] * 6,
+    original_max_position_embeddings=256,
+)
+DEFAULT = dict(rope_type="default", rope_theta=10_000.0)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "rope", "name"),
+    [
+        ("llama", DYNAMIC, "dynamic"),
+        ("llama", LONG, "longrope"),
+        ("gemma3_text", dict(sliding_attention=DEFAULT, full_attention=DYNAMIC), "dynamic"),
+        ("gemma3_text", dict(sliding_attention=DYNAMIC, full_attention=DEFAULT), "dynamic"),
+    ],
+)
+def test_rope_that_depends_on_the_batch_is_refused(architecture, rope, name):
+    assert_model_refused(fresh_model(architecture, rope_parameters=rope), f"rope_type '{name}'")
+
+
+def test_rope_that_does_not_depend_on_the_batch_is_taken():
+    model = fresh_model(rope_parameters=dict(ROPE, rope_type="linear"))
+    expected = hf_generate(model, GOOD_PROMPT, 3, ignore_eos=True)
+    with Inference(model, None, **SIZES) as engine:
+        assert completion(engine, GOOD_PROMPT).token_ids == expected
+
+
+def test_a_model_spread_over_devices_is_refused():
+    model = fresh_model()
+    model.lm_head.to("meta")
+    assert_model_refused(model, r"one device.*\['cpu', 'meta'\]")
+
+
+def test_a_model_without_weights_is_refused():
+    assert_model_refused(fresh_model().to("meta"), r"one device.*\['meta'\]")
+
+
+def test_attention_in_both_directions_is_refused():
+    assert_model_refused(fresh_model("gemma3_text", use_bidirectional_attention=True), "use_bidirectional_attention")

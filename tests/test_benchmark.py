@@ -1,0 +1,81 @@
+"""benchmark.py notices a wrong engine; its workload is the same in every process; its report adds up."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+import benchmark
+from flex_nano_vllm import masks
+from flex_nano_vllm.workload import digest, make_workload
+
+ARGUMENTS = ["--no_compile", "--num_requests", "4", "--max_prompt_len", "20", "--min_new_tokens", "2"]
+ARGUMENTS += ["--max_new_tokens", "6", "--max_seq_length", "256"]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run the benchmark's main with arguments; its exit status, its stdout's last line, and where its CSV goes."""
+    monkeypatch.setattr(benchmark, "EXACTNESS_PROMPT_LENS", (1, 140))  # 140: past the model's window of 128
+    monkeypatch.setattr(benchmark, "EXACTNESS_TOKENS", 4)
+    monkeypatch.setattr(benchmark, "NUM_STRANGERS", 2)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, dict]:
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *ARGUMENTS, *arguments])
+        status = benchmark.main()
+        return status, json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return run
+
+
+def test_report_adds_up_and_the_csv_has_a_line_per_step(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("ENABLE_PROFILING", "1")
+    status, record = run()
+    workload = make_workload(4, (1, 20), (2, 6), range(3, 259), seed=0)
+    assert status == 0
+    assert record["exactness"]["mismatches"] == 0 and record["exactness"]["preemptions"] > 0
+    assert record["workload_digest"] == digest(workload)
+    assert record["results"]["output_tokens"] == sum(request.max_tokens for request in workload)
+    assert record["results"]["prompt_tokens"] == sum(len(request.prompt_token_ids) for request in workload)
+    steps = pd.read_csv(tmp_path / "profile.csv")
+    tokens = steps["num_prefill_tokens"] + steps["num_decode_tokens"]
+    # The last token of a request is sampled, but never computed.
+    assert tokens.sum() == record["results"]["prompt_tokens"] + record["results"]["output_tokens"] - 4
+    assert steps["time"].is_monotonic_increasing and steps["num_running"].iloc[-1] == 0
+
+
+def test_a_wrong_mask_is_a_mismatch_and_exit_status_1(run, monkeypatch):
+    """Gemma-2 without its sliding window: what the original engine computed."""
+    monkeypatch.setattr("flex_nano_vllm.step.layer_mask", lambda window: masks.causal)
+    status, record = run()
+    assert status == 1 and record["exactness"]["mismatches"] > 0
+
+
+def test_workload_is_the_same_in_every_process():
+    program = (
+        "from flex_nano_vllm.workload import *; print(digest(make_workload(20, (1, 9), (1, 9), range(3, 99), seed=7)))"
+    )
+    digests = {
+        subprocess.check_output([sys.executable, "-c", program], env=os.environ | {"PYTHONHASHSEED": salt})
+        for salt in ("1", "2")
+    }
+    assert len(digests) == 1
+    other_seed = digest(make_workload(20, (1, 9), (1, 9), range(3, 99), seed=8))
+    assert other_seed.encode() not in digests.pop()
+
+
+def test_a_model_that_cannot_be_had_is_an_error_only_if_it_was_asked_for(monkeypatch):
+    def no_hub(*args: object, **kwargs: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(benchmark.AutoModelForCausalLM, "from_pretrained", no_hub)
+    cpu, float32 = benchmark.torch.device("cpu"), benchmark.torch.float32
+    *_, name = benchmark.load(None, float32, cpu, Console())
+    assert name == "gemma2-tiny (random weights)"
+    with pytest.raises(OSError, match="no network"):
+        benchmark.load("google/gemma-2-2b", float32, cpu, Console())

@@ -1,0 +1,306 @@
+"""The isolation of requests: the masks of a packed step against their definition, slot by slot.
+
+    A query at position p of a sequence sees exactly the slots of positions max(0, p - window + 1) .. p of that
+    sequence, each of them once. A padding query sees nothing.
+
+The oracle walks these words in plain loops over lists of pages that the tests keep themselves. The code under test is
+read in both ways that FlexAttention reads it: `mask_mod` at every (query, slot), which is all that the uncompiled
+function knows, and the pages listed for each tile combined with `mask_mod`, which is what the kernels visit.
+"""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flex_nano_vllm.page_table import PageTable
+from flex_nano_vllm.scheduler import Chunk
+from flex_nano_vllm.sequence import SamplingParams, Sequence
+from flex_nano_vllm.step import StepBatch, TileKind, TileLayout
+
+N_PAGES = 13
+
+
+def token_id(row: int, position: int) -> int:
+    """A token that says where it comes from."""
+    return 1000 * row + position
+
+
+def make_sequence(row: int, num_tokens: int) -> Sequence:
+    return Sequence(
+        request_id=row,
+        prompt=None,
+        token_ids=[token_id(row, position) for position in range(num_tokens)],
+        num_prompt_tokens=num_tokens,
+        params=SamplingParams(),
+        seed=0,
+        eos_token_ids=frozenset(),
+        max_total_tokens=num_tokens + 1,
+        row=row,
+    )
+
+
+class Scene:
+    """A fragmented page table and some chunks, with the pages of each row also kept in plain lists."""
+
+    def __init__(self, page_size: int, max_pages_per_row: int = 5, max_batch_size: int = 4):
+        self.page_size = page_size
+        self.page_table = PageTable(N_PAGES, page_size, max_batch_size, max_pages_per_row)
+        self.pages: dict[int, list[int]] = {}  # row -> pages in logical order
+        self.chunks: list[Chunk] = []
+
+    def grow(self, row: int) -> bool:
+        """One more page for `row`. The lowest free page is handed out first, which is how its number is known."""
+        self.pages.setdefault(row, [])
+        taken = {page for pages in self.pages.values() for page in pages}
+        free = [page for page in range(1, N_PAGES) if page not in taken]
+        if not free or len(self.pages[row]) == self.page_table.max_pages_per_row:
+            return False
+        assert self.page_table.reserve(row, (len(self.pages[row]) + 1) * self.page_size)
+        self.pages[row].append(free[0])
+        return True
+
+    def erase(self, row: int) -> None:
+        self.page_table.erase(row)
+        del self.pages[row]
+
+    def slot(self, row: int, position: int) -> int:
+        return self.pages[row][position // self.page_size] * self.page_size + position % self.page_size
+
+    def visible(self, row: int, position: int, window: int | None) -> list[int]:
+        """The definition, word for word."""
+        first = 0 if window is None else max(0, position - window + 1)
+        return sorted(self.slot(row, seen) for seen in range(first, position + 1))
+
+    def tokens(self) -> list[tuple[int, int]]:
+        """(row, position) of each token of the step, in order."""
+        return [
+            (chunk.sequence.row, position)
+            for chunk in self.chunks
+            for position in range(chunk.start, chunk.start + chunk.length)
+        ]
+
+
+@st.composite
+def scenes(draw, page_size: int) -> Scene:
+    scene = Scene(page_size)
+    rows = [scene.page_table.allocate() for _ in range(scene.page_table.max_batch_size)]
+    synced = draw(st.booleans())
+    # Rows that grow in turns and are erased in between: their pages are neither neighbours nor in order.
+    turns = st.tuples(st.sampled_from(rows), st.sampled_from(["grow", "grow", "erase and grow"]))
+    for row, turn in draw(st.lists(turns, min_size=8, max_size=30)):
+        if turn != "grow" and scene.pages.get(row):
+            scene.erase(row)
+            assert scene.page_table.allocate() == row
+        scene.grow(row)
+        if synced:  # what the device knows already may be out of date by the time of the step
+            scene.page_table.sync()
+    holders = draw(st.permutations([row for row in rows if scene.pages.get(row)]))
+    for row in holders[draw(st.integers(0, len(holders) - 1)) :]:
+        # The last page may be half full, and tokens may be waiting for which there are no pages yet.
+        end = len(scene.pages[row]) * page_size - draw(st.integers(0, page_size - 1))
+        decodes = draw(st.booleans())
+        start = end - 1 if decodes else draw(st.integers(0, end - 1))
+        sequence = make_sequence(row, end + draw(st.integers(0, 2)))
+        scene.chunks.append(Chunk(sequence, start, end - start))
+    return scene
+
+
+@st.composite
+def layouts(draw, tile_lens: tuple[int, ...], group_size: int) -> TileLayout:
+    windows = draw(st.sampled_from([(None,), (1,), (None, 2), (3, None), (2, 7), (5, 100)]))
+    buckets = draw(st.sampled_from([None, (2, 64), (1, 3, 5, 64)]))
+    kinds = tuple(TileKind(tile_len, buckets) for tile_len in tile_lens)
+    return TileLayout(kinds, group_size, windows, whole_pool=draw(st.booleans()))
+
+
+def tiles_of(batch: StepBatch, layout: TileLayout):
+    """(tiles, their length, the token of each query of the step that is not padding), one for each kind in use."""
+    token_at = {slot: token for token, slot in enumerate(batch.tile_slot.tolist())}
+    lengths = {kind.tile_len for kind in layout.kinds}
+    before = 0
+    for tiles in batch.tiles:
+        q_block = next(iter(tiles.block_masks.values())).BLOCK_SIZE[0]
+        assert q_block % layout.group_size == 0
+        tile_len = q_block // layout.group_size
+        assert tile_len in lengths
+        queries = len(tiles.tokens)
+        yield tiles, tile_len, [token_at.get(before + query) for query in range(queries)]
+        before += queries
+
+
+def evaluate(block_mask, num_q_rows: int, kv_len: int) -> np.ndarray:
+    """mask_mod at every (row of a query block, slot)."""
+    zero = torch.zeros((), dtype=torch.int32)
+    q_idx = torch.arange(num_q_rows, dtype=torch.int32)[:, None]
+    slot = torch.arange(kv_len, dtype=torch.int32)[None]
+    return block_mask.mask_mod(zero, zero, q_idx, slot).broadcast_to(num_q_rows, kv_len).numpy()
+
+
+def assert_isolated(scene: Scene, batch: StepBatch, layout: TileLayout) -> None:
+    tokens, page_size = scene.tokens(), scene.page_size
+    seen_tokens = []
+    for tiles, tile_len, token_of_query in tiles_of(batch, layout):
+        rows_per_tile = tile_len * layout.group_size
+        num_q_rows = len(token_of_query) * layout.group_size
+        seen_tokens += [token for token in token_of_query if token is not None]
+        assert list(tiles.block_masks) == list(layout.windows)
+        for window, block_mask in tiles.block_masks.items():
+            assert tuple(block_mask.BLOCK_SIZE) == (rows_per_tile, page_size)
+            assert tuple(block_mask.seq_lengths) == (num_q_rows, batch.kv_len)
+            assert block_mask.full_kv_num_blocks is None, "a full block would not be masked by slot"
+            allowed = evaluate(block_mask, num_q_rows, batch.kv_len)
+            counts, lists = block_mask.kv_num_blocks[0, 0].tolist(), block_mask.kv_indices[0, 0].tolist()
+            assert len(counts) == len(lists) == num_q_rows // rows_per_tile
+            needed: list[set[int]] = [set() for _ in counts]
+            for q_row in range(num_q_rows):
+                tile, token = q_row // rows_per_tile, token_of_query[q_row // layout.group_size]
+                expected = [] if token is None else scene.visible(*tokens[token], window)
+                assert np.flatnonzero(allowed[q_row]).tolist() == expected
+                visited = [  # with repetition: a page listed twice would count twice in the softmax
+                    slot
+                    for page in lists[tile][: counts[tile]]
+                    for slot in range(page * page_size, page * page_size + page_size)
+                    if allowed[q_row, slot]
+                ]
+                assert sorted(visited) == expected
+                needed[tile].update(slot // page_size for slot in expected)
+            for tile, pages in enumerate(needed):
+                assert sorted(lists[tile][: counts[tile]]) == sorted(pages), "a page is listed that nobody needs"
+    assert sorted(seen_tokens) == list(range(len(tokens))), "a token without a query, or with two"
+
+
+@pytest.mark.parametrize("group_size", [1, 2])
+@pytest.mark.parametrize("tile_lens", [(1,), (4,), (1, 4)], ids=str)
+@pytest.mark.parametrize("page_size", [1, 2, 4])
+def test_a_query_sees_the_tokens_before_it_in_its_own_sequence_and_nothing_else(page_size, tile_lens, group_size):
+    @settings(max_examples=40, deadline=None, database=None)
+    @given(scene=scenes(page_size), layout=layouts(tile_lens, group_size))
+    def holds(scene, layout):
+        batch = StepBatch.build(scene.chunks, scene.page_table, layout)
+        assert_isolated(scene, batch, layout)
+
+    holds()
+
+
+@settings(max_examples=60, deadline=None, database=None)
+@given(data=st.data())
+def test_a_step_says_of_each_token_what_it_is_where_it_stands_and_where_it_goes(data):
+    scene = data.draw(st.sampled_from([1, 2, 4]).flatmap(scenes))
+    layout = data.draw(st.sampled_from([(1,), (4,), (1, 4), (2, 3)]).flatmap(lambda lens: layouts(lens, 2)))
+    batch = StepBatch.build(scene.chunks, scene.page_table, layout)
+    tokens = scene.tokens()
+    assert batch.input_ids.tolist() == [[token_id(row, position) for row, position in tokens]]
+    assert batch.position_ids.tolist() == [[position for _, position in tokens]]
+    assert batch.slots.tolist() == [scene.slot(row, position) for row, position in tokens]
+    last_tokens = [(chunk.sequence.row, chunk.start + chunk.length - 1) for chunk in scene.chunks]
+    assert [tokens[i] for i in batch.chunk_ends.tolist()] == last_tokens
+    assert batch.finite.tolist() == [True] * len(tokens), "nothing is known to be broken yet"
+    for ints in (batch.input_ids, batch.position_ids, batch.slots, batch.chunk_ends, batch.tile_slot):
+        assert ints.dtype == torch.int64
+
+
+@settings(max_examples=60, deadline=None, database=None)
+@given(data=st.data())
+def test_going_into_the_tiles_and_back_is_the_identity_on_tokens(data):
+    scene = data.draw(st.sampled_from([1, 2, 4]).flatmap(scenes))
+    layout = data.draw(st.sampled_from([(1,), (4,), (1, 4), (2, 3)]).flatmap(lambda lens: layouts(lens, 1)))
+    batch = StepBatch.build(scene.chunks, scene.page_table, layout)
+    values = torch.randn(len(scene.tokens()))
+    in_tiles = torch.cat([values[tiles.tokens] for tiles in batch.tiles])
+    assert torch.equal(in_tiles[batch.tile_slot], values)
+    assert batch.tile_slot.unique().numel() == len(values)
+
+
+@settings(max_examples=60, deadline=None, database=None)
+@given(data=st.data())
+def test_a_chunk_goes_into_the_smallest_tile_that_holds_it_and_tiles_are_padded_to_a_bucket(data):
+    scene = data.draw(st.sampled_from([1, 2, 4]).flatmap(scenes))
+    layout = data.draw(st.sampled_from([(1,), (4,), (1, 4), (2, 3)]).flatmap(lambda lens: layouts(lens, 1)))
+    batch = StepBatch.build(scene.chunks, scene.page_table, layout)
+    num_tiles: dict[int, int] = {}  # tile length -> tiles
+    for chunk in scene.chunks:
+        fitting = [kind.tile_len for kind in layout.kinds if kind.tile_len >= chunk.length]
+        tile_len = min(fitting) if fitting else max(kind.tile_len for kind in layout.kinds)
+        full, rest = divmod(chunk.length, tile_len)
+        num_tiles[tile_len] = num_tiles.get(tile_len, 0) + full + (rest > 0)
+    assert len(batch.tiles) == len(num_tiles)
+    for tiles, (tile_len, used) in zip(batch.tiles, sorted(num_tiles.items())):
+        buckets = layout.kinds[0].buckets
+        padded = used if buckets is None else min(bucket for bucket in buckets if bucket >= used)
+        assert len(tiles.tokens) == padded * tile_len
+        assert min(tiles.tokens.tolist()) >= 0, "padding reads a token that exists"
+
+
+@pytest.mark.parametrize("whole_pool", [True, False])
+@settings(max_examples=30, deadline=None, database=None)
+@given(data=st.data())
+def test_attention_is_handed_the_whole_pool_or_the_part_in_use_and_lists_as_wide_as_the_cpu_kernel_wants(
+    whole_pool, data
+):
+    scene = data.draw(st.sampled_from([1, 2, 4]).flatmap(scenes))
+    kinds = (TileKind(1, (2, 64)), TileKind(4, (2, 64)))
+    batch = StepBatch.build(scene.chunks, scene.page_table, TileLayout(kinds, 2, (None, 3), whole_pool))
+    highest = max(page for pages in scene.pages.values() for page in pages)
+    assert batch.kv_len == (N_PAGES if whole_pool else highest + 1) * scene.page_size
+    for tiles in batch.tiles:
+        for block_mask in tiles.block_masks.values():
+            pages = block_mask.kv_indices
+            assert pages.shape[-1] >= batch.kv_len // scene.page_size
+            assert pages.dtype == block_mask.kv_num_blocks.dtype == torch.int32
+            assert pages.min() >= 0 and pages.max() < N_PAGES, "past the end of the list, too, stand pages that exist"
+
+
+def test_the_drawing_in_the_docstring_of_step_holds():
+    scene = Scene(page_size=4)
+    a, b, c = (scene.page_table.allocate() for _ in range(3))
+    for row in (a, b, b, c, c):
+        scene.grow(row)
+    scene.chunks = [
+        Chunk(make_sequence(a, 1), 0, 1),
+        Chunk(make_sequence(b, 8), 7, 1),
+        Chunk(make_sequence(c, 6), 0, 5),  # the last token of c's prompt does not run in this step
+    ]
+    layout = TileLayout((TileKind(1, (4, 8)), TileKind(4, (2, 8))), group_size=2, windows=(None,), whole_pool=True)
+    batch = StepBatch.build(scene.chunks, scene.page_table, layout)
+    c_ids = [token_id(c, position) for position in range(5)]
+    assert batch.input_ids.tolist() == [[token_id(a, 0), token_id(b, 7), *c_ids]]
+    assert batch.chunk_ends.tolist() == [0, 1, 6]
+    small, large = batch.tiles
+    assert small.tokens.tolist() == [0, 1, 0, 0]
+    assert large.tokens.tolist() == [2, 3, 4, 5, 6, 0, 0, 0]
+    assert batch.tile_slot.tolist() == [0, 1, 4, 5, 6, 7, 8]
+    assert small.block_masks[None].kv_num_blocks.tolist() == [[[1, 2, 0, 0]]]
+    assert large.block_masks[None].kv_num_blocks.tolist() == [[[1, 2]]]
+    assert_isolated(scene, batch, layout)
+
+
+def test_padding_on_row_0_sees_nothing_and_writes_to_page_0():
+    """What `ModelRunner.warmup` runs: a step of nothing but sequences that own nothing."""
+    scene = Scene(page_size=2)
+    row = scene.page_table.allocate()
+    for _ in range(4):
+        scene.grow(row)  # somebody's pages, for padding to see if it could
+    layout = TileLayout((TileKind(1, (4,)), TileKind(4, (4,))), group_size=2, windows=(None, 2), whole_pool=True)
+    chunks = [Chunk(make_sequence(0, 3), 0, 3), Chunk(make_sequence(0, 1), 0, 1)]
+    batch = StepBatch.build(chunks, scene.page_table, layout)
+    assert all(0 <= slot < scene.page_size for slot in batch.slots.tolist())
+    for tiles in batch.tiles:
+        for block_mask in tiles.block_masks.values():
+            assert not evaluate(block_mask, block_mask.seq_lengths[0], batch.kv_len).any()
+
+
+def test_a_row_sees_nothing_of_the_sequence_that_had_its_pages_before():
+    scene = Scene(page_size=2)
+    old, new = scene.page_table.allocate(), scene.page_table.allocate()
+    layout = TileLayout((TileKind(1, None),), group_size=1, windows=(None, 3), whole_pool=False)
+    for row in (old, new, old, old, new):
+        scene.grow(row)
+    scene.chunks = [Chunk(make_sequence(old, 6), 0, 6), Chunk(make_sequence(new, 4), 0, 4)]
+    assert_isolated(scene, StepBatch.build(scene.chunks, scene.page_table, layout), layout)
+    scene.erase(old)
+    for _ in range(3):
+        scene.grow(new)
+    scene.chunks = [Chunk(make_sequence(new, 10), 3, 7)]
+    assert_isolated(scene, StepBatch.build(scene.chunks, scene.page_table, layout), layout)

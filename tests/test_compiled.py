@@ -1,0 +1,190 @@
+"""Compiled FlexAttention on this machine's CPU: same answers as uncompiled, and never a graph after warm-up."""
+
+import random
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+from tiny_models import VOCABULARY, hf_generate, tiny_model
+from torch._dynamo.utils import counters
+
+from flex_nano_vllm import Inference, PageTable, SamplingParams, inference
+from flex_nano_vllm.attention import PagedKVCache, kernel_options
+from flex_nano_vllm.runner import compile_flex_attention, tile_kinds, why_not_compiled
+from flex_nano_vllm.scheduler import Chunk
+from flex_nano_vllm.sequence import Sequence
+from flex_nano_vllm.step import StepBatch, TileKind, TileLayout
+
+rng = random.Random(0)
+PROMPTS = [[rng.randrange(3, VOCABULARY) for _ in range(length)] for length in (5, 30, 1, 17, 140, 2, 64)]
+
+
+def num_graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.compiled
+def test_compiled_engine_equals_generate_and_never_compiles_after_warmup():
+    """Decodes, prompts, mixtures, preemption, every number of sequences: all within the graphs of the warm-up."""
+    model = tiny_model("gemma2", torch.float32)
+    expected = [hf_generate(model, prompt, 12) for prompt in PROMPTS]
+    with Inference(
+        model, None, max_batch_size=5, page_size=16, n_pages=16, max_num_batched_tokens=80, watermark=0
+    ) as engine:
+        assert engine.runner.compiled
+        before = num_graphs()
+        engine.warmup()
+        assert num_graphs() - before == engine.runner.max_graphs == 8
+        after_warmup = num_graphs()
+        outputs = engine.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
+        assert [output.outputs[0].token_ids for output in outputs] == expected
+        assert engine.stats().num_preemptions > 0
+        for size in range(1, len(PROMPTS)):
+            engine.generate(PROMPTS[:size], SamplingParams(temperature=0.7, max_tokens=2), use_tqdm=False)
+        assert num_graphs() == after_warmup, "a step met a shape that the warm-up had not"
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(
+    ("page_size", "num_heads", "num_kv_heads", "window", "dtype"),
+    [
+        (1, 4, 4, None, torch.float32),
+        (4, 6, 2, 7, torch.float32),
+        (16, 4, 1, 7, torch.bfloat16),
+        (128, 4, 2, None, torch.bfloat16),
+    ],
+)
+def test_compiled_attention_equals_uncompiled(page_size, num_heads, num_kv_heads, window, dtype):
+    """One layer, random queries and pool, small and large tiles in one step, pages of four rows interleaved."""
+    head_dim, group_size = 16, num_heads // num_kv_heads
+    table = PageTable(n_pages=1 + 4 * -(-64 // page_size), page_size=page_size, max_batch_size=4, max_pages_per_row=64)
+    sequences = []
+    for length in (40, 1, 9, 23):
+        row = table.allocate()
+        sequences.append(Sequence(row, None, [0] * length, length, SamplingParams(), 0, frozenset(), length, row=row))
+    for end in range(1, 41):  # token by token, so that no sequence's pages are neighbours
+        for sequence in sequences:
+            table.reserve(sequence.row, min(end, sequence.num_tokens))
+    chunks = [Chunk(s, s.num_tokens - n, n) for s, n in zip(sequences, (1, 1, 9, 20))]
+
+    generator = torch.Generator().manual_seed(0)
+
+    def random_tensor(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    num_tokens = sum(chunk.length for chunk in chunks)
+    query = random_tensor(num_tokens, num_heads, head_dim)
+    k_pool, v_pool = (random_tensor(1, num_kv_heads, table.n_pages * page_size, head_dim) for _ in range(2))
+    outputs = {}
+    for compiled, kinds in ((True, tile_kinds(group_size, 4, 32, "cpu")), (False, (TileKind(1, None),))):
+        layout = TileLayout(kinds, group_size, (window,), whole_pool=compiled)
+        cache = PagedKVCache(
+            table.n_pages * page_size,
+            num_kv_heads,
+            head_dim,
+            dtype,
+            torch.device("cpu"),
+            compile_flex_attention(compiled),
+        )
+        cache.k_cache.copy_(k_pool)
+        cache.v_cache.copy_(v_pool)
+        step = StepBatch.build(chunks, table, layout)
+        with torch.no_grad():
+            outputs[compiled] = cache.attend(query, step, window, scale=0.3, cap=5.0).double()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert (outputs[True] - outputs[False]).abs().max() < tolerance
+    assert outputs[False].abs().max() > 0.5, "attention over nothing would also be equal"
+
+
+@pytest.mark.parametrize(("max_seq_length", "num_masks"), [(12, 1), (13, 2)])
+def test_a_window_that_nobody_can_notice_needs_no_kernel_of_its_own(max_seq_length, num_masks):
+    """The window is 12: of 12 tokens the last still sees the first."""
+    model = tiny_model("gemma2")
+    prompt = PROMPTS[0]
+    with Inference(model, None, 2, max_seq_length, page_size=1, max_num_batched_tokens=8, compile=False) as engine:
+        (output,) = engine.generate([prompt], SamplingParams(temperature=0, max_tokens=99), use_tqdm=False)
+        kinds = tile_kinds(2, 2, 8, "cpu")
+        engine.runner.layout = replace(engine.runner.layout, kinds=kinds)
+        assert engine.runner.max_graphs == num_masks * sum(len(kind.buckets) for kind in kinds)
+    num_tokens = max_seq_length - len(prompt)
+    assert output.outputs[0].token_ids == hf_generate(model, prompt, num_tokens)
+
+
+@pytest.mark.compiled
+def test_compiled_bfloat16_tokens_are_hugging_faces_choice_or_nearly():
+    """bfloat16 knows about three digits: two tokens within 0.5 nats of each other are the same to it."""
+    model = tiny_model("qwen3", torch.bfloat16)
+    with Inference(model, None, max_batch_size=4, page_size=16, n_pages=64) as engine:
+        outputs = engine.generate(
+            PROMPTS, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True), use_tqdm=False
+        )
+    for prompt, output in zip(PROMPTS, outputs):
+        tokens = output.outputs[0].token_ids
+        with torch.no_grad():
+            logprobs = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+        deficit = logprobs.amax(-1) - logprobs.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        assert deficit.max() < 0.5
+
+
+def test_without_a_compiler_the_engine_says_so_and_runs_uncompiled(caplog):
+    model = tiny_model("llama", torch.float32)
+    inference._warn_uncompiled.cache_clear()
+    with mock.patch("shutil.which", return_value=None):
+        Inference(model, None, n_pages=8, page_size=16)
+        engine = Inference(model, None, n_pages=8, page_size=16)
+        (warning,) = caplog.messages
+        assert "runs uncompiled" in warning and "C++ compiler" in warning
+        assert not engine.runner.compiled
+        (output,) = engine.generate([PROMPTS[0]], SamplingParams(temperature=0, max_tokens=3), use_tqdm=False)
+        engine.close()
+        assert output.outputs[0].token_ids == hf_generate(model, PROMPTS[0], 3)
+        with pytest.raises(ValueError, match=r"compile=True, but there is no C\+\+ compiler"):
+            Inference(model, None, n_pages=8, page_size=16, compile=True)
+
+
+def test_without_pythons_headers_nothing_is_compiled(tmp_path):
+    with mock.patch("sysconfig.get_path", return_value=str(tmp_path)):
+        assert "python3-dev" in why_not_compiled(torch.device("cpu"), torch.float32, 16)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "page_size", "reason"),
+    [
+        ("cpu", torch.float64, 16, "float64"),
+        ("cuda", torch.bfloat16, 8, "at least 16"),
+        ("cuda", torch.bfloat16, 48, "power of two"),
+        ("mps", torch.float32, 128, "mps"),
+    ],
+)
+def test_what_cannot_be_compiled_is_said_with_its_reason(device, dtype, page_size, reason):
+    assert reason in why_not_compiled(torch.device(device), dtype, page_size)
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("group_size", [1, 2, 3, 4, 5, 6, 7, 8, 12, 16])
+def test_a_cuda_tile_divides_the_blocks_of_the_mask(group_size, page_size):
+    """What torch leaves to itself divides multiples of 128."""
+    for kind in tile_kinds(group_size, 8, 512, "cuda"):
+        q_block = kind.tile_len * group_size
+        options = kernel_options(torch.device("cuda"), q_block, page_size)
+        assert q_block % options.get("BLOCK_M", 128) == 0 and options.get("BLOCK_M", 16) >= 16
+        assert page_size % options.get("BLOCK_N", 128) == 0
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+@pytest.mark.parametrize("group_size", [1, 2, 3, 4, 6, 7, 8, 16])
+@pytest.mark.parametrize(("max_batch_size", "budget"), [(1, 1), (1, 512), (5, 64), (20, 100), (256, 2048)])
+def test_every_step_fits_a_bucket(device_type, group_size, max_batch_size, budget):
+    """The worst steps: all chunks of one token, all of one more than a tile, one chunk of everything."""
+    kinds = tile_kinds(group_size, max_batch_size, budget, device_type)
+    layout = TileLayout(kinds, group_size, (None,), whole_pool=True)
+    assert [kind.tile_len for kind in kinds] == sorted(kind.tile_len for kind in kinds)
+    for chunk_len in {1, *(kind.tile_len + 1 for kind in kinds), budget}:
+        num_chunks = min(max_batch_size, budget // chunk_len)
+        if num_chunks:
+            kind = kinds[layout.kind_index(chunk_len)]
+            num_tiles = num_chunks * -(-chunk_len // kind.tile_len)
+            assert kind.num_padded_tiles(num_tiles) >= num_tiles
+            if device_type == "cuda":
+                assert kind.tile_len * group_size % 16 == 0, "a CUDA tile is a multiple of 16 rows"

@@ -1,0 +1,47 @@
+"""What holds of the package as a whole."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import flex_nano_vllm
+
+PACKAGE = Path(flex_nano_vllm.__file__).parent
+# Whoever stands further right may import whoever stands further left, never the other way round.
+ORDER = [
+    ["metrics", "masks", "workload", "random_models", "sampler"],
+    ["sequence", "page_table"],
+    ["scheduler"],
+    ["step"],
+    ["attention"],
+    ["memory", "runner"],
+    ["inference"],
+    ["__init__"],
+]
+
+
+def test_importing_the_package_has_no_effect():
+    """It prints nothing, starts no CUDA, compiles nothing, and leaves torch's settings alone."""
+    program = """
+import torch, torch._dynamo
+from torch._dynamo.utils import counters
+limit = torch._dynamo.config.recompile_limit
+import flex_nano_vllm
+assert not torch.cuda.is_initialized()
+assert not counters["stats"]
+assert torch._dynamo.config.recompile_limit == limit
+assert torch.is_grad_enabled()
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+def test_imports_point_one_way():
+    rank = {name: level for level, names in enumerate(ORDER) for name in names}
+    assert set(rank) == {path.stem for path in PACKAGE.glob("*.py")}
+    for path in PACKAGE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("flex_nano_vllm."):
+                imported = node.module.split(".")[1]
+                assert rank[imported] < rank[path.stem], f"{path.name} imports {imported}"

@@ -1,0 +1,396 @@
+"""PageTable by example: who owns which page, what the host and the device know of it, and what is refused.
+
+`check_invariants` runs after every call that changes something, always on a copy: it calls `sync`, and on the table
+itself that would hide a device left out of date. Its verdict counts for something only because the tests at the
+end show that it notices every kind of corruption.
+"""
+
+import copy
+
+import numpy as np
+import pytest
+
+from flex_nano_vllm.page_table import PageTable
+
+
+class CheckedPageTable(PageTable):
+    """A PageTable whose every call is followed by `check_invariants`."""
+
+    def reset(self):
+        super().reset()
+        check(self)
+
+    def allocate(self):
+        row = super().allocate()
+        check(self)
+        return row
+
+    def reserve(self, row, num_tokens):
+        reserved = super().reserve(row, num_tokens)
+        check(self)
+        return reserved
+
+    def erase(self, row):
+        super().erase(row)
+        check(self)
+
+    def sync(self):
+        super().sync()
+        assert not self._stale_table and not self._stale_inverse
+
+
+def check(table: PageTable) -> None:
+    copied = copy.deepcopy(table)
+    copied.__class__ = PageTable  # or its sync would be checked again
+    copied.check_invariants()
+
+
+def state(table: PageTable) -> dict:
+    """All that the table knows, the not yet uploaded part included, as plain values that compare with ==."""
+    plain = {name: copy.deepcopy(value) for name, value in vars(table).items()}
+    for name in ("table", "host_table", "physical_to_logical"):
+        plain[name] = plain[name].tolist()
+    return plain
+
+
+def pages_of(table: PageTable, row: int) -> list[int]:
+    """The pages of `row` in logical order, read from the host mirror."""
+    return table.host_table[row, : table.num_pages(row)].tolist()
+
+
+def make(n_pages: int = 8, page_size: int = 4, max_batch_size: int = 3, max_pages_per_row: int = 7) -> PageTable:
+    return CheckedPageTable(n_pages, page_size, max_batch_size, max_pages_per_row)
+
+
+@pytest.fixture
+def worked_example() -> PageTable:
+    """The state drawn in the module's docstring: row 2 holds 10 tokens on pages 3, 1, 6."""
+    table = make()
+    assert [table.allocate() for _ in range(3)] == [1, 2, 3]
+    assert table.reserve(1, 4)  # page 1
+    assert table.reserve(3, 4)  # page 2
+    assert table.reserve(2, 4)  # page 3
+    assert table.reserve(3, 12)  # pages 4 and 5
+    table.erase(1)
+    assert table.reserve(2, 8)  # page 1
+    assert table.reserve(2, 10)  # page 6
+    return table
+
+
+def test_worked_example_of_the_docstring_holds(worked_example):
+    table = worked_example
+    assert pages_of(table, 2) == [3, 1, 6]
+    table.sync()
+    assert table.table[2].tolist() == [3, 1, 6, 0, 0, 0, 0]
+    assert table.physical_to_logical[2].tolist() == [-1, 1, -1, 0, -1, -1, 2, -1]
+    assert table.slots(np.array([2, 2]), np.array([5, 9])).tolist() == [5, 25]
+
+
+def test_slots_maps_every_token_of_every_row_to_its_page_and_offset(worked_example):
+    pages = {2: [3, 1, 6], 3: [2, 4, 5]}
+    rows, positions, expected = [], [], []
+    for row, num_tokens in ((3, 12), (2, 10)):
+        for position in reversed(range(num_tokens)):
+            rows.append(row)
+            positions.append(position)
+            expected.append(pages[row][position // 4] * 4 + position % 4)
+    assert worked_example.slots(np.array(rows), np.array(positions)).tolist() == expected
+    assert len(set(expected)) == len(expected)
+
+
+def test_slots_of_unmapped_positions_and_of_row_0_lie_in_page_0(worked_example):
+    rows = np.array([0, 0, 2, 2, 1, 1])
+    positions = np.array([0, 27, 12, 27, 0, 5])  # row 2 has three pages, row 1 was erased
+    assert worked_example.slots(rows, positions).tolist() == [0, 3, 0, 3, 0, 1]
+
+
+def test_slots_sees_a_reservation_before_the_device_does():
+    table = make()
+    row = table.allocate()
+    table.reserve(row, 5)
+    assert table.slots(np.array([row, row]), np.array([0, 4])).tolist() == [4, 8]
+    assert table.table.count_nonzero() == 0, "nothing goes to the device before sync"
+    table.sync()
+    assert table.table[row].tolist() == [1, 2, 0, 0, 0, 0, 0]
+
+
+def test_sync_twice_changes_nothing(worked_example):
+    worked_example.sync()
+    before = state(worked_example)
+    worked_example.sync()
+    assert state(worked_example) == before
+
+
+def test_a_new_table_maps_nothing_and_has_all_pages_but_one_free():
+    table = make(n_pages=8)
+    assert (table.num_usable_pages, table.num_free_pages, table.num_used_pages) == (7, 7, 0)
+    assert table.num_live_pages == 1
+    assert table.allocated_rows == []
+    assert not table.table.any() and not table.host_table.any()
+    assert (table.physical_to_logical == -1).all()
+
+
+def test_every_row_but_row_0_is_handed_out_once_then_allocate_raises():
+    table = make(max_batch_size=3)
+    assert sorted(table.allocate() for _ in range(3)) == [1, 2, 3]
+    before = state(table)
+    with pytest.raises(RuntimeError, match="all 3 rows"):
+        table.allocate()
+    assert state(table) == before
+
+
+def test_every_page_but_page_0_is_handed_out_once():
+    table = make(n_pages=6, page_size=1, max_pages_per_row=5)
+    first, second = table.allocate(), table.allocate()
+    assert table.reserve(first, 2)
+    assert table.reserve(second, 3)
+    assert sorted(pages_of(table, first) + pages_of(table, second)) == [1, 2, 3, 4, 5]
+    assert table.num_free_pages == 0
+    assert not table.reserve(first, 3)
+
+
+@pytest.mark.parametrize("n_pages", [2, 3, 8])
+@pytest.mark.parametrize("page_size", [1, 3, 4])
+def test_a_pool_of_n_pages_holds_n_minus_1_pages_of_tokens_and_not_one_token_more(n_pages, page_size):
+    table = make(n_pages, page_size, max_pages_per_row=n_pages)
+    row = table.allocate()
+    capacity = (n_pages - 1) * page_size
+    assert not table.reserve(row, capacity + 1)
+    assert table.num_free_pages == n_pages - 1
+    assert table.reserve(row, capacity)
+    assert table.num_free_pages == 0
+    assert not table.reserve(row, capacity + 1)
+
+
+def test_a_row_holds_just_the_pages_that_its_tokens_need():
+    table = make(page_size=4)
+    row = table.allocate()
+    for num_tokens, pages in [(0, 0), (1, 1), (4, 1), (5, 2), (8, 2), (9, 3)]:
+        assert table.reserve(row, num_tokens)
+        assert table.num_pages(row) == table.pages_for(num_tokens) == pages
+        assert table.num_used_pages == pages
+
+
+def test_reserving_fewer_tokens_than_held_gives_nothing_back():
+    table = make(page_size=4)
+    row = table.allocate()
+    table.reserve(row, 9)
+    before = state(table)
+    assert table.reserve(row, 2)
+    assert state(table) == before
+
+
+def test_growing_a_row_keeps_its_earlier_pages_where_they_are(worked_example):
+    assert worked_example.reserve(2, 16)
+    assert pages_of(worked_example, 2) == [3, 1, 6, 7]
+
+
+@pytest.mark.parametrize("synced", [False, True])
+def test_a_reservation_that_does_not_fit_returns_false_and_changes_nothing(worked_example, synced):
+    assert worked_example.num_free_pages == 1
+    if synced:
+        worked_example.sync()
+    before = state(worked_example)
+    assert not worked_example.reserve(2, 17)  # two more pages; one is free, and it must not be taken
+    assert not worked_example.reserve(3, 28)
+    assert state(worked_example) == before
+
+
+def test_reserving_on_a_row_that_is_not_allocated_raises_with_its_number(worked_example):
+    before = state(worked_example)
+    for row in (0, 1, 4, -1):  # reserved, erased, and two that do not exist
+        with pytest.raises(ValueError, match=f"row {row} of the page table is not allocated"):
+            worked_example.reserve(row, 1)
+    assert state(worked_example) == before
+
+
+def test_erasing_a_row_that_is_not_allocated_raises_with_its_number(worked_example):
+    before = state(worked_example)
+    for row in (0, 1, 4, -1):
+        with pytest.raises(ValueError, match=f"row {row} of the page table is not allocated"):
+            worked_example.erase(row)
+    assert state(worked_example) == before
+
+
+def test_erasing_twice_raises_and_frees_nothing_twice(worked_example):
+    worked_example.erase(2)
+    before = state(worked_example)
+    with pytest.raises(ValueError, match="row 2 "):
+        worked_example.erase(2)
+    assert state(worked_example) == before
+    assert worked_example.allocate() != worked_example.allocate(), "one row given to two sequences"
+
+
+def test_more_tokens_than_a_row_can_list_raise_with_the_numbers():
+    table = make(n_pages=8, page_size=4, max_pages_per_row=2)
+    row = table.allocate()
+    assert table.reserve(row, 8)
+    before = state(table)
+    with pytest.raises(ValueError, match=r"9 tokens are 3 pages of 4, but a row lists at most 2"):
+        table.reserve(row, 9)
+    assert state(table) == before
+
+
+def test_too_many_tokens_for_a_row_raise_even_where_the_pool_has_no_room_for_them_either():
+    table = make(n_pages=3, page_size=4, max_pages_per_row=2)
+    with pytest.raises(ValueError, match="100 tokens are 25 pages"):
+        table.reserve(table.allocate(), 100)
+
+
+def test_erase_gives_back_the_row_and_all_its_pages(worked_example):
+    worked_example.erase(2)
+    assert worked_example.allocated_rows == [3]
+    assert (worked_example.num_free_pages, worked_example.num_used_pages) == (4, 3)
+    worked_example.erase(3)
+    assert worked_example.allocated_rows == []
+    assert worked_example.num_free_pages == worked_example.num_usable_pages
+    row = worked_example.allocate()
+    assert worked_example.reserve(row, 28)
+    assert sorted(pages_of(worked_example, row)) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_an_erased_row_maps_nothing_after_the_next_sync(worked_example):
+    worked_example.sync()
+    worked_example.erase(2)
+    worked_example.sync()
+    assert worked_example.table[2].tolist() == [0] * 7
+    assert worked_example.physical_to_logical[2].tolist() == [-1] * 8
+
+
+def test_a_page_that_changes_rows_between_two_syncs_is_mapped_by_its_new_row_only():
+    table = make()
+    old, new = table.allocate(), table.allocate()
+    table.reserve(old, 8)  # pages 1 and 2
+    table.sync()
+    table.erase(old)
+    table.reserve(new, 5)  # pages 1 and 2 again
+    table.sync()
+    assert table.table[old].tolist() == [0] * 7
+    assert table.physical_to_logical[old].tolist() == [-1] * 8
+    assert table.table[new].tolist() == [1, 2, 0, 0, 0, 0, 0]
+    assert table.physical_to_logical[new].tolist() == [-1, 0, 1, -1, -1, -1, -1, -1]
+
+
+def test_a_page_that_comes_back_to_its_row_between_two_syncs_is_mapped_by_the_last_word():
+    table = make()
+    row, other = table.allocate(), table.allocate()
+    table.reserve(row, 12)  # pages 1, 2, 3
+    table.sync()
+    table.erase(row)
+    table.reserve(other, 4)  # page 1
+    assert table.allocate() == row
+    table.reserve(row, 8)  # pages 2 and 3, one place further to the front than before
+    table.sync()
+    assert table.table[row].tolist() == [2, 3, 0, 0, 0, 0, 0]
+    assert table.physical_to_logical[row].tolist() == [-1, -1, 0, 1, -1, -1, -1, -1]
+    assert table.table[other].tolist() == [1, 0, 0, 0, 0, 0, 0]
+
+
+def test_a_page_taken_and_given_back_between_two_syncs_leaves_no_trace():
+    table = make()
+    table.sync()
+    row = table.allocate()
+    table.reserve(row, 12)
+    table.erase(row)
+    table.sync()
+    assert not table.table.any()
+    assert (table.physical_to_logical == -1).all()
+
+
+def test_reset_forgets_everything_even_what_the_device_was_not_yet_told(worked_example):
+    worked_example.sync()
+    worked_example.erase(2)
+    worked_example.reserve(3, 16)
+    worked_example.reset()
+    assert state(worked_example) == state(make())
+    worked_example.sync()
+    assert not worked_example.table.any()
+    assert (worked_example.physical_to_logical == -1).all()
+
+
+def test_num_live_pages_reaches_to_the_highest_page_in_use(worked_example):
+    assert worked_example.num_live_pages == 7  # page 6
+    worked_example.erase(2)
+    assert worked_example.num_live_pages == 6  # page 5
+    worked_example.erase(3)
+    assert worked_example.num_live_pages == 1  # page 0 is always there
+    worked_example.allocate()
+    assert worked_example.num_live_pages == 1, "a row without pages"
+
+
+def set_device_table(table: PageTable) -> None:
+    table.sync()
+    table.table[2, 1] = 7
+
+
+def set_device_inverse(table: PageTable) -> None:
+    table.sync()
+    table.physical_to_logical[2, 6] = 1
+
+
+def leave_page_in_inverse_of_erased_row(table: PageTable) -> None:
+    table.sync()
+    table.physical_to_logical[1, 1] = 0  # page 1 was row 1's, and is now row 2's
+
+
+def leave_page_in_table_of_erased_row(table: PageTable) -> None:
+    table.sync()
+    table.table[1, 0] = 1
+
+
+def forget_upload(table: PageTable) -> None:
+    table.sync()
+    table.erase(2)
+    table._stale_table.clear()
+
+
+def forget_inverse_upload(table: PageTable) -> None:
+    table.sync()
+    table.erase(2)
+    table._stale_inverse.clear()
+
+
+@pytest.mark.parametrize(
+    ("corrupt", "message"),
+    [
+        pytest.param(lambda t: t._free_pages.pop(), "pages lost", id="lost free page"),
+        pytest.param(lambda t: t._pages[2].pop(), "pages lost", id="lost owned page"),
+        pytest.param(lambda t: t._free_pages.append(7), "doubled", id="page twice free"),
+        pytest.param(lambda t: t._free_pages.append(6), "doubled", id="page free and owned"),
+        pytest.param(lambda t: t._pages[3].append(6), "doubled", id="page of two rows"),
+        pytest.param(lambda t: t._pages[2].append(8), "pages lost or doubled", id="page that does not exist"),
+        pytest.param(lambda t: t._free_pages.append(0), "page 0", id="page 0 free"),
+        pytest.param(lambda t: t._pages[2].append(0), "page 0", id="page 0 owned"),
+        pytest.param(lambda t: t._free_rows.append(0), "row 0", id="row 0 free"),
+        pytest.param(lambda t: t._pages.update({0: []}), "row 0", id="row 0 in use"),
+        pytest.param(lambda t: t._free_rows.clear(), "rows lost", id="lost row"),
+        pytest.param(lambda t: t._free_rows.append(2), "rows lost or doubled", id="row free and in use"),
+        pytest.param(lambda t: t._free_rows.append(1), "rows lost or doubled", id="row twice free"),
+        pytest.param(lambda t: t._num_tokens.update({2: 8}), "row 2 holds 3 pages for 8", id="hoarded page"),
+        pytest.param(lambda t: t._num_tokens.update({2: 13}), "row 2 holds 3 pages for 13", id="too few pages"),
+        pytest.param(lambda t: t._num_tokens.pop(2), None, id="row without a count"),
+        pytest.param(lambda t: t.host_table.__setitem__((2, 1), 7), "host mirror", id="stale host mirror"),
+        pytest.param(lambda t: t.host_table.__setitem__((1, 0), 1), "host mirror", id="host maps an erased row"),
+        pytest.param(set_device_table, "device table", id="stale device table"),
+        pytest.param(set_device_inverse, "inverse", id="stale device inverse"),
+        pytest.param(leave_page_in_inverse_of_erased_row, "inverse", id="inverse maps an erased row"),
+        pytest.param(leave_page_in_table_of_erased_row, "device table", id="device maps an erased row"),
+        pytest.param(forget_upload, "device table", id="upload forgotten"),
+        pytest.param(forget_inverse_upload, "inverse", id="inverse upload forgotten"),
+    ],
+)
+def test_check_invariants_notices(worked_example, corrupt, message):
+    table = worked_example
+    table.__class__ = PageTable  # so that it is this test's check that fails, not one on the way
+    table.check_invariants()
+    corrupt(table)
+    with pytest.raises(AssertionError, match=message):
+        table.check_invariants()
+
+
+def test_swapped_pages_are_noticed_although_none_is_lost(worked_example):
+    worked_example.sync()
+    pages = worked_example._pages
+    pages[2][0], pages[3][0] = pages[3][0], pages[2][0]
+    with pytest.raises(AssertionError, match="host mirror differs"):
+        worked_example.check_invariants()

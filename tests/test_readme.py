@@ -1,0 +1,21 @@
+"""The README's snippet runs as pasted and prints what stands below it; its links lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+@pytest.mark.compiled
+def test_snippet_prints_what_the_readme_shows(capsys):
+    snippet, shown = re.search(r"```python\n(.*?)```\n```text\n(.*?)```", README.read_text(), re.DOTALL).groups()
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert capsys.readouterr().out == shown
+
+
+def test_links_to_files_are_not_broken():
+    targets = re.findall(r"\]\(([^)#:]+)\)", README.read_text())
+    assert targets
+    assert [target for target in targets if not (README.parent / target).exists()] == []

@@ -1,0 +1,739 @@
+"""The scheduler by example: order of arrival, token budget, preemption, watermark, endings. No model.
+
+The fake model's token depends on the request and the position alone, as a greedy model's does; so a request's output
+must be the same whatever was scheduled around it. `check_invariants` runs after every call.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+
+from flex_nano_vllm.page_table import PageTable
+from flex_nano_vllm.scheduler import Chunk, Scheduler
+from flex_nano_vllm.sequence import SamplingParams, Sequence
+
+EOS = 0
+
+
+def fake_token(request_id: int, position: int) -> int:
+    return 1 + (31 * request_id + 7 * position) % 97
+
+
+def make_scheduler(
+    usable_pages: int = 100, page_size: int = 1, rows: int = 8, budget: int = 64, watermark: int = 0
+) -> Scheduler:
+    page_table = PageTable(usable_pages + 1, page_size, rows, max_pages_per_row=usable_pages)
+    return Scheduler(page_table, budget, watermark)
+
+
+def submit(scheduler: Scheduler, request_id: int, prompt_len: int, max_tokens: int = 1000) -> Sequence:
+    """Add a request as the engine does: what it may generate is cut to what the pool can hold."""
+    room = scheduler.page_table.num_usable_pages * scheduler.page_table.page_size - prompt_len
+    assert room >= 1, "the engine would have refused it"
+    sequence = Sequence(
+        request_id=request_id,
+        prompt=None,
+        token_ids=[fake_token(request_id, position) for position in range(prompt_len)],
+        num_prompt_tokens=prompt_len,
+        params=SamplingParams(),
+        seed=0,
+        eos_token_ids=frozenset({EOS}),
+        max_total_tokens=prompt_len + min(room, max_tokens),
+    )
+    scheduler.add(sequence)
+    scheduler.check_invariants()
+    return sequence
+
+
+def schedule(scheduler: Scheduler) -> list[Chunk]:
+    chunks = scheduler.schedule()
+    scheduler.check_invariants()
+    assert sum(chunk.length for chunk in chunks) <= scheduler.max_num_batched_tokens
+    assert all(chunk.length >= 1 for chunk in chunks)
+    return chunks
+
+
+def reply(chunk: Chunk, replies: dict[int, int]) -> int:
+    """One for every chunk, also for those that end before the last token: what they say must not be taken."""
+    request_id = chunk.sequence.request_id
+    return replies.get(request_id, fake_token(request_id, chunk.start + chunk.length))
+
+
+def commit(scheduler: Scheduler, chunks: list[Chunk], replies: dict[int, int] | None = None) -> list[Sequence]:
+    """Commit what the fake model says, or what `replies` says for a request id."""
+    finished = scheduler.commit(chunks, [reply(chunk, replies or {}) for chunk in chunks])
+    scheduler.check_invariants()
+    return finished
+
+
+def step(scheduler: Scheduler, replies: dict[int, int] | None = None) -> dict[int, int]:
+    """One whole step. Returns how many tokens of each request it computed."""
+    chunks = schedule(scheduler)
+    commit(scheduler, chunks, replies)
+    return lengths(chunks)
+
+
+def lengths(chunks: list[Chunk]) -> dict[int, int]:
+    return {chunk.sequence.request_id: chunk.length for chunk in chunks}
+
+
+def ids(sequences) -> list[int]:
+    return [sequence.request_id for sequence in sequences]
+
+
+def until_done(scheduler: Scheduler, max_steps: int = 1000) -> Iterator[None]:
+    """One round for each step, and an end even where the scheduler finds none."""
+    for _ in range(max_steps):
+        if not scheduler.has_unfinished_requests():
+            return
+        yield
+    raise AssertionError(f"not done after {max_steps} steps")
+
+
+def run_until_done(scheduler: Scheduler) -> int:
+    """Returns the number of tokens computed on the way."""
+    computed = sum(sum(step(scheduler).values()) for _ in until_done(scheduler))
+    assert_empty(scheduler)
+    return computed
+
+
+def assert_empty(scheduler: Scheduler) -> None:
+    table = scheduler.page_table
+    assert not scheduler.has_unfinished_requests()
+    assert schedule(scheduler) == []
+    assert table.num_free_pages == table.num_usable_pages
+    assert table.allocated_rows == []
+
+
+def assert_complete(sequence: Sequence) -> None:
+    """The output is what the fake model says at each position, to the last token that was allowed."""
+    positions = range(sequence.num_prompt_tokens, sequence.max_total_tokens)
+    assert sequence.output_token_ids == [fake_token(sequence.request_id, position) for position in positions]
+    assert sequence.finish_reason == "length"
+
+
+# ---- one request, or none ----
+
+
+def test_with_nothing_to_do_the_schedule_is_empty():
+    assert_empty(make_scheduler())
+
+
+def test_a_prompt_is_one_chunk_then_each_step_computes_the_last_sampled_token():
+    scheduler = make_scheduler()
+    sequence = submit(scheduler, 0, prompt_len=5, max_tokens=3)
+    seen = []
+    for _ in until_done(scheduler):
+        (chunk,) = schedule(scheduler)
+        seen.append((chunk.start, chunk.length, chunk.samples))
+        commit(scheduler, [chunk])
+    assert seen == [(0, 5, True), (5, 1, True), (6, 1, True)]
+    assert_complete(sequence)
+    assert_empty(scheduler)
+
+
+def test_a_prompt_longer_than_the_budget_is_cut_and_only_its_last_chunk_samples():
+    scheduler = make_scheduler(budget=4)
+    submit(scheduler, 0, prompt_len=10)
+    seen = []
+    for _ in range(4):
+        (chunk,) = schedule(scheduler)
+        seen.append((chunk.start, chunk.length, chunk.samples))
+        commit(scheduler, [chunk])
+    assert seen == [(0, 4, False), (4, 4, False), (8, 2, True), (10, 1, True)]
+
+
+def test_pages_are_reserved_for_the_chunk_only_not_for_the_whole_prompt():
+    scheduler = make_scheduler(page_size=2, budget=3)
+    submit(scheduler, 0, prompt_len=9)
+    for used_pages in (2, 3, 5, 5, 6):  # 3, 6, 9, 10, 11 tokens
+        step(scheduler)
+        assert scheduler.page_table.num_used_pages == used_pages
+
+
+@pytest.mark.parametrize("prompt_len", [1, 5, 11])
+def test_a_request_alone_may_fill_the_pool_to_its_last_page_whatever_the_watermark(prompt_len):
+    scheduler = make_scheduler(usable_pages=4, page_size=3, watermark=1000)
+    sequence = submit(scheduler, 0, prompt_len)
+    run_until_done(scheduler)
+    assert sequence.num_tokens == 12
+    assert_complete(sequence)
+    assert scheduler.num_preemptions == 0, "nobody preempts himself for nothing"
+
+
+@pytest.mark.parametrize(("usable_pages", "page_size"), [(100, 4), (5, 4), (20, 1)])
+def test_a_budget_of_one_token_serves_everybody(usable_pages, page_size):
+    scheduler = make_scheduler(usable_pages, page_size, rows=3, budget=1)
+    sequences = [submit(scheduler, i, prompt_len=4 + i, max_tokens=5) for i in range(4)]
+    computed = run_until_done(scheduler)
+    for sequence in sequences:
+        assert_complete(sequence)
+    assert computed == sum(sequence.num_tokens - 1 for sequence in sequences), "one at a time, nothing is recomputed"
+
+
+# ---- order ----
+
+
+def test_requests_are_admitted_strictly_in_order_of_arrival():
+    """A big request at the head of the queue is not overtaken by small ones that would fit."""
+    scheduler = make_scheduler(usable_pages=10, budget=64)
+    submit(scheduler, 0, prompt_len=5, max_tokens=3)
+    submit(scheduler, 1, prompt_len=8, max_tokens=1)
+    submit(scheduler, 2, prompt_len=1, max_tokens=1)
+    assert [list(step(scheduler)) for _ in range(4)] == [[0], [0], [0], [1, 2]]
+    assert_empty(scheduler)
+
+
+def test_first_tokens_come_in_order_of_arrival():
+    scheduler = make_scheduler(usable_pages=24, page_size=2, rows=3, budget=5, watermark=4)
+    sequences = [submit(scheduler, i, prompt_len=1 + 5 * i % 7, max_tokens=1 + i % 4) for i in range(12)]
+    answered: list[int] = []
+    for _ in until_done(scheduler):
+        step(scheduler)
+        answered += [s.request_id for s in sequences if s.output_token_ids and s.request_id not in answered]
+    assert answered == list(range(12))
+
+
+def test_no_more_requests_run_than_there_are_rows():
+    scheduler = make_scheduler(rows=2)
+    for i in range(4):
+        submit(scheduler, i, prompt_len=1, max_tokens=2)
+    assert [list(step(scheduler)) for _ in range(4)] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert_empty(scheduler)
+
+
+def test_a_request_is_admitted_in_the_very_step_after_the_one_that_frees_its_row():
+    scheduler = make_scheduler(rows=1)
+    submit(scheduler, 0, prompt_len=3, max_tokens=1)
+    submit(scheduler, 1, prompt_len=3, max_tokens=1)
+    assert [step(scheduler) for _ in range(2)] == [{0: 3}, {1: 3}]
+
+
+def test_running_decodes_get_a_token_in_every_step_while_a_long_prompt_is_chunked():
+    scheduler = make_scheduler(budget=8)
+    for i in range(3):
+        submit(scheduler, i, prompt_len=2)
+    step(scheduler)
+    submit(scheduler, 3, prompt_len=23)
+    submit(scheduler, 4, prompt_len=1)
+    seen = [step(scheduler) for _ in range(6)]
+    assert seen[:4] == [{0: 1, 1: 1, 2: 1, 3: 5}] * 4
+    assert seen[4] == {0: 1, 1: 1, 2: 1, 3: 3, 4: 1}, "what the prompt leaves of the budget goes to the next one"
+    assert seen[5] == {0: 1, 1: 1, 2: 1, 3: 1, 4: 1}
+
+
+def test_a_step_does_not_spend_more_than_its_budget_and_admits_nobody_without_a_token():
+    scheduler = make_scheduler(budget=4)
+    for i in range(3):
+        submit(scheduler, i, prompt_len=2)
+    assert step(scheduler) == {0: 2, 1: 2}
+    assert ids(scheduler.waiting) == [2]
+    assert step(scheduler) == {0: 1, 1: 1, 2: 2}
+
+
+# ---- preemption ----
+
+
+def preemption_scene() -> tuple[Scheduler, list[Sequence]]:
+    """0, 1 and 2 run and fill the pool to the last page; 3 and 4 have never run."""
+    scheduler = make_scheduler(usable_pages=12, rows=3)
+    sequences = [submit(scheduler, i, prompt_len=3) for i in range(5)]
+    step(scheduler)
+    assert step(scheduler) == {0: 1, 1: 1, 2: 1}
+    assert scheduler.page_table.num_free_pages == 0
+    return scheduler, sequences
+
+
+def test_the_newest_is_preempted_and_waits_ahead_of_everything_younger():
+    scheduler, (_, _, newest, *_) = preemption_scene()
+    output = list(newest.output_token_ids)
+    assert len(output) == 2
+    assert step(scheduler) == {0: 1, 1: 1}
+    assert ids(scheduler.running) == [0, 1]
+    assert ids(scheduler.waiting) == [2, 3, 4]
+    assert newest.row is None
+    assert newest.num_computed_tokens == 0
+    assert newest.output_token_ids == output, "what was sampled stays sampled"
+    assert newest.metrics.num_preemptions == scheduler.num_preemptions == 1
+
+
+def test_a_preempted_request_comes_back_before_anything_younger_and_recomputes_prompt_and_output():
+    scheduler, sequences = preemption_scene()
+    step(scheduler)
+    scheduler.abort(0)
+    tokens_before = list(sequences[2].token_ids)
+    chunks = schedule(scheduler)
+    assert lengths(chunks) == {1: 1, 2: 5}  # 3 needs more than the one page that is left
+    assert (chunks[1].start, chunks[1].samples) == (0, True)
+    commit(scheduler, chunks)
+    assert sequences[2].token_ids == [*tokens_before, fake_token(2, 5)]
+    run_until_done(scheduler)
+    for sequence in sequences[1:]:
+        assert_complete(sequence)
+
+
+def test_as_many_are_preempted_as_needed_newest_first_and_they_keep_their_order():
+    scheduler = make_scheduler(usable_pages=4, page_size=4, rows=4)
+    for i in range(4):
+        submit(scheduler, i, prompt_len=3)
+    step(scheduler)
+    step(scheduler)  # four tokens each, a page each: nobody can grow any more
+    assert step(scheduler) == {0: 1, 1: 1}  # 0 takes the page of 3, and 1 that of 2
+    assert ids(scheduler.waiting) == [2, 3]
+    assert scheduler.num_preemptions == 2
+
+
+def test_a_prompt_that_is_itself_the_newest_gives_way_when_its_next_chunk_does_not_fit():
+    scheduler = make_scheduler(usable_pages=12, budget=4)
+    sequences = [submit(scheduler, 0, prompt_len=2, max_tokens=5), submit(scheduler, 1, prompt_len=8, max_tokens=2)]
+    assert [step(scheduler) for _ in range(3)] == [{0: 2, 1: 2}, {0: 1, 1: 3}, {0: 1, 1: 3}]  # 4 + 8 pages
+    assert step(scheduler) == {0: 1}
+    assert ids(scheduler.waiting) == [1]
+    run_until_done(scheduler)
+    for sequence in sequences:
+        assert_complete(sequence)
+
+
+def test_the_oldest_is_never_preempted_while_another_runs_and_grows_in_every_step():
+    scheduler = make_scheduler(usable_pages=7, page_size=2, rows=4, budget=6)
+    sequences = [submit(scheduler, i, prompt_len=1 + i % 3, max_tokens=4 + i) for i in range(9)]
+    for _ in until_done(scheduler):
+        everyone = [*scheduler.running, *scheduler.waiting]
+        oldest, before = everyone[0], everyone[0].num_computed_tokens
+        assert next(iter(step(scheduler))) == oldest.request_id
+        assert oldest.num_computed_tokens > before
+    assert scheduler.num_preemptions > 5, "the pool is too large for this test to mean anything"
+    assert sequences[0].metrics.num_preemptions == 0
+    for sequence in sequences:
+        assert_complete(sequence)
+
+
+def test_nobody_is_admitted_in_a_step_that_preempts():
+    """With pages to spare after the preemption: 2 held four, 0 and 1 take two of them, and 3 would need but one."""
+    scheduler = make_scheduler(usable_pages=10, rows=8)
+    for i, prompt_len in enumerate([3, 3, 4]):
+        submit(scheduler, i, prompt_len)
+    step(scheduler)
+    submit(scheduler, 3, prompt_len=1)
+    assert step(scheduler) == {0: 1, 1: 1}
+    assert (ids(scheduler.running), ids(scheduler.waiting)) == ([0, 1], [2, 3])
+    assert scheduler.page_table.num_free_pages == 2
+    assert step(scheduler) == {0: 1, 1: 1}, "nor later, while 2 is ahead and does not fit"
+
+
+def test_in_no_step_does_anybody_come_in_when_somebody_went_out():
+    scheduler = make_scheduler(usable_pages=6, page_size=2, rows=4, budget=5)
+    for i in range(10):
+        submit(scheduler, i, prompt_len=1 + 3 * i % 5, max_tokens=6)
+    preempting_steps = 0
+    for _ in until_done(scheduler):
+        running, preemptions = ids(scheduler.running), scheduler.num_preemptions
+        chunks = schedule(scheduler)
+        if scheduler.num_preemptions > preemptions:
+            preempting_steps += 1
+            assert ids(scheduler.running) == running[: len(scheduler.running)]
+        commit(scheduler, chunks)
+    assert preempting_steps > 5
+
+
+@pytest.mark.parametrize("watermark", [0, 3, 16])
+@pytest.mark.parametrize("budget", [1, 3, 64])
+@pytest.mark.parametrize("usable_pages", [4, 5, 9])
+def test_outputs_do_not_depend_on_preemption_budget_or_watermark(usable_pages, budget, watermark):
+    scheduler = make_scheduler(usable_pages, page_size=3, rows=4, budget=budget, watermark=watermark)
+    sequences = [submit(scheduler, i, prompt_len=1 + 4 * i % 7, max_tokens=1 + i % 5) for i in range(8)]
+    run_until_done(scheduler)
+    for sequence in sequences:
+        assert_complete(sequence)
+
+
+# ---- watermark ----
+
+
+def test_another_request_is_admitted_exactly_if_all_can_then_grow_by_the_watermark():
+    """0 holds 4 tokens and will never have more than 6, 1 has 2 and may grow to 10."""
+    for usable_pages in range(11, 20):
+        for watermark in range(12):
+            scheduler = make_scheduler(usable_pages, watermark=watermark)
+            submit(scheduler, 0, prompt_len=3, max_tokens=3)
+            step(scheduler)
+            submit(scheduler, 1, prompt_len=2, max_tokens=8)
+            needed = min(4 + watermark, 6) + min(2 + watermark, 10)
+            assert (1 in step(scheduler)) == (needed <= usable_pages)
+
+
+def test_a_running_request_counts_with_all_its_tokens_even_those_it_has_no_pages_for_yet():
+    """In the step that ends a chunked prompt, the next request sees what the whole prompt takes."""
+    scheduler = make_scheduler(usable_pages=10, budget=4)
+    submit(scheduler, 0, prompt_len=9, max_tokens=1)
+    submit(scheduler, 1, prompt_len=3, max_tokens=1)
+    assert [step(scheduler) for _ in range(3)] == [{0: 4}, {0: 4}, {0: 1}]
+    assert scheduler.num_preemptions == 0
+    assert step(scheduler) == {1: 3}
+
+
+def thrash(watermark: int) -> tuple[int, int]:
+    """(tokens computed, preemptions) of 24 requests of 8 + 24 tokens in a pool that holds three of them."""
+    scheduler = make_scheduler(usable_pages=24, page_size=4, rows=24, budget=64, watermark=watermark)
+    sequences = [submit(scheduler, i, prompt_len=8, max_tokens=24) for i in range(24)]
+    computed = run_until_done(scheduler)
+    for sequence in sequences:
+        assert_complete(sequence)
+    return computed, scheduler.num_preemptions
+
+
+def test_the_watermark_prevents_thrashing():
+    necessary = 24 * (8 + 24 - 1)  # the last token of a request is never computed
+    without, preemptions_without = thrash(watermark=0)
+    some, preemptions_some = thrash(watermark=8)
+    ample, preemptions_ample = thrash(watermark=24)
+    assert (ample, preemptions_ample) == (necessary, 0), "who can grow to the end is never preempted"
+    assert some <= 1.25 * necessary, "a watermark of a third of the output saves most of the recomputation"
+    assert 1.5 * necessary <= without <= 2 * necessary, "the pool is tight, yet thrashing is bounded"
+    assert preemptions_some < preemptions_without
+
+
+# ---- endings ----
+
+
+def test_eos_stops_with_stop_and_is_kept_as_the_last_token():
+    scheduler = make_scheduler()
+    sequence = submit(scheduler, 0, prompt_len=2, max_tokens=5)
+    step(scheduler)
+    chunks = schedule(scheduler)
+    assert commit(scheduler, chunks, {0: EOS}) == [sequence]
+    assert sequence.finish_reason == "stop"
+    assert sequence.output_token_ids == [fake_token(0, 2), EOS]
+    assert_empty(scheduler)
+
+
+def test_eos_as_the_last_token_allowed_is_a_stop():
+    scheduler = make_scheduler()
+    sequence = submit(scheduler, 0, prompt_len=2, max_tokens=1)
+    step(scheduler, {0: EOS})
+    assert sequence.finish_reason == "stop"
+
+
+def test_eos_in_the_prompt_stops_nothing():
+    scheduler = make_scheduler()
+    sequence = submit(scheduler, 0, prompt_len=3, max_tokens=2)
+    sequence.token_ids[1] = EOS
+    run_until_done(scheduler)
+    assert_complete(sequence)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 7])
+def test_the_maximal_length_ends_with_length_after_exactly_that_many_tokens(max_tokens):
+    scheduler = make_scheduler()
+    sequence = submit(scheduler, 0, prompt_len=4, max_tokens=max_tokens)
+    assert run_until_done(scheduler) == 4 + max_tokens - 1
+    assert len(sequence.output_token_ids) == max_tokens
+    assert_complete(sequence)
+
+
+def test_commit_returns_the_finished_in_order_and_gives_their_pages_back():
+    scheduler = make_scheduler(usable_pages=20, page_size=2)
+    a, b, c = (submit(scheduler, i, prompt_len=3, max_tokens=max_tokens) for i, max_tokens in enumerate([1, 9, 1]))
+    chunks = schedule(scheduler)
+    assert scheduler.page_table.num_used_pages == 6
+    assert commit(scheduler, chunks) == [a, c]
+    assert scheduler.running == [b]
+    assert scheduler.page_table.num_used_pages == 2
+    assert (a.row, c.row) == (None, None)
+
+
+def test_a_token_of_minus_one_ends_only_its_own_request_with_error():
+    scheduler = make_scheduler()
+    sequences = [submit(scheduler, i, prompt_len=2, max_tokens=4) for i in range(3)]
+    step(scheduler)
+    chunks = schedule(scheduler)
+    assert commit(scheduler, chunks, {1: -1}) == [sequences[1]]
+    assert sequences[1].finish_reason == "error"
+    assert sequences[1].output_token_ids == [fake_token(1, 2)], "-1 is no token"
+    assert ids(scheduler.running) == [0, 2]
+    run_until_done(scheduler)
+    assert_complete(sequences[0])
+    assert_complete(sequences[2])
+
+
+@pytest.mark.parametrize("token", [EOS, 5])
+def test_the_token_of_a_chunk_that_does_not_sample_is_not_taken(token):
+    scheduler = make_scheduler(budget=8)
+    short = submit(scheduler, 0, prompt_len=2, max_tokens=1)
+    long = submit(scheduler, 1, prompt_len=10, max_tokens=2)
+    chunks = schedule(scheduler)
+    assert [chunk.samples for chunk in chunks] == [True, False]
+    assert commit(scheduler, chunks, {1: token}) == [short]
+    assert_complete(short)
+    assert (long.output_token_ids, long.num_computed_tokens, long.finish_reason) == ([], 6, None)
+    run_until_done(scheduler)
+    assert_complete(long)
+
+
+def test_minus_one_in_the_middle_of_a_prompt_ends_the_request_at_once_and_frees_its_pages():
+    scheduler = make_scheduler(budget=8)
+    other = submit(scheduler, 0, prompt_len=2, max_tokens=3)
+    broken = submit(scheduler, 1, prompt_len=20)
+    chunks = schedule(scheduler)
+    assert commit(scheduler, chunks, {1: -1}) == [broken]
+    assert (broken.finish_reason, broken.output_token_ids, broken.row) == ("error", [], None)
+    assert scheduler.page_table.num_used_pages == 2
+    run_until_done(scheduler)
+    assert_complete(other)
+
+
+def test_finishing_in_the_middle_of_a_step_does_not_disturb_those_after_it():
+    scheduler = make_scheduler()
+    sequences = [submit(scheduler, i, prompt_len=2, max_tokens=1 + i) for i in range(4)]
+    run_until_done(scheduler)
+    for sequence in sequences:
+        assert_complete(sequence)
+
+
+# ---- abort ----
+
+
+def test_abort_of_a_waiting_request_takes_it_out_of_the_queue():
+    scheduler = make_scheduler(rows=1)
+    sequences = [submit(scheduler, i, prompt_len=2, max_tokens=3) for i in range(3)]
+    step(scheduler)
+    assert scheduler.abort(1) is sequences[1]
+    scheduler.check_invariants()
+    assert (sequences[1].finish_reason, sequences[1].output_token_ids) == ("abort", [])
+    assert (ids(scheduler.running), ids(scheduler.waiting)) == ([0], [2])
+    run_until_done(scheduler)
+    assert_complete(sequences[0])
+    assert_complete(sequences[2])
+
+
+def test_abort_in_the_middle_of_a_prefill_gives_the_pages_back():
+    scheduler = make_scheduler(budget=4, usable_pages=20)
+    sequence, other = submit(scheduler, 0, prompt_len=10), submit(scheduler, 1, prompt_len=3, max_tokens=2)
+    step(scheduler)
+    assert scheduler.page_table.num_used_pages == 4
+    assert scheduler.abort(0) is sequence
+    scheduler.check_invariants()
+    assert scheduler.page_table.num_used_pages == 0
+    assert (sequence.finish_reason, sequence.row) == ("abort", None)
+    run_until_done(scheduler)
+    assert_complete(other)
+
+
+def test_abort_of_a_running_request_keeps_its_output_and_leaves_the_others_alone():
+    scheduler = make_scheduler()
+    sequences = [submit(scheduler, i, prompt_len=3, max_tokens=5) for i in range(3)]
+    step(scheduler)
+    step(scheduler)
+    assert scheduler.abort(1) is sequences[1]
+    scheduler.check_invariants()
+    assert sequences[1].finish_reason == "abort"
+    assert sequences[1].output_token_ids == [fake_token(1, 3), fake_token(1, 4)]
+    assert ids(scheduler.running) == [0, 2]
+    assert 1 not in step(scheduler)
+    run_until_done(scheduler)
+    assert_complete(sequences[0])
+    assert_complete(sequences[2])
+
+
+def test_preempt_newest_between_two_steps_changes_no_output():
+    """Whoever calls it: nobody has to be short of pages."""
+    scheduler = make_scheduler()
+    sequences = [submit(scheduler, i, prompt_len=3, max_tokens=4) for i in range(3)]
+    step(scheduler)
+    assert scheduler.preempt_newest() is sequences[2]
+    scheduler.check_invariants()
+    assert (ids(scheduler.running), ids(scheduler.waiting)) == ([0, 1], [2])
+    assert (sequences[2].row, sequences[2].num_computed_tokens, len(sequences[2].output_token_ids)) == (None, 0, 1)
+    assert step(scheduler) == {0: 1, 1: 1, 2: 4}
+    run_until_done(scheduler)
+    for sequence in sequences:
+        assert_complete(sequence)
+
+
+def test_abort_of_a_preempted_request_keeps_its_output():
+    scheduler, sequences = preemption_scene()
+    step(scheduler)
+    assert scheduler.abort(2) is sequences[2]
+    scheduler.check_invariants()
+    assert len(sequences[2].output_token_ids) == 2
+    assert ids(scheduler.waiting) == [3, 4]
+
+
+def test_abort_between_a_failed_step_and_the_next_is_harmless():
+    scheduler = make_scheduler()
+    sequences = [submit(scheduler, i, prompt_len=3, max_tokens=2) for i in range(2)]
+    schedule(scheduler)  # and the forward raises
+    assert scheduler.abort(0) is sequences[0]
+    scheduler.check_invariants()
+    assert step(scheduler) == {1: 3}
+    run_until_done(scheduler)
+    assert_complete(sequences[1])
+
+
+@pytest.mark.parametrize("ending", ["finished", "aborted", "unknown"])
+def test_abort_of_what_has_ended_or_never_was_returns_none_and_changes_nothing(ending):
+    scheduler = make_scheduler()
+    ended, other = submit(scheduler, 0, prompt_len=2, max_tokens=1), submit(scheduler, 1, prompt_len=2, max_tokens=3)
+    step(scheduler, None)
+    if ending == "aborted":
+        ended = other
+        assert scheduler.abort(1) is other
+    target = {"finished": 0, "aborted": 1, "unknown": 99}[ending]
+    before = (ended.finish_reason, list(ended.token_ids), ids(scheduler.running), scheduler.page_table.num_free_pages)
+    assert scheduler.abort(target) is None
+    scheduler.check_invariants()
+    assert before == (
+        ended.finish_reason,
+        list(ended.token_ids),
+        ids(scheduler.running),
+        scheduler.page_table.num_free_pages,
+    )
+    run_until_done(scheduler)
+
+
+# ---- failure and reset ----
+
+
+def test_a_failed_forward_can_be_scheduled_again_and_gives_the_same_step():
+    scheduler, _ = preemption_scene()  # the next step preempts, too
+    first = schedule(scheduler)
+    pages = scheduler.page_table.host_table.copy()
+    again = schedule(scheduler)
+    assert first == again
+    assert (scheduler.page_table.host_table == pages).all()
+    assert scheduler.num_preemptions == 1, "the failed step's preemption is not done twice"
+
+
+def test_a_forward_that_fails_every_second_time_changes_no_output():
+    scheduler = make_scheduler(usable_pages=8, page_size=2, rows=3, budget=5)
+    sequences = [submit(scheduler, i, prompt_len=1 + i, max_tokens=6) for i in range(6)]
+    for _ in until_done(scheduler):
+        before = [(list(s.token_ids), s.finish_reason) for s in sequences]
+        schedule(scheduler)  # and the forward raises
+        assert before == [(list(s.token_ids), s.finish_reason) for s in sequences]
+        step(scheduler)
+    for sequence in sequences:
+        assert_complete(sequence)
+
+
+def test_a_request_that_arrives_after_a_failed_step_joins_the_next_one():
+    scheduler = make_scheduler()
+    submit(scheduler, 0, prompt_len=3)
+    schedule(scheduler)
+    submit(scheduler, 1, prompt_len=2)
+    assert step(scheduler) == {0: 3, 1: 2}
+
+
+class Interrupted(BaseException):
+    """Like KeyboardInterrupt, but never anybody else's."""
+
+
+@pytest.mark.parametrize("method", ["allocate", "reserve", "erase", "_map"])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_reset_cleans_up_after_an_interrupt_anywhere_in_schedule(monkeypatch, method, when, call):
+    """The steps that follow preempt, admit, grow and finish; the interrupt comes at the n-th call of a method."""
+    scheduler, _ = preemption_scene()
+    table, calls = scheduler.page_table, 0
+    original = getattr(table, method)
+
+    def interrupted(*args):
+        nonlocal calls
+        calls += 1
+        if calls == call and when == "before":
+            raise Interrupted
+        result = original(*args)
+        if calls == call:
+            raise Interrupted
+        return result
+
+    monkeypatch.setattr(table, method, interrupted)
+    with pytest.raises(Interrupted):
+        for _ in until_done(scheduler):
+            chunks = scheduler.schedule()
+            scheduler.commit(chunks, [reply(chunk, {}) for chunk in chunks])
+    monkeypatch.undo()
+    scheduler.reset()
+    scheduler.check_invariants()
+    assert_empty(scheduler)
+    again = submit(scheduler, 100, prompt_len=3, max_tokens=9)  # all of the pool
+    run_until_done(scheduler)
+    assert_complete(again)
+
+
+def test_reset_forgets_requests_in_impossible_places():
+    scheduler, sequences = preemption_scene()
+    scheduler.waiting.append(sequences[0])  # in both queues
+    scheduler.running.append(sequences[3])  # runs without a row
+    scheduler.page_table.erase(sequences[1].row)  # runs on a row that is not its own
+    with pytest.raises(AssertionError):
+        scheduler.check_invariants()
+    scheduler.reset()
+    scheduler.check_invariants()
+    assert_empty(scheduler)
+
+
+# ---- check_invariants itself ----
+
+
+def corrupt_order(scheduler, sequences):
+    scheduler.running.reverse()
+
+
+def corrupt_queue_order(scheduler, sequences):
+    scheduler.waiting.reverse()
+
+
+def put_into_both_queues(scheduler, sequences):
+    scheduler.waiting.append(sequences[0])
+
+
+def finish_without_leaving(scheduler, sequences):
+    sequences[1].finish_reason = "stop"
+
+
+def keep_computed_tokens_while_waiting(scheduler, sequences):
+    sequences[3].num_computed_tokens = 1
+
+
+def keep_row_while_waiting(scheduler, sequences):
+    sequences[3].row = 1
+
+
+def share_a_row(scheduler, sequences):
+    sequences[1].row = sequences[0].row
+
+
+def leak_a_row(scheduler, sequences):
+    scheduler.running.remove(sequences[2])
+
+
+def compute_beyond_pages(scheduler, sequences):
+    sequences[0].num_computed_tokens += 2
+
+
+def lose_a_page(scheduler, sequences):
+    scheduler.page_table._pages[1].pop()
+
+
+@pytest.mark.parametrize(
+    "corrupt",
+    [
+        corrupt_order,
+        corrupt_queue_order,
+        put_into_both_queues,
+        finish_without_leaving,
+        keep_computed_tokens_while_waiting,
+        keep_row_while_waiting,
+        share_a_row,
+        leak_a_row,
+        compute_beyond_pages,
+        lose_a_page,
+    ],
+)
+def test_check_invariants_notices(corrupt):
+    scheduler, sequences = preemption_scene()
+    scheduler.check_invariants()
+    corrupt(scheduler, sequences)
+    with pytest.raises(AssertionError):
+        scheduler.check_invariants()

@@ -1,0 +1,529 @@
+"""Hypothesis drives the real page table, scheduler and step packing through whatever users and faults can do.
+
+The model is fake twice over. Its next token is a function of the request and the position, so what a request finally
+says must not depend on anything that happened around it. And its KV pool is a dict, slot -> who wrote what there, so a
+query that is shown a slot of somebody else, of an earlier life of its own request, or of a step that failed, is caught.
+
+Beside it runs a second bookkeeping in plain dicts and lists, which never computes a decision of the scheduler: it
+observes what was decided and checks that it was allowed. I1 to I16 are the invariants of the design notes:
+I1-I6 pages and rows, I7-I8 isolation and writes, I9-I11 queues, order and progress, I12 termination, I13 who is
+refused, I14-I16 outputs.
+"""
+
+import copy
+from dataclasses import dataclass, field
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from flex_nano_vllm.page_table import PageTable
+from flex_nano_vllm.scheduler import Scheduler
+from flex_nano_vllm.sequence import SamplingParams, Sequence
+from flex_nano_vllm.step import StepBatch, TileKind, TileLayout
+
+EOS, NOT_FINITE = 0, -1
+FAILED = "written by a step that failed"
+LAYOUT = TileLayout((TileKind(1, None), TileKind(3, (1, 2, 9))), group_size=1, windows=(None, 3), whole_pool=True)
+
+PROMPTS = st.tuples(
+    st.one_of(st.integers(0, 3), st.integers(0, 99)),  # gives the length, see `submit`
+    st.one_of(st.none(), st.none(), st.integers(1, 12)),  # max_tokens
+    st.one_of(
+        st.none(), st.none(), st.integers(-4, 9)
+    ),  # the index of the output token (-4: in the prompt) that is ...
+    st.sampled_from([EOS, NOT_FINITE]),
+)
+
+
+def pages_for(num_tokens: int, page_size: int) -> int:
+    pages = 0
+    while pages * page_size < num_tokens:
+        pages += 1
+    return pages
+
+
+@dataclass(eq=False)
+class Request:
+    """What is known of a request without asking the scheduler."""
+
+    sequence: Sequence  # the real one
+    num_prompt_tokens: int
+    max_total_tokens: int
+    ends_at: int | None  # the position at which the model says `ending`, if it comes so far
+    ending: int  # EOS or NOT_FINITE
+    token_ids: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_held: int = 0  # tokens that pages were reserved for
+    life: int = 0  # goes up with every preemption
+
+    @property
+    def id(self) -> int:
+        return self.sequence.request_id
+
+    def token_at(self, position: int) -> int:
+        stops_here = self.ending == EOS and position == self.ends_at
+        return EOS if stops_here else 1 + (31 * self.id + 7 * position) % 97
+
+    def is_broken_in(self, start: int, length: int) -> bool:
+        """Whether the chunk computes the token after which the numbers are not finite."""
+        return self.ending == NOT_FINITE and self.ends_at is not None and start < self.ends_at <= start + length
+
+    def expected_output(self) -> tuple[list[int], str]:
+        """What it says if nobody else exists, and why it ends."""
+        output: list[int] = []
+        if self.is_broken_in(0, self.num_prompt_tokens):
+            return output, "error"
+        while self.num_prompt_tokens + len(output) < self.max_total_tokens:
+            position = self.num_prompt_tokens + len(output)
+            if self.is_broken_in(position - 1, 1):
+                return output, "error"
+            output.append(self.token_at(position))
+            if output[-1] == EOS:
+                return output, "stop"
+        return output, "length"
+
+
+class Interrupted(BaseException):
+    """Like KeyboardInterrupt, but never anybody else's."""
+
+
+class Engine(RuleBasedStateMachine):
+    @initialize(
+        n_pages=st.integers(2, 12),
+        page_size=st.integers(1, 4),
+        rows=st.sampled_from([3, 4, 5, 2, 1]),
+        budget=st.sampled_from([4, 5, 6, 7, 8, 3, 2, 1]),
+        watermark=st.sampled_from([0, 0, 0, 1, 2, 4, 8]),  # the larger it is, the less there is to see
+        max_seq_length=st.sampled_from([1000, 1000, 2, 7, 12, 20]),
+        prompts=st.lists(PROMPTS, min_size=2, max_size=8),
+    )
+    def build(self, n_pages, page_size, rows, budget, watermark, max_seq_length, prompts):
+        self.page_size, self.rows, self.budget, self.watermark = page_size, rows, budget, watermark
+        self.usable_pages = n_pages - 1
+        self.limit = min(max_seq_length, self.usable_pages * page_size)
+        max_pages_per_row = min(pages_for(max_seq_length, page_size), self.usable_pages)
+        self.table = PageTable(n_pages, page_size, rows, max_pages_per_row)
+        self.scheduler = Scheduler(self.table, budget, watermark)
+        self.num_submitted = self.num_preemptions = 0
+        self.live: dict[int, Request] = {}  # in order of arrival
+        self.ended: dict[int, tuple[Request, str, tuple[int, ...]]] = {}  # with reason and output, never to change
+        self.kv_pool: dict[int, object] = {}  # slot -> (request, life, position, token) that was written there last
+        self.submit(prompts)
+
+    # ---- rules ----
+
+    @rule(prompts=st.lists(PROMPTS, min_size=1, max_size=4))
+    def submit(self, prompts):
+        for pick, max_tokens, ends_after, ending in prompts:
+            prompt_len = 1 + pick % min(self.limit + 1, 12)
+            if prompt_len + 1 > self.limit:
+                continue  # I13: refused at the door, which is not of this machine
+            room = self.limit - prompt_len
+            sequence = Sequence(
+                request_id=self.num_submitted,
+                prompt=None,
+                token_ids=[],
+                num_prompt_tokens=prompt_len,
+                params=SamplingParams(),
+                seed=0,
+                eos_token_ids=frozenset({EOS}),
+                max_total_tokens=prompt_len + (room if max_tokens is None else min(room, max_tokens)),
+            )
+            ends_at = None if ends_after is None else max(1, prompt_len + ends_after)
+            request = Request(sequence, prompt_len, sequence.max_total_tokens, ends_at, ending)
+            request.token_ids = [1 + (31 * request.id + 7 * position) % 97 for position in range(prompt_len)]
+            sequence.token_ids = list(request.token_ids)
+            self.num_submitted += 1
+            self.live[request.id] = request
+            self.scheduler.add(sequence)
+
+    # Hypothesis switches rules off for whole runs; steps come in two rules, and requests in three, so that some remain.
+
+    @rule(prompts=st.lists(PROMPTS, max_size=1))
+    def step(self, prompts=()):
+        self.submit(prompts)
+        chunks = self.schedule()
+        self.forward(chunks)
+        self.commit(chunks)
+
+    @rule(num_steps=st.integers(2, 8))
+    def several_steps(self, num_steps):
+        for _ in range(num_steps):
+            self.step()
+            self.holds()
+
+    @rule(num_written=st.integers(0, 8))
+    def fail_step(self, num_written):
+        """The forward raises when it has written some of its tokens, or some layers of them: all are spoilt."""
+        chunks = self.schedule()
+        if chunks:
+            for slot in StepBatch.build(chunks, self.table, LAYOUT).slots.tolist()[:num_written]:
+                self.kv_pool[slot] = FAILED
+
+    @rule(pick=st.integers(0, 30))
+    def abort(self, pick):
+        request_id = pick % (self.num_submitted + 1)  # live, ended long ago, or one more than there are
+        aborted = self.scheduler.abort(request_id)
+        if request_id in self.live:
+            request = self.live.pop(request_id)
+            assert aborted is request.sequence
+            self.end(request, "abort")
+        else:
+            assert aborted is None
+
+    @rule(pick=st.integers(0, 5), num_tokens=st.integers(0, 9))
+    def use_a_row_that_is_not_allocated(self, pick, num_tokens):
+        taken = [request.sequence.row for request in self.live.values()]
+        rows = [row for row in range(self.rows + 2) if row not in taken]  # row 0 and one too many among them
+        row = rows[pick % len(rows)]
+        before = self.state_of_table()
+        with pytest.raises(ValueError, match=f"row {row} "):
+            self.table.erase(row)
+        with pytest.raises(ValueError, match=f"row {row} "):
+            self.table.reserve(row, num_tokens)
+        assert self.state_of_table() == before
+
+    @rule(pick=st.integers(0, 30))
+    def erase_twice(self, pick):
+        """Somebody takes a row between steps and gives it back twice: the second time raises, and both leave no trace
+        in what others hold."""
+        if len(self.table.allocated_rows) == self.rows:
+            with pytest.raises(RuntimeError, match=f"all {self.rows} rows"):
+                self.table.allocate()
+            return
+        row = self.table.allocate()
+        num_tokens = pick % (self.table.max_pages_per_row * self.page_size + 1)
+        before = self.state_of_table()
+        if pages_for(num_tokens, self.page_size) <= self.table.num_free_pages:
+            assert self.table.reserve(row, num_tokens)
+        else:
+            assert not self.table.reserve(row, num_tokens)
+            assert self.state_of_table() == before
+        self.table.erase(row)
+        before = self.state_of_table()
+        with pytest.raises(ValueError, match=f"row {row} "):
+            self.table.erase(row)
+        assert self.state_of_table() == before
+
+    @rule()
+    def preempt_newest(self):
+        """It is the scheduler's to decide, but anybody may call it between two steps."""
+        if self.scheduler.running:
+            request = self.live[self.scheduler.running[-1].request_id]
+            assert self.scheduler.preempt_newest() is request.sequence
+            request.num_computed = request.num_held = 0
+            request.life += 1
+            self.num_preemptions += 1
+
+    @rule()
+    def reset(self):
+        self.scheduler.reset()
+        self.live.clear()
+        assert not self.scheduler.has_unfinished_requests()
+
+    @rule(
+        method=st.sampled_from(["allocate", "reserve", "erase", "_map"]),
+        call=st.integers(1, 4),
+        before=st.booleans(),
+    )
+    def interrupt_schedule_and_reset(self, method, call, before):
+        """Ctrl-C in the middle of `schedule`, then what `generate` does about it."""
+        original, calls = getattr(self.table, method), 0
+
+        def interrupted(*args):
+            nonlocal calls
+            calls += 1
+            if calls == call and before:
+                raise Interrupted
+            result = original(*args)
+            if calls == call:
+                raise Interrupted
+            return result
+
+        setattr(self.table, method, interrupted)
+        try:
+            self.scheduler.schedule()
+        except Interrupted:
+            pass
+        finally:
+            delattr(self.table, method)
+            self.scheduler.reset()
+        self.live.clear()
+        self.num_preemptions = self.scheduler.num_preemptions  # how far it came is anybody's guess
+
+    # ---- one step, watched ----
+
+    def schedule(self):
+        scheduler, page_size = self.scheduler, self.page_size
+        running_before = [self.live[sequence.request_id] for sequence in scheduler.running]
+        waiting_before = [self.live[sequence.request_id] for sequence in scheduler.waiting]
+        chunks = scheduler.schedule()
+        running = [self.live[sequence.request_id] for sequence in scheduler.running]
+        waiting = [self.live[sequence.request_id] for sequence in scheduler.waiting]
+
+        assert bool(chunks) == bool(self.live), "I11: a step with work pending does some of it, and none is made up"
+        assert running + waiting == list(self.live.values()), "I10: order of arrival, nobody lost"
+        stayed = [request for request in running_before if request in running]
+        preempted = [request for request in running_before if request not in running]
+        admitted = [request for request in running if request not in running_before]
+        assert stayed + preempted == running_before, "I11: the newest go first"
+        assert stayed[:1] == running_before[:1], "I11: the oldest always stays"
+        assert admitted == waiting_before[: len(admitted)], "I10: strict FIFO"
+        assert not (preempted and admitted), "in and out in the same step"
+        self.num_preemptions += len(preempted)
+        preempted_had = [(request.num_computed, request.num_held) for request in preempted]
+        for request in preempted:
+            request.num_computed = request.num_held = 0
+            request.life += 1
+
+        left = self.budget
+        assert [chunk.sequence for chunk in chunks] == [request.sequence for request in running]
+        for chunk, request in zip(chunks, running):
+            assert chunk.start == request.num_computed, "I8: no position is skipped, none is computed twice"
+            assert chunk.length == min(len(request.token_ids) - request.num_computed, left) >= 1
+            assert chunk.samples == (chunk.start + chunk.length == len(request.token_ids))
+            left -= chunk.length
+            request.num_held = max(request.num_held, chunk.start + chunk.length)
+
+        def pages_when_grown(requests: list[Request]) -> int:
+            return sum(
+                pages_for(min(len(request.token_ids) + self.watermark, request.max_total_tokens), page_size)
+                for request in requests
+            )
+
+        for request in admitted:
+            beside = running[: running.index(request) + 1]
+            assert len(beside) == 1 or pages_when_grown(beside) <= self.usable_pages, "admitted below the watermark"
+        if waiting and not preempted and left and len(running) < self.rows:
+            assert pages_when_grown([*running, waiting[0]]) > self.usable_pages, "kept waiting without need"
+        if preempted:
+            num_computed, num_held = preempted_had[0]  # the oldest of them, and the last to go
+            end = num_computed + min(len(preempted[0].token_ids) - num_computed, left)
+            staying = sum(pages_for(request.num_held, page_size) for request in stayed)
+            assert staying + pages_for(max(num_held, end), page_size) > self.usable_pages, "preempted without need"
+        return chunks
+
+    def forward(self, chunks):
+        """Write every token of the step into the fake pool, then look at what attention would."""
+        if not chunks:
+            return
+        batch = StepBatch.build(chunks, self.table, LAYOUT)
+        slots = batch.slots.tolist()
+        tokens = [  # (request, position) of each token of the step
+            (self.live[chunk.sequence.request_id], position)
+            for chunk in chunks
+            for position in range(chunk.start, chunk.start + chunk.length)
+        ]
+        assert batch.input_ids.tolist() == [[request.token_ids[position] for request, position in tokens]]
+        assert batch.position_ids.tolist() == [[position for _, position in tokens]]
+        ends = [(self.live[chunk.sequence.request_id], chunk.start + chunk.length - 1) for chunk in chunks]
+        assert [tokens[i] for i in batch.chunk_ends.tolist()] == ends
+        assert len(set(slots)) == len(slots), "I8: two tokens in one slot"
+        assert min(slots) >= self.page_size, "I1: a token on page 0"
+        for slot, (request, position) in zip(slots, tokens):
+            self.kv_pool[slot] = self.entry(request, position)
+
+        for chunk in chunks:  # I8: all it has ever computed lies where the host says
+            self.assert_written(self.live[chunk.sequence.request_id], chunk.start + chunk.length)
+        for window in LAYOUT.windows:  # I7: and where the device says, nothing else being visible
+            seen = self.visible_slots(batch, window)
+            for i, (request, position) in enumerate(tokens):
+                first = 0 if window is None else max(0, position - window + 1)
+                expected = [self.entry(request, past) for past in range(first, position + 1)]
+                assert sorted((self.kv_pool.get(slot) for slot in seen[i]), key=str) == sorted(expected, key=str)
+
+    def visible_slots(self, batch: StepBatch, window: int | None) -> list[list[int]]:
+        """The slots that the kernel visits for each token of the step, and does not mask."""
+        seen: list[list[int]] = []
+        zero = torch.zeros((), dtype=torch.int32)
+        all_slots = torch.arange(batch.kv_len, dtype=torch.int32)
+        for tiles in batch.tiles:
+            mask = tiles.block_masks[window]
+            tile_len = mask.BLOCK_SIZE[0]
+            queries = torch.arange(len(tiles.tokens), dtype=torch.int32)
+            allowed = mask.mask_mod(zero, zero, queries[:, None], all_slots[None]).tolist()
+            counts, lists = mask.kv_num_blocks[0, 0].tolist(), mask.kv_indices[0, 0].tolist()
+            for query in range(len(tiles.tokens)):
+                tile = query // tile_len
+                visited = [
+                    page * self.page_size + offset
+                    for page in lists[tile][: counts[tile]]
+                    for offset in range(self.page_size)
+                ]
+                seen.append([slot for slot in visited if allowed[query][slot]])
+        in_tiles = batch.tile_slot.tolist()
+        padding = [slots for query, slots in enumerate(seen) if query not in in_tiles]
+        assert not any(padding), "padding sees something"
+        return [seen[query] for query in in_tiles]
+
+    def commit(self, chunks):
+        replies, expected = [], []  # what the model says, and who is to end, with the reason
+        for chunk in chunks:
+            request = self.live[chunk.sequence.request_id]
+            request.num_computed += chunk.length
+            if request.is_broken_in(chunk.start, chunk.length):
+                replies.append(NOT_FINITE)
+                expected.append((request, "error"))
+            elif request.num_computed < len(request.token_ids):
+                replies.append(EOS)  # the last thing that the scheduler should take from a chunk that does not sample
+            else:
+                token = request.token_at(len(request.token_ids))
+                replies.append(token)
+                request.token_ids.append(token)
+                if token == EOS:
+                    expected.append((request, "stop"))
+                elif len(request.token_ids) == request.max_total_tokens:
+                    expected.append((request, "length"))
+        finished = self.scheduler.commit(chunks, replies)
+        assert finished == [request.sequence for request, _ in expected]
+        for request, reason in expected:
+            del self.live[request.id]
+            self.end(request, reason)
+            assert (request.sequence.output_token_ids, reason) == request.expected_output()  # I14, I15, I16
+
+    def end(self, request: Request, reason: str) -> None:
+        output = request.sequence.output_token_ids
+        assert output == request.expected_output()[0][: len(output)]
+        self.ended[request.id] = (request, reason, tuple(output))
+
+    def entry(self, request: Request, position: int) -> tuple[int, int, int, int]:
+        return request.id, request.life, position, request.token_ids[position]
+
+    def assert_written(self, request: Request, num_tokens: int) -> None:
+        row = np.full(num_tokens, request.sequence.row)
+        for position, slot in enumerate(self.table.slots(row, np.arange(num_tokens)).tolist()):
+            assert self.kv_pool.get(slot) == self.entry(request, position)
+
+    # ---- what holds after every rule ----
+
+    def state_of_table(self) -> dict:
+        tensors = ("table", "host_table", "physical_to_logical")
+        state = copy.deepcopy({name: value for name, value in vars(self.table).items() if name not in tensors})
+        return {**state, **{name: getattr(self.table, name).tolist() for name in tensors}}
+
+    @invariant()
+    def holds(self):
+        # On a copy, since it syncs: the device must stay as far behind as a run without checks would leave it.
+        copied = copy.deepcopy(self.scheduler)
+        copied.check_invariants()
+        self.requests_are_where_they_belong()
+        self.pages_are_where_they_belong(copied.page_table)
+
+    def requests_are_where_they_belong(self):
+        """I9, I10, I14, I15."""
+        scheduler = self.scheduler
+        assert [*scheduler.running, *scheduler.waiting] == [request.sequence for request in self.live.values()]
+        assert scheduler.has_unfinished_requests() == bool(self.live)
+        assert len(scheduler.running) <= self.rows
+        assert scheduler.num_preemptions == self.num_preemptions
+        for request in self.live.values():
+            sequence = request.sequence
+            assert sequence.finish_reason is None
+            assert sequence.token_ids == request.token_ids
+            assert sequence.num_computed_tokens == request.num_computed < len(request.token_ids)
+            assert len(request.token_ids) < request.max_total_tokens <= self.limit
+            assert sequence.metrics.num_preemptions == request.life
+            if sequence.row is None:
+                assert request.num_computed == request.num_held == 0
+            else:
+                self.assert_written(request, request.num_computed)
+        for request, reason, output in self.ended.values():
+            sequence = request.sequence
+            assert (sequence.finish_reason, tuple(sequence.output_token_ids)) == (reason, output), "ended is final"
+            assert sequence.row is None
+
+    def pages_are_where_they_belong(self, synced: PageTable):
+        """I1 to I6, from the device's tables."""
+        running = [request for request in self.live.values() if request.sequence.row is not None]
+        rows = {request.sequence.row: pages_for(request.num_held, self.page_size) for request in running}
+        assert len(rows) == len(running) and 0 not in rows
+        owned = []
+        for row in range(self.rows + 1):
+            pages, unmapped = (
+                synced.table[row].tolist()[: rows.get(row, 0)],
+                synced.table[row].tolist()[rows.get(row, 0) :],
+            )
+            assert not any(unmapped)
+            inverse = synced.physical_to_logical[row].tolist()
+            assert inverse == [pages.index(page) if page in pages else -1 for page in range(self.usable_pages + 1)]
+            owned += pages
+        assert len(set(owned)) == len(owned) and 0 not in owned
+        assert self.table.num_used_pages == len(owned)
+        assert self.table.num_free_pages == self.usable_pages - len(owned)
+
+    def teardown(self):
+        """I12 and I17: with no new arrivals everything ends, and then nothing is held.
+
+        The oldest request computes at least a token in every step, so there are at most as many steps as tokens.
+        """
+        if not hasattr(self, "scheduler"):
+            return  # Hypothesis gave up before `build`
+        steps_left = sum(request.max_total_tokens for request in self.live.values())
+        while self.live:
+            assert steps_left > 0, "I12: does not terminate"
+            steps_left -= 1
+            self.step()
+            self.holds()
+        assert self.scheduler.schedule() == []
+        assert self.table.num_free_pages == self.table.num_usable_pages == self.usable_pages
+        assert self.table.allocated_rows == []
+
+
+TestEngine = Engine.TestCase
+TestEngine.settings = settings(
+    max_examples=100,
+    stateful_step_count=40,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_random_walk(seed):
+    """The same machine without Hypothesis, which varies a pool it has found rather than try another one: each seed is
+    another pool, always with more requests than it can hold."""
+    random = Random(seed)
+
+    def prompts(most: int) -> list[tuple]:
+        return [
+            (
+                random.choice([random.randint(0, 3), random.randint(0, 99)]),
+                random.choice([None, None, random.randint(1, 12)]),
+                random.choice([None, None, random.randint(-4, 9)]),
+                random.choice([EOS, NOT_FINITE]),
+            )
+            for _ in range(random.randint(0, most))
+        ]
+
+    engine = Engine()
+    engine.build(
+        n_pages=random.randint(3, 12),
+        page_size=random.randint(1, 4),
+        rows=random.randint(2, 5),
+        budget=random.randint(1, 8),
+        watermark=random.choice([0, 0, 1, 3, 8]),
+        max_seq_length=random.choice([1000, 1000, 20, 7]),
+        prompts=prompts(8),
+    )
+    for _ in range(60):
+        move = random.randrange(20)
+        if move < 14:
+            engine.step(prompts(2) if len(engine.live) < 6 else [])
+        elif move < 16:
+            engine.fail_step(random.randint(0, 8))
+        elif move < 18:
+            engine.abort(random.randint(0, 30))
+        elif move < 19:
+            random.choice([engine.preempt_newest, lambda: engine.erase_twice(random.randint(0, 30))])()
+        elif random.random() < 0.3:
+            engine.interrupt_schedule_and_reset(
+                random.choice(["allocate", "reserve", "erase", "_map"]), random.randint(1, 4), random.random() < 0.5
+            )
+        engine.holds()
+    engine.teardown()
