@@ -20,8 +20,8 @@ ARGUMENTS += ["--max_new_tokens", "6", "--max_seq_length", "256"]
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
     """Run the benchmark's main with arguments; its exit status, its stdout's last line, and where its CSV goes."""
-    monkeypatch.setattr(benchmark, "EXACTNESS_PROMPT_LENS", (1, 140))  # 140: past the model's window of 128
-    monkeypatch.setattr(benchmark, "EXACTNESS_TOKENS", 4)
+    monkeypatch.setattr(benchmark, "EXACTNESS_PROMPT_LENS", (1, 240))  # 240: well past the model's window of 128
+    monkeypatch.setattr(benchmark, "EXACTNESS_TOKENS", 8)
     monkeypatch.setattr(benchmark, "NUM_STRANGERS", 2)
     monkeypatch.chdir(tmp_path)
 
