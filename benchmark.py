@@ -26,18 +26,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 
 import flex_nano_vllm
 from flex_nano_vllm import Inference, RequestOutput, SamplingParams
-from flex_nano_vllm.random_models import BYTE_VOCABULARY, SPECIAL_TOKENS, byte_tokenizer, random_gemma2
+from flex_nano_vllm.exactness import NEAR_TIE, compare, greedy_in_all_company, hf_generate
+from flex_nano_vllm.random_models import (
+    BYTE_VOCABULARY,
+    GEMMA2_SHAPES,
+    SPECIAL_TOKENS,
+    byte_tokenizer,
+    random_gemma2,
+)
 from flex_nano_vllm.workload import digest, make_workload
 
-# How much less likely, in nats, a token may be than Hugging Face's own choice: rounding decides between such two.
-NEAR_TIE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.25}
-
+GEMMA_2_2B = "google/gemma-2-2b"
+TOKEN_IDS = range(len(SPECIAL_TOKENS), BYTE_VOCABULARY)  # ordinary tokens of every vocabulary
 TEXTS = (
     "The 12 months of the year are: January, February, March,",
     "The first 20 prime numbers are: 2, 3,",
 )
-# Lengths next to page boundaries and past the sliding window of the CPU model.
-EXACTNESS_PROMPT_LENS = (1, 120, 127, 128, 250, 380)
+# Lengths next to page boundaries and past the sliding window of the CPU models.
+PROMPT_LENS = (1, 120, 127, 128, 250, 380)
 EXACTNESS_TOKENS = 48
 NUM_STRANGERS = 16
 
@@ -48,7 +54,10 @@ class Options:
 
     model: str | None = field(
         default=None,
-        metadata={"help": "folder or hub id; default: google/gemma-2-2b on a GPU, a small random Gemma-2 on a CPU"},
+        metadata={
+            "help": "folder, hub id, or a shape with random weights (gemma2-tiny, gemma-2-2b); "
+            "default: google/gemma-2-2b on a GPU, gemma2-tiny on a CPU"
+        },
     )
     dtype: str | None = field(default=None, metadata={"help": "default: bfloat16 on a GPU, float32 on a CPU"})
     num_requests: int | None = field(default=None, metadata={"help": "default: 512 on a GPU, 64 on a CPU"})
@@ -82,8 +91,8 @@ def main() -> int:
             setattr(options, name, gpu_default if on_gpu else cpu_default)
     if options.max_prompt_len + options.max_new_tokens > options.max_seq_length:
         sys.exit(f"max_prompt_len and max_new_tokens add up to more than max_seq_length={options.max_seq_length}")
-    if options.check and max(EXACTNESS_PROMPT_LENS) + EXACTNESS_TOKENS > options.max_seq_length:
-        sys.exit(f"the exactness check needs max_seq_length >= {max(EXACTNESS_PROMPT_LENS) + EXACTNESS_TOKENS}")
+    if options.check and max(PROMPT_LENS) + EXACTNESS_TOKENS > options.max_seq_length:
+        sys.exit(f"the exactness check needs max_seq_length >= {max(PROMPT_LENS) + EXACTNESS_TOKENS}")
     model, tokenizer, model_name = load(options.model, getattr(torch, options.dtype), device, console)
     console.print(f"{model_name}, {options.dtype}, on {device_name(device)}, torch {torch.__version__}")
 
@@ -108,18 +117,17 @@ def main() -> int:
     num_compiled = num_graphs() - graphs_before
     mode = f"{num_compiled} of at most {engine.runner.max_graphs} graphs" if engine.runner.compiled else "uncompiled"
     console.print(f"ready in {warmup_seconds:.1f} s: {mode}, {engine.page_table.n_pages} pages of {options.page_size}")
-    token_ids = range(len(SPECIAL_TOKENS), BYTE_VOCABULARY)  # ordinary tokens of every vocabulary
 
     exactness = None
     if options.check:
-        exactness = check_exactness(engine, model, token_ids, options, console)
+        exactness = check_exactness(engine, model, options, console)
         engine = build_engine(engine.page_table.n_pages)  # a pool of another size would be compiled anew
 
     requests = make_workload(
         options.num_requests,
         prompt_lens=(1, options.max_prompt_len),
         output_lens=(options.min_new_tokens, options.max_new_tokens),
-        token_ids=token_ids,
+        token_ids=TOKEN_IDS,
         seed=options.seed,
     )
     console.print(f"\nworkload of {len(requests)} requests, digest {digest(requests)}")
@@ -173,12 +181,13 @@ def main() -> int:
 def load(
     name: str | None, dtype: torch.dtype, device: torch.device, console: Console
 ) -> tuple[PreTrainedModel, transformers.PreTrainedTokenizerBase, str]:
-    """The model asked for, or the device's default: with random weights where no other can be had."""
-    shape = "gemma-2-2b" if device.type == "cuda" else "gemma2-tiny"
+    """The model asked for, or the device's default: on a GPU its shape with random weights where it cannot be had."""
     if name is None and device.type == "cpu":
-        return random_gemma2(shape, dtype, device), byte_tokenizer(), f"{shape} (random weights)"
+        name = "gemma2-tiny"
+    if name in GEMMA2_SHAPES:
+        return random_gemma2(name, dtype, device), byte_tokenizer(), f"{name} (random weights)"
+    path = name or GEMMA_2_2B
     try:
-        path = name or "google/gemma-2-2b"
         model = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
@@ -190,97 +199,42 @@ def load(
     except OSError as error:
         if name is not None:
             raise
-        console.print(f"google/gemma-2-2b cannot be had ({str(error).splitlines()[0]}): its shape with random weights")
-        return random_gemma2(shape, dtype, device), byte_tokenizer(), f"{shape} (random weights)"
+        console.print(f"{path} cannot be had ({str(error).splitlines()[0]}): its shape with random weights")
+        return load(path.removeprefix("google/"), dtype, device, console)
 
 
-def check_exactness(
-    engine: Inference, model: PreTrainedModel, token_ids: range, options: Options, console: Console
-) -> dict:
-    """Run the same prompts in five kinds of company and compare each with Hugging Face. Closes the engine.
-
-    In float32 and float64 the tokens must be those of `generate`. In every dtype, each generated token must be the one
-    that Hugging Face finds most likely after the same tokens (teacher-forced), or a near-tie.
-    """
-    drawn = [
-        list(make_workload(1, (n, n), (1, 1), token_ids, seed=n)[0].prompt_token_ids) for n in EXACTNESS_PROMPT_LENS
-    ]
-    prompts = [engine.tokenizer(text).input_ids for text in TEXTS] + drawn
+def check_exactness(engine: Inference, model: PreTrainedModel, options: Options, console: Console) -> dict:
+    """Run the same prompts in five kinds of company and hold each to Hugging Face. Closes the engine."""
+    prompts = [engine.tokenizer(text).input_ids for text in TEXTS]
+    prompts += [list(make_workload(1, (n, n), (1, 1), TOKEN_IDS, seed=n)[0].prompt_token_ids) for n in PROMPT_LENS]
     longest = options.max_seq_length - EXACTNESS_TOKENS
-    strangers = make_workload(NUM_STRANGERS, (1, longest), (1, 1), token_ids, seed=options.seed + 1)
-    greedy = SamplingParams(temperature=0, max_tokens=EXACTNESS_TOKENS)
-
-    def run(prompts: list[list[int]]) -> list[list[int]]:
-        return [output.outputs[0].token_ids for output in engine.generate(prompts, greedy, use_tqdm=False)]
-
-    scenarios = {
-        "alone": [run([prompt])[0] for prompt in prompts],
-        "batched": run(prompts),
-        "reordered": run(prompts[::-1])[::-1],
-        "among strangers": run(prompts + [list(s.prompt_token_ids) for s in strangers])[: len(prompts)],
-    }
-    scenarios["under preemption"] = run_under_preemption(engine, prompts, greedy)
-    for text, tokens in zip(TEXTS, scenarios["batched"]):
-        console.print(f"  {text!r} -> {engine.tokenizer.decode(tokens)!r}", markup=False, highlight=False)
+    strangers = make_workload(NUM_STRANGERS, (1, longest), (1, 1), TOKEN_IDS, seed=options.seed + 1)
+    scenarios = greedy_in_all_company(engine, prompts, [list(s.prompt_token_ids) for s in strangers], EXACTNESS_TOKENS)
     num_preemptions = engine.stats().num_preemptions
     engine.close()
 
-    tolerance = NEAR_TIE[model.dtype]
-    expected = [hf_generate(model, prompt) for prompt in prompts]
-    counts = {"tokens": 0, "mismatches": 0, "near_ties": 0, "largest_near_tie": 0.0}
-    counts["preemptions"] = num_preemptions
+    for text, tokens in zip(TEXTS, scenarios["batched"]):
+        completion = engine.tokenizer.decode(tokens, skip_special_tokens=True)
+        console.print(f"  {text!r} -> {completion!r}", markup=False, highlight=False)
+    expected = [hf_generate(model, prompt, EXACTNESS_TOKENS) for prompt in prompts]
+    comparisons = {name: compare(model, prompts, outputs, expected) for name, outputs in scenarios.items()}
     table = Table("scenario", "equal to generate", "near-ties", "mismatches", title="exactness against Hugging Face")
-    for scenario, outputs in scenarios.items():
-        near_ties = mismatches = 0
-        for prompt, tokens, reference in zip(prompts, outputs, expected):
-            deficits = hf_deficits(model, prompt, tokens)
-            ties = [deficit for deficit in deficits if 0 < deficit <= tolerance]
-            near_ties += len(ties)
-            mismatches += sum(not deficit <= tolerance for deficit in deficits)
-            # As long as the tokens are the same, so must be the moment to stop.
-            common = min(len(tokens), len(reference))
-            mismatches += tokens[:common] == reference[:common] and len(tokens) != len(reference)
-            counts["tokens"] += len(tokens)
-            counts["largest_near_tie"] = max([counts["largest_near_tie"], *ties])
-        num_equal = sum(tokens == reference for tokens, reference in zip(outputs, expected))
-        counts["near_ties"] += near_ties
-        counts["mismatches"] += mismatches
-        table.add_row(scenario, f"{num_equal} of {len(prompts)}", str(near_ties), str(mismatches))
+    for name, result in comparisons.items():
+        equal = f"{result.num_equal} of {result.num_outputs}"
+        table.add_row(name, equal, str(result.near_ties), str(result.mismatches))
     console.print(table)
+    counts = {
+        "tokens": sum(result.num_tokens for result in comparisons.values()),
+        "mismatches": sum(result.mismatches for result in comparisons.values()),
+        "near_ties": sum(result.near_ties for result in comparisons.values()),
+        "largest_near_tie": max(result.largest_near_tie for result in comparisons.values()),
+        "preemptions": num_preemptions,
+    }
     console.print(
-        f"{counts['tokens']} tokens, {num_preemptions} preemptions; near-tie: up to {tolerance} nats less likely than "
-        f"Hugging Face's own choice, largest seen {counts['largest_near_tie']:.2g}"
+        f"{counts['tokens']} tokens, {num_preemptions} preemptions; near-tie: up to {NEAR_TIE[model.dtype]} nats less "
+        f"likely than Hugging Face's own choice, largest seen {counts['largest_near_tie']:.2g}"
     )
     return counts
-
-
-def run_under_preemption(engine: Inference, prompts: list[list[int]], params: SamplingParams) -> list[list[int]]:
-    """Greedy tokens when every other step the newest request loses its pages and has to start again."""
-    request_ids = [engine.add_request(prompt, params) for prompt in prompts]
-    tokens = {}
-    while engine.has_unfinished_requests():
-        for output in engine.run_one_step() + engine.run_one_step():
-            tokens[output.request_id] = output.outputs[0].token_ids
-        if len(engine.scheduler.running) > 1:  # the oldest must get on
-            engine.scheduler.preempt_newest()
-    return [tokens[request_id] for request_id in request_ids]
-
-
-def hf_generate(model: PreTrainedModel, prompt: list[int]) -> list[int]:
-    input_ids = torch.tensor([prompt], device=model.device)
-    output = model.generate(
-        input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=EXACTNESS_TOKENS, do_sample=False
-    )
-    return output[0, len(prompt) :].tolist()
-
-
-@torch.no_grad()
-def hf_deficits(model: PreTrainedModel, prompt: list[int], tokens: list[int]) -> list[float]:
-    """For each token, by how many nats Hugging Face finds its own choice more likely, given the tokens before."""
-    logits = model(torch.tensor([prompt + tokens], device=model.device)).logits[0, len(prompt) - 1 : -1]
-    logprobs = logits.double().log_softmax(dim=-1)
-    chosen = logprobs.gather(1, torch.tensor(tokens, device=model.device)[:, None])[:, 0]
-    return (logprobs.amax(dim=-1) - chosen).tolist()
 
 
 def summarize(outputs: list[RequestOutput], seconds: float) -> dict:

@@ -75,9 +75,8 @@ class ModelRunner:
         num_masks = len({effective_window(window, self.page_table) for window in self.layout.windows})
         return num_masks * sum(len(kind.buckets or ()) for kind in self.layout.kinds)
 
-    @torch.inference_mode(
-        False
-    )  # whatever the caller is in: tensors of that mode are other tensors to a kernel's guards
+    # Whatever mode the caller is in: tensors made in inference mode are other tensors to a kernel's guards.
+    @torch.inference_mode(False)
     @torch.no_grad()
     def forward(self, chunks: list[Chunk]) -> Tensor:
         """Compute the chunks and return the logits at the end of each, [C, V].

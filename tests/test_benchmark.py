@@ -20,7 +20,7 @@ ARGUMENTS += ["--max_new_tokens", "6", "--max_seq_length", "256"]
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
     """Run the benchmark's main with arguments; its exit status, its stdout's last line, and where its CSV goes."""
-    monkeypatch.setattr(benchmark, "EXACTNESS_PROMPT_LENS", (1, 240))  # 240: well past the model's window of 128
+    monkeypatch.setattr(benchmark, "PROMPT_LENS", (1, 240))  # 240: well past the model's window
     monkeypatch.setattr(benchmark, "EXACTNESS_TOKENS", 8)
     monkeypatch.setattr(benchmark, "NUM_STRANGERS", 2)
     monkeypatch.chdir(tmp_path)
@@ -36,7 +36,7 @@ def run(monkeypatch, capsys, tmp_path):
 def test_report_adds_up_and_the_csv_has_a_line_per_step(run, monkeypatch, tmp_path):
     monkeypatch.setenv("ENABLE_PROFILING", "1")
     status, record = run()
-    workload = make_workload(4, (1, 20), (2, 6), range(3, 259), seed=0)
+    workload = make_workload(4, (1, 20), (2, 6), benchmark.TOKEN_IDS, seed=0)
     assert status == 0
     assert record["exactness"]["mismatches"] == 0 and record["exactness"]["preemptions"] > 0
     assert record["workload_digest"] == digest(workload)
@@ -53,7 +53,8 @@ def test_a_wrong_mask_is_a_mismatch_and_exit_status_1(run, monkeypatch):
     """Gemma-2 without its sliding window: what the original engine computed."""
     monkeypatch.setattr("flex_nano_vllm.step.layer_mask", lambda window: masks.causal)
     status, record = run()
-    assert status == 1 and record["exactness"]["mismatches"] > 0
+    assert status == 1
+    assert record["exactness"]["mismatches"] > 0
 
 
 def test_workload_is_the_same_in_every_process():
@@ -74,8 +75,9 @@ def test_a_model_that_cannot_be_had_is_an_error_only_if_it_was_asked_for(monkeyp
         raise OSError("no network")
 
     monkeypatch.setattr(benchmark.AutoModelForCausalLM, "from_pretrained", no_hub)
-    cpu, float32 = benchmark.torch.device("cpu"), benchmark.torch.float32
-    *_, name = benchmark.load(None, float32, cpu, Console())
-    assert name == "gemma2-tiny (random weights)"
+    monkeypatch.setattr(benchmark, "random_gemma2", lambda shape, dtype, device: shape)
+    gpu, float32 = benchmark.torch.device("cuda"), benchmark.torch.float32
+    shape, _, name = benchmark.load(None, float32, gpu, Console())
+    assert (shape, name) == ("gemma-2-2b", "gemma-2-2b (random weights)")
     with pytest.raises(OSError, match="no network"):
-        benchmark.load("google/gemma-2-2b", float32, cpu, Console())
+        benchmark.load("google/gemma-2-2b", float32, gpu, Console())

@@ -1,0 +1,292 @@
+"""Train a little Gemma-2 that answers questions: `uv run examples/train_tiny_gemma2.py --output_dir DIR`.
+
+A byte-level BPE tokenizer and a model of 1.2 million parameters learn the tasks of `flex_nano_vllm/tasks.py`, whose
+questions are drawn here as they are needed: nothing is downloaded. Every batch is a function of (seed, step), so a run
+that was stopped goes on from its last checkpoint with the same data. At the end the weights are rounded to bfloat16 and
+saved with config, tokenizer and chat template, and the accuracy on held-out questions is printed.
+"""
+
+import random
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn
+from rich.table import Table
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GenerationConfig,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from flex_nano_vllm import Inference, SamplingParams
+from flex_nano_vllm.tasks import (
+    TASKS,
+    Question,
+    draw_pairs,
+    draw_question,
+    held_out_questions,
+    is_right,
+    lookup,
+    prompt_text,
+)
+
+SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
+PAD, EOS, BOS, _, END_OF_TURN = range(len(SPECIAL_TOKENS))
+IGNORED = -100  # as a label
+
+# Gemma's form of a conversation: no system role, user and model take turns.
+CHAT_TEMPLATE = """{{ bos_token }}{% for message in messages -%}
+{%- if message['role'] != ['user', 'assistant'][loop.index0 % 2] -%}
+{{ raise_exception('a conversation is user, assistant, user, ...: turn ' ~ loop.index ~ ' is ' ~ message['role']) }}
+{%- endif -%}
+{{ '<start_of_turn>' ~ {'user': 'user', 'assistant': 'model'}[message['role']] ~ '\\n' }}
+{{- message['content'] | trim ~ '<end_of_turn>\\n' }}
+{%- endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"""
+
+# How often a task is drawn, relative to the others. What is known by heart is soon learned.
+WEIGHTS = {"months": 1, "weekdays": 1, "alphabet": 2, "primes": 2, "counting": 4, "sums": 4, "copying": 4}
+WEIGHTS |= {"reversing": 4, "lookup": 6, "long lookup": 3, "stories": 2}
+assert WEIGHTS.keys() == TASKS.keys()
+
+
+@dataclass
+class Options:
+    output_dir: str = field(metadata={"help": "where model, tokenizer and checkpoint.pt go"})
+    steps: int = 1600
+    tokens_per_step: int = 8192
+    learning_rate: float = field(default=6e-3, metadata={"help": "of the matrices; the rest gets three tenths of it"})
+    checkpoint_every: int = 250
+    seed: int = 0
+    questions: int = field(default=200, metadata={"help": "held-out questions per task in the evaluation"})
+
+
+def main() -> None:
+    (options,) = HfArgumentParser(Options, description=__doc__.split("\n")[0]).parse_args_into_dataclasses()
+    console = Console()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    folder = Path(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    tokenizer = train_tokenizer(options.seed)
+    model = new_model(len(tokenizer), options.seed).to(device)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    console.print(f"{num_parameters:,} parameters, vocabulary {len(tokenizer):,}, on {device}")
+    train(model, tokenizer, options, folder / "checkpoint.pt", console)
+
+    model = model.to(torch.bfloat16).eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    evaluate(folder, options.questions, console)
+
+
+def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE; each digit is a token of its own, as in Gemma's tokenizer."""
+    rng = random.Random(f"{seed}:tokenizer")
+    questions = (draw_question(task, rng, held_out=False) for _ in range(2000) for task in TASKS)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=1536, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
+    )
+    texts = (f"user\n{question.prompt}\nmodel\n{question.answer} {question.answer}" for question in questions)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        additional_special_tokens=SPECIAL_TOKENS[3:],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def new_model(vocab_size: int, seed: int) -> PreTrainedModel:
+    """All that makes Gemma-2 hard, at a size that two cores can train: window and full layers in turn, two softcaps
+    (the attention's low enough to be felt), grouped heads, tied embeddings."""
+    config = Gemma2Config(
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        query_pre_attn_scalar=16,  # not head_dim: an engine that guesses the scale is wrong
+        initializer_range=0.08,  # with the default of 0.02, looking things up is learned much later
+        sliding_window=64,
+        attn_logit_softcapping=10.0,
+        final_logit_softcapping=30.0,
+        max_position_embeddings=4096,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        bos_token_id=BOS,
+    )
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    model.generation_config = GenerationConfig(
+        pad_token_id=PAD, eos_token_id=[EOS, END_OF_TURN], bos_token_id=BOS, do_sample=False
+    )
+    return model
+
+
+def train(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, options: Options, checkpoint: Path, console: Console
+) -> None:
+    """Muon for the layers' matrices, AdamW for embeddings and norms: half the steps that AdamW alone takes."""
+    matrices = [p for layer in model.get_decoder().layers for p in layer.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=options.learning_rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=0.3 * options.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    schedulers = [  # a short warm-up, and a linear way to zero in the second half
+        torch.optim.lr_scheduler.LambdaLR(o, lambda step: min(1, (step + 1) / 50, 2 * (1 - step / options.steps)))
+        for o in optimizers
+    ]
+    stateful = [model, *optimizers, *schedulers]
+    done = 0
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, map_location=model.device)
+        done = saved["step"]
+        for part, state in zip(stateful, saved["states"], strict=True):
+            part.load_state_dict(state)
+        console.print(f"going on after step {done}, from {checkpoint}")
+
+    model.train()
+    started, num_tokens = time.perf_counter(), 0
+    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as bar:
+        task = bar.add_task("training", total=options.steps, completed=done)
+        for step in range(done + 1, options.steps + 1):
+            batches = batches_of_step(tokenizer, options, step)
+            num_targets = sum(int((labels != IGNORED).sum()) for _, labels in batches)
+            loss_of_step = 0.0
+            for input_ids, labels in batches:
+                loss = answer_loss(model, input_ids.to(model.device), labels.to(model.device)) / num_targets
+                loss.backward()
+                loss_of_step += loss.item()
+                num_tokens += input_ids.numel()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for part in (*optimizers, *schedulers):
+                part.step()
+            model.zero_grad()
+            bar.update(task, completed=step, description=f"loss {loss_of_step:.4f}")
+            if step % 50 == 0:
+                rate = num_tokens / (time.perf_counter() - started)
+                console.print(f"step {step}: loss {loss_of_step:.4f}, {rate:,.0f} tokens/s")
+            if step % options.checkpoint_every == 0:
+                torch.save({"step": step, "states": [part.state_dict() for part in stateful]}, checkpoint)
+
+
+def answer_loss(model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sum of the cross-entropies of all labels [B, T] that are not IGNORED. Only their logits are computed."""
+    targets = labels[:, 1:]
+    is_target = targets != IGNORED
+    with torch.autocast(model.device.type, torch.bfloat16):
+        hidden = model.get_decoder()(input_ids, use_cache=False).last_hidden_state[:, :-1]  # [B, T - 1, hidden]
+        logits = model.get_output_embeddings()(hidden[is_target]).float()  # [targets, V]
+    cap = model.config.final_logit_softcapping
+    return cross_entropy(cap * torch.tanh(logits / cap), targets[is_target], reduction="sum")
+
+
+def batches_of_step(
+    tokenizer: PreTrainedTokenizerFast, options: Options, step: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The documents of one step, short ones with short ones, in batches of input ids and labels [B, T].
+
+    Padding is on the right, where causal attention lets nobody see it.
+    """
+    rng = random.Random(f"{options.seed}:{step}")
+    # Lists of up to 3 pairs teach to look up at all (with longer ones it takes long to learn anything), then
+    # they grow up to 110.
+    growth = min(1, max(0, step / options.steps - 0.15) / 0.45)
+    max_pairs = round(3 * (110 / 3) ** growth)
+    documents: list[tuple[list[int], list[int]]] = []
+    while sum(len(ids) for ids, _ in documents) < options.tokens_per_step:
+        documents.append(document(tokenizer, draw_questions(rng, max_pairs), as_chat=rng.random() < 0.5))
+    documents.sort(key=lambda document: len(document[0]))
+    batches = []
+    while documents:
+        longest = len(documents[-1][0])
+        num = max(1, options.tokens_per_step // 4 // longest)
+        batch, documents = documents[-num:], documents[:-num]
+        ids, labels = (
+            torch.tensor([part + [padding] * (longest - len(part)) for part in parts])
+            for parts, padding in zip(zip(*batch), (PAD, IGNORED))
+        )
+        batches.append((ids, labels))
+    return batches
+
+
+def draw_questions(rng: random.Random, max_pairs: int) -> list[Question]:
+    """One question, or the several of a conversation. None of them held out."""
+    task = rng.choices(list(WEIGHTS), weights=WEIGHTS.values())[0]
+    if "lookup" in task:
+        pairs = draw_pairs(rng, rng.randint(2, max_pairs if task == "long lookup" else min(30, max_pairs)))
+        # Many questions about one list teach more than one does.
+        asked = rng.sample(list(pairs), min(len(pairs), rng.choice([1, 2, 4, 16])))
+        question = Question(task, *lookup(pairs, asked))
+        return draw_questions(rng, max_pairs) if question.held_out else [question]
+    others = rng.choices(
+        ["months", "weekdays", "alphabet", "primes", "counting", "sums"], k=rng.choice([0, 0, 0, 1, 2])
+    )
+    return [draw_question(name, rng, held_out=False) for name in (task, *others)]
+
+
+def document(
+    tokenizer: PreTrainedTokenizerFast, questions: list[Question], as_chat: bool
+) -> tuple[list[int], list[int]]:
+    """Token ids of a question and its answer, or of a conversation. All labels but the answers are IGNORED."""
+    ids: list[int] = []
+    labels: list[int] = []
+
+    def add(prompt: str, answer: str, end: int) -> None:
+        prompt_ids, answer_ids = tokenizer([prompt, answer], add_special_tokens=False).input_ids
+        ids.extend([*prompt_ids, *answer_ids, end])
+        labels.extend([*([IGNORED] * len(prompt_ids)), *answer_ids, end])
+
+    if len(questions) == 1 and not as_chat:
+        add("<bos>" + questions[0].prompt, questions[0].separator + questions[0].answer, EOS)
+    else:
+        for i, question in enumerate(questions):
+            turn = prompt_text(question, tokenizer)
+            add(turn if i == 0 else "\n" + turn.removeprefix("<bos>"), question.answer, END_OF_TURN)
+    return ids, labels
+
+
+def evaluate(folder: Path, num_questions: int, console: Console) -> None:
+    """Accuracy per task on held-out questions, bare and as chat turns, by the engine from the saved files."""
+    table = Table("task", "questions", "bare", "chat", title=f"held-out accuracy of {folder}")
+    with Inference.from_pretrained(str(folder), max_seq_length=1024) as engine:
+        greedy = SamplingParams(temperature=0, max_tokens=128)
+        for task in TASKS:
+            questions = held_out_questions(task, num_questions, seed=1)
+            row = []
+            for chat_tokenizer in (None, engine.tokenizer):
+                outputs = engine.generate([prompt_text(q, chat_tokenizer) for q in questions], greedy, use_tqdm=False)
+                right = [
+                    is_right(question, output.outputs[0].text) and output.outputs[0].finish_reason == "stop"
+                    for question, output in zip(questions, outputs)
+                ]
+                row.append(f"{sum(right) / len(right):.1%}")
+            table.add_row(task, str(len(questions)), *row)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""Questions of the tiny model's tasks: their answers are right, and what is held out is never trained on."""
+
+import random
+import re
+import subprocess
+import sys
+
+import pytest
+
+from flex_nano_vllm.tasks import HELD_OUT_SHARE, TASKS, Question, draw_question, held_out_questions
+
+KNOWN = {
+    "months": "January February March April May June July August September October November December".split(),
+    "weekdays": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split(),
+    "alphabet": list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"),
+    "primes": [str(n) for n in range(2, 72) if all(n % d for d in range(2, n))],
+}
+
+
+def some(task, num=300):
+    rng = random.Random(0)
+    return [Question(task, *TASKS[task](rng)) for _ in range(num)]
+
+
+@pytest.mark.parametrize("task", KNOWN)
+def test_known_lists_have_no_gap(task):
+    """The items named last before the answer, and the answer, are neighbours in the list."""
+    items = KNOWN[task]
+    for question in some(task):
+        asked = [word for word in re.findall(r"\w+", question.prompt.split(":")[-1]) if word in items]
+        told = question.answer.removesuffix(".").split(", ")
+        first = items.index(told[0])
+        assert told == items[first : first + len(told)]
+        if question.prompt.endswith(","):
+            assert asked == items[:first] and told[-1] == items[-1]
+        elif "from" in question.prompt:
+            assert asked == [told[0], told[-1]]
+        elif "before" in question.prompt:
+            assert items[first + 1] == asked[-1] and len(told) == 1
+        else:
+            assert items[first - 1] == asked[-1]
+
+
+def test_counting_and_sums_add_up():
+    for question in some("counting"):
+        by, start, end, *told = map(int, re.findall(r"\d+", question.prompt))
+        assert told + [int(n) for n in re.findall(r"\d+", question.answer)] == list(range(start, end + 1, by))
+    for question in some("sums"):
+        assert sum(map(int, re.findall(r"\d+", question.prompt))) == int(question.answer.removesuffix("."))
+
+
+def test_words_are_repeated_and_reversed():
+    for task, step in (("copying", 1), ("reversing", -1)):
+        for question in some(task):
+            words = question.prompt.split(": ")[1].removesuffix(".").split()
+            assert question.answer == " ".join(words[::step]) + "."
+
+
+@pytest.mark.parametrize("task", ["lookup", "long lookup"])
+def test_the_answer_of_a_lookup_stands_in_its_list(task):
+    for question in some(task):
+        _, *pairs, asked = question.prompt.split("\n")
+        assert len({pair.split()[0] for pair in pairs}) == len(pairs)
+        answers = question.answer.removesuffix(".").split(", ")
+        assert set(answers) <= set(pairs)
+        assert [answer.split()[0] for answer in answers] == asked.removeprefix("What about ")[:-1].split(", ")
+        assert task == "lookup" or pairs.index(answers[0]) < len(pairs) - 64
+
+
+def test_a_share_is_held_out_by_the_prompt_alone():
+    prompts = {question.prompt for task in TASKS for question in some(task)}
+    held_out = {prompt for prompt in prompts if Question("any", prompt, "any").held_out}
+    assert len(held_out) / len(prompts) == pytest.approx(HELD_OUT_SHARE, rel=0.3)
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_draws_come_from_the_side_asked_for(held_out):
+    rng = random.Random(1)
+    assert all(draw_question(task, rng, held_out).held_out == held_out for task in TASKS for _ in range(20))
+
+
+def test_questions_are_different_and_the_same_in_every_process():
+    here = [question.prompt for task in TASKS for question in held_out_questions(task, 30, seed=5)]
+    assert len(set(here)) == len(here)
+    program = (
+        "from flex_nano_vllm.tasks import *; "
+        "print([q.prompt for task in TASKS for q in held_out_questions(task, 30, seed=5)])"
+    )
+    there = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert there.strip() == str(here)

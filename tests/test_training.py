@@ -1,0 +1,79 @@
+"""Training of the tiny model: what it is shown, and that a stopped run goes on where it was."""
+
+import random
+
+import pytest
+import torch
+import train_tiny_gemma2 as training
+from rich.console import Console
+from train_tiny_gemma2 import EOS, IGNORED, PAD, Options
+
+OPTIONS = Options(output_dir="", steps=4, tokens_per_step=400, checkpoint_every=2)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return training.train_tokenizer(seed=0)
+
+
+def train(tokenizer, checkpoint):
+    model = training.new_model(len(tokenizer), seed=0)
+    training.train(model, tokenizer, OPTIONS, checkpoint, Console(quiet=True))
+    return model.state_dict()
+
+
+def test_a_stopped_run_goes_on_with_the_same_data(tokenizer, tmp_path, monkeypatch):
+    expected = train(tokenizer, tmp_path / "whole.pt")
+    save = torch.save
+
+    def save_and_stop(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(tokenizer, tmp_path / "stopped.pt")
+    resumed = train(tokenizer, tmp_path / "stopped.pt")
+    untrained = training.new_model(len(tokenizer), seed=0).state_dict()
+    for name, weight in expected.items():
+        torch.testing.assert_close(resumed[name], weight)
+        assert not torch.equal(weight, untrained[name])
+
+
+def test_labels_are_the_answer_and_its_end(tokenizer):
+    rng = random.Random(0)
+    for _ in range(50):
+        questions = training.draw_questions(rng, max_pairs=10)
+        assert not any(question.held_out for question in questions)
+        ids, labels = training.document(tokenizer, questions[:1], as_chat=False)
+        assert [i for i, label in zip(ids, labels) if label != IGNORED] == [i for i in labels if i != IGNORED]
+        answer = [label for label in labels if label != IGNORED]
+        assert tokenizer.decode(answer[:-1]).strip() == questions[0].answer and answer[-1] == EOS
+        assert tokenizer.decode(ids, skip_special_tokens=True).startswith(questions[0].prompt)
+
+
+def test_a_chat_is_tokenized_as_its_template_would_be(tokenizer):
+    """What the model meets in a conversation is what it was trained on."""
+    rng = random.Random(1)
+    for _ in range(50):
+        questions = training.draw_questions(rng, max_pairs=5)
+        ids, _ = training.document(tokenizer, questions, as_chat=True)
+        messages = [
+            {"role": role, "content": content}
+            for question in questions
+            for role, content in (("user", question.prompt), ("assistant", question.answer))
+        ]
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        assert tokenizer(text.removesuffix("\n"), add_special_tokens=False).input_ids == ids
+
+
+def test_batches_hold_every_document_once_and_pad_on_the_right(tokenizer):
+    batches = training.batches_of_step(tokenizer, OPTIONS, step=3)
+    rows = [row for ids, _ in batches for row in ids.tolist()]
+    assert sum(token != PAD for row in rows for token in row) >= OPTIONS.tokens_per_step
+    for row in rows:
+        padding = row.index(PAD) if PAD in row else len(row)
+        assert set(row[padding:]) <= {PAD}
+    again = training.batches_of_step(tokenizer, OPTIONS, step=3)
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(batches, again, strict=True))
