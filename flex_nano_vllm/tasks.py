@@ -110,11 +110,12 @@ def draw_pairs(rng: random.Random, num_pairs: int) -> dict[str, str]:
 def lookup(pairs: dict[str, str], asked: list[str]) -> tuple[str, str]:
     """All pairs, a line of three tokens each in the tiny model's vocabulary, and a question for some of them.
 
-    The answer is in lines of the list: the model says a name, and then looks up what followed it.
+    The answer is in lines of the list: the model says a name, and then looks up what followed it. A name begins a line in
+    both, and so is the same token (after a blank it would be another one).
     """
-    told = "".join(f"{name} {thing}\n" for name, thing in pairs.items())
-    answer = ", ".join(f"{name} {pairs[name]}" for name in asked)
-    return f"Who has what?\n{told}What about {', '.join(asked)}?", f"{answer}."
+    told = "\n".join(f"{name} {thing}" for name, thing in pairs.items())
+    answer = "\n".join(f"{name} {pairs[name]}" for name in asked)
+    return f"Who has what?\n{told}\nWhat about {', '.join(asked)}?", f"{answer}."
 
 
 def _lookup(rng: random.Random) -> tuple[str, str]:

@@ -61,7 +61,7 @@ def test_the_answer_of_a_lookup_stands_in_its_list(task):
     for question in some(task):
         _, *pairs, asked = question.prompt.split("\n")
         assert len({pair.split()[0] for pair in pairs}) == len(pairs)
-        answers = question.answer.removesuffix(".").split(", ")
+        answers = question.answer.removesuffix(".").split("\n")
         assert set(answers) <= set(pairs)
         assert [answer.split()[0] for answer in answers] == asked.removeprefix("What about ")[:-1].split(", ")
         assert task == "lookup" or pairs.index(answers[0]) < len(pairs) - 64
