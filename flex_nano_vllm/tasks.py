@@ -110,8 +110,8 @@ def draw_pairs(rng: random.Random, num_pairs: int) -> dict[str, str]:
 def lookup(pairs: dict[str, str], asked: list[str]) -> tuple[str, str]:
     """All pairs, a line of three tokens each in the tiny model's vocabulary, and a question for some of them.
 
-    The answer is in lines of the list: the model says a name, and then looks up what followed it. A name begins a line in
-    both, and so is the same token (after a blank it would be another one).
+    The answer is in lines of the list: the model says a name, and then looks up what followed it. A name begins a line
+    in both, and so is the same token (after a blank it would be another one).
     """
     told = "\n".join(f"{name} {thing}" for name, thing in pairs.items())
     answer = "\n".join(f"{name} {pairs[name]}" for name in asked)
