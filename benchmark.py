@@ -42,7 +42,7 @@ TEXTS = (
     "The 12 months of the year are: January, February, March,",
     "The first 20 prime numbers are: 2, 3,",
 )
-# Lengths next to page boundaries and past the sliding window of the CPU models.
+# Lengths next to page boundaries and past the sliding window of the CPU model.
 PROMPT_LENS = (1, 120, 127, 128, 250, 380)
 EXACTNESS_TOKENS = 48
 NUM_STRANGERS = 16

@@ -61,7 +61,7 @@ assert WEIGHTS.keys() == TASKS.keys()
 @dataclass
 class Options:
     output_dir: str = field(metadata={"help": "where model, tokenizer and checkpoint.pt go"})
-    steps: int = 1600
+    steps: int = 2400
     tokens_per_step: int = 8192
     learning_rate: float = field(default=6e-3, metadata={"help": "of the matrices; the rest gets three tenths of it"})
     checkpoint_every: int = 250
@@ -194,7 +194,8 @@ def train(
 
 
 def answer_loss(model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum of the cross-entropies of all labels [B, T] that are not IGNORED. Only their logits are computed."""
+    """Sum of the cross-entropies of all labels [B, T] that are not IGNORED. Only their logits are computed, which is why
+    the final softcap, that the model's own forward would apply to all of them, stands here."""
     targets = labels[:, 1:]
     is_target = targets != IGNORED
     with torch.autocast(model.device.type, torch.bfloat16):
@@ -212,13 +213,15 @@ def batches_of_step(
     Padding is on the right, where causal attention lets nobody see it.
     """
     rng = random.Random(f"{options.seed}:{step}")
-    # Lists of up to 3 pairs teach to look up at all (with longer ones it takes long to learn anything), then
-    # they grow up to 110.
-    growth = min(1, max(0, step / options.steps - 0.15) / 0.45)
+    # To look up at all is learned from many lists of up to 3 pairs and nothing beside them, after some hundred steps at
+    # the odds of guessing. The lists then grow up to 110 pairs, and last come all tasks.
+    progress = step / options.steps
+    growth = min(1, max(0, progress - 0.2) / 0.15)
     max_pairs = round(3 * (110 / 3) ** growth)
+    weights = WEIGHTS if growth == 1 else {"long lookup": 1}
     documents: list[tuple[list[int], list[int]]] = []
     while sum(len(ids) for ids, _ in documents) < options.tokens_per_step:
-        documents.append(document(tokenizer, draw_questions(rng, max_pairs), as_chat=rng.random() < 0.5))
+        documents.append(document(tokenizer, draw_questions(rng, weights, max_pairs), as_chat=rng.random() < 0.5))
     documents.sort(key=lambda document: len(document[0]))
     batches = []
     while documents:
@@ -233,15 +236,15 @@ def batches_of_step(
     return batches
 
 
-def draw_questions(rng: random.Random, max_pairs: int) -> list[Question]:
+def draw_questions(rng: random.Random, weights: dict[str, int], max_pairs: int) -> list[Question]:
     """One question, or the several of a conversation. None of them held out."""
-    task = rng.choices(list(WEIGHTS), weights=WEIGHTS.values())[0]
+    task = rng.choices(list(weights), weights=weights.values())[0]
     if "lookup" in task:
         pairs = draw_pairs(rng, rng.randint(2, max_pairs if task == "long lookup" else min(30, max_pairs)))
         # Many questions about one list teach more than one does.
         asked = rng.sample(list(pairs), min(len(pairs), rng.choice([1, 2, 4, 16])))
         question = Question(task, *lookup(pairs, asked))
-        return draw_questions(rng, max_pairs) if question.held_out else [question]
+        return draw_questions(rng, weights, max_pairs) if question.held_out else [question]
     others = rng.choices(
         ["months", "weekdays", "alphabet", "primes", "counting", "sums"], k=rng.choice([0, 0, 0, 1, 2])
     )

@@ -49,13 +49,18 @@ def greedy_in_all_company(
 def greedy_under_preemption(engine: Inference, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
     """Greedy tokens when every other step the newest request loses its pages and has to start again."""
     greedy = SamplingParams(temperature=0, max_tokens=max_tokens)
-    request_ids = [engine.add_request(prompt, greedy) for prompt in prompts]
-    tokens = {}
-    while engine.has_unfinished_requests():
-        for output in engine.run_one_step() + engine.run_one_step():
-            tokens[output.request_id] = output.outputs[0].token_ids
-        if len(engine.scheduler.running) > 1:  # the oldest must get on
-            engine.scheduler.preempt_newest()
+    request_ids, tokens = [], {}
+    try:
+        for prompt in prompts:
+            request_ids.append(engine.add_request(prompt, greedy))
+        while engine.has_unfinished_requests():
+            for output in engine.run_one_step() + engine.run_one_step():
+                tokens[output.request_id] = output.outputs[0].token_ids
+            if len(engine.scheduler.running) > 1:  # the oldest must get on
+                engine.scheduler.preempt_newest()
+    finally:
+        for request_id in request_ids:  # after an exception their pages are given back
+            engine.abort(request_id)
     return [tokens[request_id] for request_id in request_ids]
 
 

@@ -1,4 +1,4 @@
-"""Questions with one right answer, drawn from a seeded grammar: what the tiny model in the box has learned.
+"""Questions with one right answer, drawn from a seeded grammar: what a tiny model can be taught.
 
 Every task makes a prompt and its answer from a random generator. A hash of the prompt says whether a question is held
 out, so training and evaluation need no lists of each other. Knows only the standard library.

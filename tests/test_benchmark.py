@@ -36,7 +36,7 @@ def run(monkeypatch, capsys, tmp_path):
 def test_report_adds_up_and_the_csv_has_a_line_per_step(run, monkeypatch, tmp_path):
     monkeypatch.setenv("ENABLE_PROFILING", "1")
     status, record = run()
-    workload = make_workload(4, (1, 20), (2, 6), benchmark.TOKEN_IDS, seed=0)
+    workload = make_workload(4, (1, 20), (2, 6), range(3, 259), seed=0)
     assert status == 0
     assert record["exactness"]["mismatches"] == 0 and record["exactness"]["preemptions"] > 0
     assert record["workload_digest"] == digest(workload)
@@ -76,8 +76,10 @@ def test_a_model_that_cannot_be_had_is_an_error_only_if_it_was_asked_for(monkeyp
 
     monkeypatch.setattr(benchmark.AutoModelForCausalLM, "from_pretrained", no_hub)
     monkeypatch.setattr(benchmark, "random_gemma2", lambda shape, dtype, device: shape)
-    gpu, float32 = benchmark.torch.device("cuda"), benchmark.torch.float32
+    cpu, gpu, float32 = benchmark.torch.device("cpu"), benchmark.torch.device("cuda"), benchmark.torch.float32
+    assert benchmark.load(None, float32, cpu, Console())[2] == "gemma2-tiny (random weights)"
     shape, _, name = benchmark.load(None, float32, gpu, Console())
     assert (shape, name) == ("gemma-2-2b", "gemma-2-2b (random weights)")
-    with pytest.raises(OSError, match="no network"):
-        benchmark.load("google/gemma-2-2b", float32, gpu, Console())
+    for device in (cpu, gpu):
+        with pytest.raises(OSError, match="no network"):
+            benchmark.load("google/gemma-2-2b", float32, device, Console())

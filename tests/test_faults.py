@@ -25,6 +25,7 @@ from tiny_models import hf_generate, tiny_model
 
 from flex_nano_vllm import Inference, SamplingParams, inference
 from flex_nano_vllm.attention import PagedKVCache
+from flex_nano_vllm.exactness import greedy_under_preemption
 from flex_nano_vllm.page_table import PageTable
 from flex_nano_vllm.random_models import byte_tokenizer
 from flex_nano_vllm.runner import ModelRunner
@@ -344,3 +345,11 @@ def test_nan_in_one_request_leaves_its_neighbours_and_successors_alone(compiled)
         again = engine.generate(HEALTHY, greedy(6), use_tqdm=False)
         assert [output.outputs[0].token_ids for output in again] == expected
         engine.check_invariants()
+
+
+def test_an_interrupted_check_under_preemption_leaves_the_pool_whole(engine, monkeypatch):
+    with monkeypatch.context() as patch:
+        raise_at_call(patch, ModelRunner, "forward", 3, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            greedy_under_preemption(engine, PROMPTS, 8)
+    assert_empty(engine)

@@ -88,3 +88,18 @@ def test_questions_are_different_and_the_same_in_every_process():
     )
     there = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert there.strip() == str(here)
+
+
+def test_a_story_ends_with_its_own_people_and_the_next_day():
+    for question in some("stories"):
+        hero, animal, place, friend, day, thing = re.fullmatch(
+            r"(\w+) the (\w+) lived by the (\w+) and had a friend, (\w+)\. On (\w+), \1 lost the (\w+)\.",
+            question.prompt,
+        ).groups()
+        week = KNOWN["weekdays"]
+        next_day = week[(week.index(day) + 1) % 7]
+        assert hero != friend
+        assert question.answer == (
+            f"{hero} looked for the {thing} by the {place}. On {next_day}, {friend} found the {thing}. "
+            f"{friend} gave the {thing} back to {hero}, and the {animal} was happy."
+        )
