@@ -4,7 +4,9 @@
    strangers, under preemption. A token that `generate` would not have chosen is a mismatch, and the exit status 1,
    unless Hugging Face's own log-probabilities put it within a tolerance of its choice: then it is a near-tie, counted
    and shown.
-2. Throughput: a seeded workload of fixed lengths, with latencies and memory.
+2. Answers, if the model is the trained one in the package: the engine's and `generate`'s to questions with one right
+   answer. One that differs is an exit status of 1, too.
+3. Throughput: a seeded workload of fixed lengths, with latencies and memory.
 
 The last line of stdout is one JSON object. `ENABLE_PROFILING=1` also writes a line per step to profile.csv.
 """
@@ -27,25 +29,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 import flex_nano_vllm
 from flex_nano_vllm import Inference, RequestOutput, SamplingParams
 from flex_nano_vllm.exactness import NEAR_TIE, compare, greedy_in_all_company, hf_generate
-from flex_nano_vllm.random_models import (
-    BYTE_VOCABULARY,
-    GEMMA2_SHAPES,
-    SPECIAL_TOKENS,
-    byte_tokenizer,
-    random_gemma2,
-)
+from flex_nano_vllm.inference import EMBEDDED_MODELS
+from flex_nano_vllm.random_models import GEMMA2_SHAPES, byte_tokenizer, random_gemma2
+from flex_nano_vllm.tasks import TASKS, held_out_questions, is_right, prompt_text
 from flex_nano_vllm.workload import digest, make_workload
 
 GEMMA_2_2B = "google/gemma-2-2b"
-TOKEN_IDS = range(len(SPECIAL_TOKENS), BYTE_VOCABULARY)  # ordinary tokens of every vocabulary
+TINY_GEMMA2 = "tiny-gemma2"
+TOKEN_IDS = range(5, 259)  # ordinary tokens of every vocabulary: five special ones come before, in that of tiny-gemma2
 TEXTS = (
     "The 12 months of the year are: January, February, March,",
     "The first 20 prime numbers are: 2, 3,",
 )
 # Lengths next to page boundaries and past the sliding window of the CPU model.
 PROMPT_LENS = (1, 120, 127, 128, 250, 380)
-EXACTNESS_TOKENS = 48
+EXACTNESS_TOKENS = 80  # as many as the list of primes takes
 NUM_STRANGERS = 16
+QUESTIONS_PER_TASK = 8
+ANSWER_TOKENS = 128
+CHECK_TOKENS = 512  # prompt and output of the longest request in either check
 
 
 @dataclass
@@ -55,8 +57,8 @@ class Options:
     model: str | None = field(
         default=None,
         metadata={
-            "help": "folder, hub id, or a shape with random weights (gemma2-tiny, gemma-2-2b); "
-            "default: google/gemma-2-2b on a GPU, gemma2-tiny on a CPU"
+            "help": "folder, hub id, tiny-gemma2, or a shape with random weights (gemma2-tiny, gemma-2-2b); "
+            "default: google/gemma-2-2b on a GPU, tiny-gemma2 on a CPU"
         },
     )
     dtype: str | None = field(default=None, metadata={"help": "default: bfloat16 on a GPU, float32 on a CPU"})
@@ -91,8 +93,6 @@ def main() -> int:
             setattr(options, name, gpu_default if on_gpu else cpu_default)
     if options.max_prompt_len + options.max_new_tokens > options.max_seq_length:
         sys.exit(f"max_prompt_len and max_new_tokens add up to more than max_seq_length={options.max_seq_length}")
-    if options.check and max(PROMPT_LENS) + EXACTNESS_TOKENS > options.max_seq_length:
-        sys.exit(f"the exactness check needs max_seq_length >= {max(PROMPT_LENS) + EXACTNESS_TOKENS}")
     model, tokenizer, model_name = load(options.model, getattr(torch, options.dtype), device, console)
     console.print(f"{model_name}, {options.dtype}, on {device_name(device)}, torch {torch.__version__}")
 
@@ -112,16 +112,25 @@ def main() -> int:
     started = time.perf_counter()
     graphs_before = num_graphs()
     engine = build_engine(options.n_pages)
+    if options.check and engine.max_request_tokens < CHECK_TOKENS:
+        sys.exit(
+            f"the checks need requests of {CHECK_TOKENS} tokens, but max_seq_length and the pool allow "
+            f"{engine.max_request_tokens}: raise them, or pass --no_check"
+        )
     engine.warmup()
     warmup_seconds = time.perf_counter() - started
     num_compiled = num_graphs() - graphs_before
     mode = f"{num_compiled} of at most {engine.runner.max_graphs} graphs" if engine.runner.compiled else "uncompiled"
     console.print(f"ready in {warmup_seconds:.1f} s: {mode}, {engine.page_table.n_pages} pages of {options.page_size}")
 
-    exactness = None
+    exactness = answers = None
+    n_pages = engine.page_table.n_pages  # a pool of another size would be compiled anew
     if options.check:
         exactness = check_exactness(engine, model, options, console)
-        engine = build_engine(engine.page_table.n_pages)  # a pool of another size would be compiled anew
+        engine = build_engine(n_pages)
+    if options.check and model_name == TINY_GEMMA2:
+        answers = check_answers(engine, model, console)
+        engine = build_engine(n_pages)
 
     requests = make_workload(
         options.num_requests,
@@ -169,13 +178,15 @@ def main() -> int:
         "num_graphs": num_compiled,
         "workload_digest": digest(requests),
         "exactness": exactness,
+        "answers": answers,
         "results": {
             name: None if value != value else round(value, 4) if isinstance(value, float) else value
             for name, value in results.items()
         },
     }
     print(json.dumps(record))
-    return 1 if exactness and exactness["mismatches"] else 0
+    wrong = (exactness and exactness["mismatches"], answers and answers["different"])
+    return 1 if any(wrong) else 0
 
 
 def load(
@@ -183,10 +194,10 @@ def load(
 ) -> tuple[PreTrainedModel, transformers.PreTrainedTokenizerBase, str]:
     """The model asked for, or the device's default: on a GPU its shape with random weights where it cannot be had."""
     if name is None and device.type == "cpu":
-        name = "gemma2-tiny"
+        name = TINY_GEMMA2
     if name in GEMMA2_SHAPES:
         return random_gemma2(name, dtype, device), byte_tokenizer(), f"{name} (random weights)"
-    path = name or GEMMA_2_2B
+    path = str(EMBEDDED_MODELS.get(name, name or GEMMA_2_2B))
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path,
@@ -195,7 +206,7 @@ def load(
             use_safetensors=True,
             attn_implementation="eager",  # for the oracle: older transformers would choose sdpa, which has no softcap
         )
-        return model, AutoTokenizer.from_pretrained(path), path
+        return model, AutoTokenizer.from_pretrained(path), name or path
     except OSError as error:
         if name is not None:
             raise
@@ -215,7 +226,7 @@ def check_exactness(engine: Inference, model: PreTrainedModel, options: Options,
 
     for text, tokens in zip(TEXTS, scenarios["batched"]):
         completion = engine.tokenizer.decode(tokens, skip_special_tokens=True)
-        console.print(f"  {text!r} -> {completion!r}", markup=False, highlight=False)
+        show_completion(text, completion, console)
     expected = [hf_generate(model, prompt, EXACTNESS_TOKENS) for prompt in prompts]
     comparisons = {name: compare(model, prompts, outputs, expected) for name, outputs in scenarios.items()}
     table = Table("scenario", "equal to generate", "near-ties", "mismatches", title="exactness against Hugging Face")
@@ -235,6 +246,45 @@ def check_exactness(engine: Inference, model: PreTrainedModel, options: Options,
         f"likely than Hugging Face's own choice, largest seen {counts['largest_near_tie']:.2g}"
     )
     return counts
+
+
+def check_answers(engine: Inference, model: PreTrainedModel, console: Console) -> dict:
+    """Held-out questions of every task, every other one as a chat turn, to the engine and to `generate`. Closes the
+    engine."""
+    tokenizer = engine.tokenizer
+    questions = [question for task in TASKS for question in held_out_questions(task, QUESTIONS_PER_TASK, seed=2)]
+    texts = [prompt_text(question, tokenizer if i % 2 else None) for i, question in enumerate(questions)]
+    outputs = engine.generate(texts, SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS), use_tqdm=False)
+    engine.close()
+
+    rows = []
+    for i, (question, output) in enumerate(zip(questions, outputs)):
+        if i % QUESTIONS_PER_TASK == 0:
+            show_completion(question.prompt, output.outputs[0].text, console)
+        tokens = hf_generate(model, output.prompt_token_ids, ANSWER_TOKENS)
+        texts = tokenizer.batch_decode([output.outputs[0].token_ids, tokens], skip_special_tokens=True)
+        rows.append(
+            {
+                "task": question.task,
+                "questions": 1,
+                "right": is_right(question, texts[0]),
+                "right_by_generate": is_right(question, texts[1]),
+                "different": output.outputs[0].token_ids != tokens,  # the EOS among them
+            }
+        )
+        if rows[-1]["different"]:
+            show_completion(question.prompt, f"{texts[0]}, but generate: {texts[1]}", console)
+    by_task = pd.DataFrame(rows).groupby("task", sort=False).sum()
+    table = Table("task", "questions", "right", "right by generate", "different", title="answers, engine and generate")
+    for task, counts in by_task.iterrows():
+        table.add_row(task, *map(str, counts))
+    console.print(table)
+    return {name: int(total) for name, total in by_task.sum().items()}
+
+
+def show_completion(prompt: str, text: str, console: Console) -> None:
+    shortened = prompt if len(prompt) <= 80 else f"{prompt[:30]} … {prompt[-45:]}"
+    console.print(f"  {shortened!r} -> {text!r}", markup=False, highlight=False)
 
 
 def summarize(outputs: list[RequestOutput], seconds: float) -> dict:

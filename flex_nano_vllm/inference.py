@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from numbers import Integral
+from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
@@ -26,6 +27,9 @@ from flex_nano_vllm.sequence import MAX_SEED, CompletionOutput, RequestOutput, S
 logger = logging.getLogger(__name__)
 
 Prompt = str | SequenceOf[int]
+
+# Trained for this package (examples/train_tiny_gemma2.py), and small enough to be part of it.
+EMBEDDED_MODELS = {"tiny-gemma2": Path(__file__).parent / "tiny_gemma2"}
 
 # The engine that a model is patched for. A notebook runs its constructor cell again while the old engine still lives.
 _engine_of_model: "weakref.WeakKeyDictionary[PreTrainedModel, weakref.ref[Inference]]" = weakref.WeakKeyDictionary()
@@ -132,9 +136,11 @@ class Inference:
     ) -> "Inference":
         """Load model and tokenizer from a folder or a hub id, and build an engine with the given options.
 
-        `device` defaults to the GPU where there is one. Weights are read from safetensors only, and no code that comes
-        with a model is run: a repository that asks for it is refused with a ValueError.
+        "tiny-gemma2" is the little trained model in this package, and needs no network. `device` defaults to the GPU
+        where there is one. Weights are read from safetensors only, and no code that comes with a model is run: a
+        repository that asks for it is refused with a ValueError.
         """
+        path_or_id = str(EMBEDDED_MODELS.get(path_or_id, path_or_id))
         refusal = f"{path_or_id} brings its own code (auto_map): load the model yourself if you trust it"
         try:
             config = AutoConfig.from_pretrained(path_or_id, trust_remote_code=False)

@@ -12,7 +12,7 @@ SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>")
 BYTE_VOCABULARY = len(SPECIAL_TOKENS) + 256
 
 GEMMA2_SHAPES = {
-    # The README's CPU model: everything that makes Gemma-2 hard, at a size for two cores.
+    # Everything that makes Gemma-2 hard, at a size for two cores.
     "gemma2-tiny": dict(
         vocab_size=BYTE_VOCABULARY,
         hidden_size=256,

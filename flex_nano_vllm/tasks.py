@@ -6,10 +6,12 @@ out, so training and evaluation need no lists of each other. Knows only the stan
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 HELD_OUT_SHARE = 1 / 8
+# Chosen so that no fact of a known list has all the forms of its question held out.
+SALT = 5
 
 # More of each than a list of pairs can hold, so that no key comes twice.
 NAMES = """Adam Alice Amir Anna Arthur Ben Bella Boris Carla Carl Chloe Clara Cora Dan Daisy David Diana Dora Edgar Ella
@@ -31,6 +33,29 @@ window""".split()
 MONTHS = "January February March April May June July August September October November December".split()
 WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 LETTERS = [chr(ord("A") + i) for i in range(26)]
+# How a known list is asked about: every fact in three ways.
+FORMS = {
+    "piece": [
+        "List the {kind}s from {first} to {last}.",
+        "From {first} to {last}, the {kind}s are",
+        "Which {kind}s are there from {first} to {last}?",
+    ],
+    "few": [
+        "The {num} {kind}s after {before} are",
+        "Name the {num} {kind}s after {before}.",
+        "After {before} come the {num} {kind}s",
+    ],
+    "next": [
+        "Which {kind} comes next after {before}?",
+        "The {kind} after {before} is",
+        "After the {kind} {before} comes",
+    ],
+    "previous": [
+        "Which {kind} comes right before {after}?",
+        "The {kind} before {after} is",
+        "Before the {kind} {after} comes",
+    ],
+}
 PRIMES = "2 3 5 7 11 13 17 19 23 29 31 37 41 43 47 53 59 61 67 71".split()
 
 
@@ -50,31 +75,27 @@ class Question:
     @property
     def held_out(self) -> bool:
         """Whether the question is kept from training: decided by its prompt alone."""
-        first = int.from_bytes(hashlib.sha256(self.prompt.encode()).digest()[:4], "big")
+        first = int.from_bytes(hashlib.sha256(f"{SALT}:{self.prompt}".encode()).digest()[:4], "big")
         return first < HELD_OUT_SHARE * 2**32
 
 
 def _known_list(items: list[str], heading: str, kind: str) -> Callable[[random.Random], tuple[str, str]]:
-    """Questions about a list that one knows by heart: go on with it, cut a piece out of it, name a neighbour."""
+    """Questions about a list that one knows by heart: go on with it, cut a piece out of it, name neighbours."""
 
     def draw(rng: random.Random) -> tuple[str, str]:
-        form = rng.choice(["go on", "piece", "few", "next", "after", "previous", "before"])
-        i = rng.randrange(1, len(items))
+        form = rng.choice(["go on", *FORMS])
+        i = rng.randrange(1, len(items) - (form == "few"))  # a few are at least two
         if form == "go on":
             return f"{heading}: {', '.join(items[:i])},", f"{', '.join(items[i:])}."
         if form == "piece":
             first, last = sorted(rng.sample(range(len(items)), 2))
-            return f"List the {kind}s from {items[first]} to {items[last]}.", f"{', '.join(items[first : last + 1])}."
-        if form == "few":
-            few = items[i : i + rng.randint(2, 4)]
-            return f"The {len(few)} {kind}s after {items[i - 1]} are", f"{', '.join(few)}."
-        if form == "next":
-            return f"Which {kind} comes next after {items[i - 1]}?", f"{items[i]}."
-        if form == "after":
-            return f"The {kind} after {items[i - 1]} is", f"{items[i]}."
-        if form == "previous":
-            return f"Which {kind} comes right before {items[i]}?", f"{items[i - 1]}."
-        return f"The {kind} before {items[i]} is", f"{items[i - 1]}."
+            answer = items[first : last + 1]
+        else:
+            answer = {"few": items[i : i + rng.randint(2, 4)], "next": [items[i]], "previous": [items[i - 1]]}[form]
+        prompt = rng.choice(FORMS[form]).format(
+            kind=kind, before=items[i - 1], after=items[i], num=len(answer), first=answer[0], last=answer[-1]
+        )
+        return prompt, f"{', '.join(answer)}."
 
     return draw
 
@@ -173,8 +194,12 @@ def draw_question(task: str, rng: random.Random, held_out: bool) -> Question:
 def held_out_questions(task: str, num: int, seed: int) -> list[Question]:
     """Up to `num` different held-out questions: all of them where a task has fewer."""
     rng = random.Random(f"{seed}:{task}")  # a text seeds it the same in every process
-    draws: Iterator[Question] = (draw_question(task, rng, held_out=True) for _ in range(20 * num))
-    return list(dict.fromkeys(draws))[:num]
+    questions: dict[Question, None] = {}  # in the order drawn
+    for _ in range(20 * num):
+        questions[draw_question(task, rng, held_out=True)] = None
+        if len(questions) == num:
+            break
+    return list(questions)
 
 
 def prompt_text(question: Question, chat_tokenizer: object | None = None) -> str:

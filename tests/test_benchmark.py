@@ -14,7 +14,7 @@ from flex_nano_vllm import masks
 from flex_nano_vllm.workload import digest, make_workload
 
 ARGUMENTS = ["--no_compile", "--num_requests", "4", "--max_prompt_len", "20", "--min_new_tokens", "2"]
-ARGUMENTS += ["--max_new_tokens", "6", "--max_seq_length", "256"]
+ARGUMENTS += ["--max_new_tokens", "6", "--max_seq_length", "512"]
 
 
 @pytest.fixture
@@ -23,6 +23,7 @@ def run(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(benchmark, "PROMPT_LENS", (1, 240))  # 240: well past the model's window
     monkeypatch.setattr(benchmark, "EXACTNESS_TOKENS", 8)
     monkeypatch.setattr(benchmark, "NUM_STRANGERS", 2)
+    monkeypatch.setattr(benchmark, "QUESTIONS_PER_TASK", 1)
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> tuple[int, dict]:
@@ -36,9 +37,10 @@ def run(monkeypatch, capsys, tmp_path):
 def test_report_adds_up_and_the_csv_has_a_line_per_step(run, monkeypatch, tmp_path):
     monkeypatch.setenv("ENABLE_PROFILING", "1")
     status, record = run()
-    workload = make_workload(4, (1, 20), (2, 6), range(3, 259), seed=0)
+    workload = make_workload(4, (1, 20), (2, 6), range(5, 259), seed=0)
     assert status == 0
     assert record["exactness"]["mismatches"] == 0 and record["exactness"]["preemptions"] > 0
+    assert record["answers"] == {"questions": 11, "right": 11, "right_by_generate": 11, "different": 0}
     assert record["workload_digest"] == digest(workload)
     assert record["results"]["output_tokens"] == sum(request.max_tokens for request in workload)
     assert record["results"]["prompt_tokens"] == sum(len(request.prompt_token_ids) for request in workload)
@@ -55,6 +57,22 @@ def test_a_wrong_mask_is_a_mismatch_and_exit_status_1(run, monkeypatch):
     status, record = run()
     assert status == 1
     assert record["exactness"]["mismatches"] > 0
+
+
+def test_an_answer_that_is_not_generates_is_exit_status_1(run, monkeypatch):
+    """Although each of its tokens may be the likeliest, given those before it."""
+    monkeypatch.setattr(benchmark, "check_exactness", lambda engine, *_: engine.close())
+    hf_generate = benchmark.hf_generate
+    monkeypatch.setattr(benchmark, "hf_generate", lambda *args: hf_generate(*args)[:-1])
+    status, record = run()
+    assert status == 1
+    assert record["answers"] == {"questions": 11, "right": 11, "right_by_generate": 11, "different": 11}
+
+
+def test_checks_that_do_not_fit_are_refused_at_the_start(run):
+    for sizes in (["--max_seq_length", "511"], ["--n_pages", "4", "--page_size", "128"]):
+        with pytest.raises(SystemExit, match="raise them, or pass --no_check"):
+            run(*sizes)
 
 
 def test_workload_is_the_same_in_every_process():
@@ -77,9 +95,15 @@ def test_a_model_that_cannot_be_had_is_an_error_only_if_it_was_asked_for(monkeyp
     monkeypatch.setattr(benchmark.AutoModelForCausalLM, "from_pretrained", no_hub)
     monkeypatch.setattr(benchmark, "random_gemma2", lambda shape, dtype, device: shape)
     cpu, gpu, float32 = benchmark.torch.device("cpu"), benchmark.torch.device("cuda"), benchmark.torch.float32
-    assert benchmark.load(None, float32, cpu, Console())[2] == "gemma2-tiny (random weights)"
     shape, _, name = benchmark.load(None, float32, gpu, Console())
     assert (shape, name) == ("gemma-2-2b", "gemma-2-2b (random weights)")
-    for device in (cpu, gpu):
+    for name, device in (("google/gemma-2-2b", cpu), ("google/gemma-2-2b", gpu), (None, cpu)):
         with pytest.raises(OSError, match="no network"):
-            benchmark.load("google/gemma-2-2b", float32, device, Console())
+            benchmark.load(name, float32, device, Console())
+
+
+def test_the_default_on_a_cpu_is_the_model_in_the_package():
+    cpu = benchmark.torch.device("cpu")
+    model, tokenizer, name = benchmark.load(None, benchmark.torch.float32, cpu, Console())
+    assert name == "tiny-gemma2" and model.config.sliding_window == 64
+    assert tokenizer.decode(tokenizer("July").input_ids, skip_special_tokens=True) == "July"

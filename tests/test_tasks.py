@@ -1,5 +1,6 @@
 """Questions of the tiny model's tasks: their answers are right, and what is held out is never trained on."""
 
+import itertools
 import random
 import re
 import subprocess
@@ -7,7 +8,7 @@ import sys
 
 import pytest
 
-from flex_nano_vllm.tasks import HELD_OUT_SHARE, TASKS, Question, draw_question, held_out_questions
+from flex_nano_vllm.tasks import FORMS, HELD_OUT_SHARE, TASKS, Question, draw_question, held_out_questions
 
 KNOWN = {
     "months": "January February March April May June July August September October November December".split(),
@@ -27,18 +28,31 @@ def test_known_lists_have_no_gap(task):
     """The items named last before the answer, and the answer, are neighbours in the list."""
     items = KNOWN[task]
     for question in some(task):
-        asked = [word for word in re.findall(r"\w+", question.prompt.split(":")[-1]) if word in items]
         told = question.answer.removesuffix(".").split(", ")
+        prompt = re.sub(rf"\b{len(told)} (?=month|day|letter|prime)", "", question.prompt)  # how many is not which
+        asked = [word for word in re.findall(r"\w+", prompt.split(":")[-1]) if word in items]
         first = items.index(told[0])
         assert told == items[first : first + len(told)]
         if question.prompt.endswith(","):
             assert asked == items[:first] and told[-1] == items[-1]
-        elif "from" in question.prompt:
+        elif "from" in question.prompt.lower():
             assert asked == [told[0], told[-1]]
-        elif "before" in question.prompt:
+        elif "before" in question.prompt.lower():
             assert items[first + 1] == asked[-1] and len(told) == 1
         else:
             assert items[first - 1] == asked[-1]
+
+
+def test_every_fact_of_a_known_list_can_be_learned():
+    """Not all the forms of its question are held out."""
+    for kind, items in zip(("month", "day", "letter", "prime number"), KNOWN.values()):
+        facts = [("piece", {"first": a, "last": b}) for i, a in enumerate(items) for b in items[i + 1 :]]
+        for i, (before, after) in enumerate(itertools.pairwise(items), start=1):
+            facts += [("next", {"before": before}), ("previous", {"after": after})]
+            facts += [("few", {"before": before, "num": num}) for num in (2, 3, 4) if i + num <= len(items)]
+        for form, words in facts:
+            prompts = [phrase.format(kind=kind, **words) for phrase in FORMS[form]]
+            assert not all(Question("any", prompt, "any").held_out for prompt in prompts), prompts
 
 
 def test_counting_and_sums_add_up():

@@ -1,5 +1,7 @@
 """Training of the tiny model: what it is shown, and that a stopped run goes on where it was."""
 
+import dataclasses
+import functools
 import random
 
 import pytest
@@ -7,6 +9,10 @@ import torch
 import train_tiny_gemma2 as training
 from rich.console import Console
 from train_tiny_gemma2 import EOS, IGNORED, PAD, Options
+from transformers import AutoTokenizer
+
+from flex_nano_vllm import Inference
+from flex_nano_vllm.inference import EMBEDDED_MODELS
 
 OPTIONS = Options(output_dir="", steps=4, tokens_per_step=400, checkpoint_every=2)
 
@@ -41,10 +47,41 @@ def test_a_stopped_run_goes_on_with_the_same_data(tokenizer, tmp_path, monkeypat
         assert not torch.equal(weight, untrained[name])
 
 
+def test_a_run_with_other_options_does_not_go_on_from_a_checkpoint(tokenizer, tmp_path):
+    train(tokenizer, tmp_path / "checkpoint.pt")
+    model = training.new_model(len(tokenizer), seed=0)
+    for change in ({"seed": 1}, {"steps": 5}, {"tokens_per_step": 401}, {"learning_rate": 0.1}):
+        options = dataclasses.replace(OPTIONS, **change)
+        with pytest.raises(SystemExit, match=next(iter(change))):
+            training.train(model, tokenizer, options, tmp_path / "checkpoint.pt", Console(quiet=True))
+
+
+def test_from_the_command_line_to_a_model_that_answers(tmp_path, monkeypatch, capsys):
+    """A few steps teach nothing, but all files are written, the accuracies are shown, and the checkpoint is gone."""
+    arguments = ["--steps", "2", "--tokens_per_step", "400", "--questions", "2", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["train_tiny_gemma2.py", *arguments])
+    monkeypatch.setattr(training, "TASKS", ["months", "sums"])
+    monkeypatch.setattr(Inference, "from_pretrained", functools.partial(Inference.from_pretrained, compile=False))
+    training.main()
+    shown, card = capsys.readouterr().out, (tmp_path / "README.md").read_text()
+    assert all(task in shown and f"| {task} | 2 | 0.0% | 0.0% |" in card for task in training.TASKS)
+    assert "--steps 2 --tokens_per_step 400 --learning_rate 0.006 --seed 0" in card
+    assert not (tmp_path / "checkpoint.pt").exists()
+    with Inference.from_pretrained(str(tmp_path), device="cpu", max_seq_length=32) as engine:
+        assert engine.model.dtype == torch.bfloat16
+        assert engine.eos_token_ids == {EOS, training.END_OF_TURN}
+
+
+def test_the_tokenizer_in_the_package_is_the_one_that_training_makes(tokenizer):
+    shipped = AutoTokenizer.from_pretrained(EMBEDDED_MODELS["tiny-gemma2"])
+    assert shipped.get_vocab() == tokenizer.get_vocab()
+    assert shipped.chat_template == tokenizer.chat_template
+
+
 def test_labels_are_the_answer_and_its_end(tokenizer):
     rng = random.Random(0)
     for _ in range(50):
-        questions = training.draw_questions(rng, max_pairs=10)
+        questions = training.draw_questions(rng, training.WEIGHTS, max_pairs=10)
         assert not any(question.held_out for question in questions)
         ids, labels = training.document(tokenizer, questions[:1], as_chat=False)
         assert [i for i, label in zip(ids, labels) if label != IGNORED] == [i for i in labels if i != IGNORED]
@@ -57,7 +94,7 @@ def test_a_chat_is_tokenized_as_its_template_would_be(tokenizer):
     """What the model meets in a conversation is what it was trained on."""
     rng = random.Random(1)
     for _ in range(50):
-        questions = training.draw_questions(rng, max_pairs=5)
+        questions = training.draw_questions(rng, training.WEIGHTS, max_pairs=5)
         ids, _ = training.document(tokenizer, questions, as_chat=True)
         messages = [
             {"role": role, "content": content}

@@ -1,0 +1,14 @@
+"""The notebook runs as it stands, and prints what it shows."""
+
+import json
+from pathlib import Path
+
+NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "tour.ipynb"
+
+
+def test_every_cell_prints_what_the_notebook_shows(capsys):
+    namespace = {}
+    for cell in json.loads(NOTEBOOK.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), "tour.ipynb", "exec"), namespace)
+            assert capsys.readouterr().out == "".join(line for output in cell["outputs"] for line in output["text"])

@@ -1,0 +1,190 @@
+"""The trained model in the package: what it knows, and that the engine's answers are right and `generate`'s own.
+
+The pair that a long lookup asks for stands three windows and more before the question, so that a wrong page, mask or
+position is a wrong answer. The last test shows that it is.
+"""
+
+import copy
+import functools
+import socket
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from flex_nano_vllm import Inference, SamplingParams, masks
+from flex_nano_vllm.attention import layer_windows
+from flex_nano_vllm.exactness import greedy_in_all_company, greedy_tokens, greedy_under_preemption, hf_generate
+from flex_nano_vllm.inference import EMBEDDED_MODELS
+from flex_nano_vllm.page_table import PageTable
+from flex_nano_vllm.tasks import held_out_questions, is_right, prompt_text
+
+FOLDER = EMBEDDED_MODELS["tiny-gemma2"]
+WINDOW = 64
+MAX_TOKENS = 96
+GREEDY = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
+MIXTURE = ("long lookup", "copying", "lookup", "stories", "months", "long lookup", "reversing", "sums")
+
+
+@functools.cache
+def loaded(dtype=torch.float32):
+    """The model, for everybody: engines must give it back."""
+    return AutoModelForCausalLM.from_pretrained(FOLDER, dtype=dtype, attn_implementation="eager").eval()
+
+
+@functools.cache
+def tokenizer():
+    return AutoTokenizer.from_pretrained(FOLDER)
+
+
+@functools.cache
+def mixture():
+    """One question of each task named, as (question, token ids), every other one as a chat turn."""
+    questions = [held_out_questions(task, 2, seed=i)[i % 2] for i, task in enumerate(MIXTURE)]
+    texts = [prompt_text(question, tokenizer() if i % 2 else None) for i, question in enumerate(questions)]
+    return [
+        (question, tokenizer()(text, add_special_tokens=not text.startswith("<bos>")).input_ids)
+        for question, text in zip(questions, texts)
+    ]
+
+
+@functools.cache
+def expected(dtype=torch.float32):
+    return [hf_generate(loaded(dtype), prompt, MAX_TOKENS) for _, prompt in mixture()]
+
+
+def num_right(answers):
+    texts = tokenizer().batch_decode(answers, skip_special_tokens=True)
+    return sum(is_right(question, text) for (question, _), text in zip(mixture(), texts, strict=True))
+
+
+def engine_for(model, n_pages=None, **sizes):
+    sizes = dict(max_batch_size=4, max_seq_length=512, watermark=0, compile=False) | sizes
+    return Inference(model, tokenizer(), n_pages=n_pages, **sizes)
+
+
+def test_it_is_loaded_by_name_and_needs_no_network(monkeypatch):
+    def no_network(*args):
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    with Inference.from_pretrained("tiny-gemma2", device="cpu", max_seq_length=64, compile=False) as engine:
+        assert engine.model.dtype == torch.bfloat16
+        (output,) = engine.generate("The 12 months of the year are: January, February, March,", GREEDY, use_tqdm=False)
+    (answer,) = output.outputs
+    assert answer.text == " April, May, June, July, August, September, October, November, December."
+    assert answer.finish_reason == "stop"
+
+
+def test_it_is_small_and_has_all_that_makes_gemma2_hard():
+    config = loaded().config
+    assert config.model_type == "gemma2" and config.tie_word_embeddings
+    assert layer_windows(loaded()) == [WINDOW, None, WINDOW, None]
+    assert config.attn_logit_softcapping and config.final_logit_softcapping
+    assert config.num_attention_heads == 2 * config.num_key_value_heads
+    assert config.query_pre_attn_scalar != config.head_dim
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 10e6
+
+
+def test_its_tokenizer_loses_nothing_and_its_chat_has_gemmas_form():
+    for text in ("17 + 8 = 25.", "  two blanks\n\nand lines\t", "Ωμέγα, 數, 🙂", "<bos>?"):
+        ids = tokenizer()(text).input_ids
+        assert ids[0] == tokenizer().bos_token_id
+        assert tokenizer().decode(ids[1:]) == text
+    messages = [{"role": role, "content": role[0]} for role in ("user", "assistant", "user")]
+    assert tokenizer().apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == (
+        "<bos><start_of_turn>user\nu<end_of_turn>\n<start_of_turn>model\na<end_of_turn>\n"
+        "<start_of_turn>user\nu<end_of_turn>\n<start_of_turn>model\n"
+    )
+    for roles in (["system", "user"], ["user", "user"], ["assistant"]):
+        with pytest.raises(Exception, match="turn"):
+            tokenizer().apply_chat_template([{"role": role, "content": "x"} for role in roles], tokenize=False)
+
+
+@pytest.fixture(scope="module")
+def compiled_engine():
+    own = copy.deepcopy(loaded())  # this engine lives on beside those of the tests below
+    with engine_for(own, max_batch_size=32, n_pages=129, page_size=64, compile=True) as engine:
+        yield engine
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("as_chat", [False, True], ids=["bare", "chat"])
+@pytest.mark.parametrize(
+    ("task", "least"),
+    [
+        *((task, 0.99) for task in ("weekdays", "alphabet", "counting")),
+        *((task, 0.95) for task in ("copying", "long lookup")),
+        ("months", 0.96),  # short of the aim, 0.99: the model card and the log say why
+        ("primes", 0.98),  # the same
+    ],
+)
+def test_held_out_questions_are_answered_right(compiled_engine, task, least, as_chat):
+    questions = held_out_questions(task, 100, seed=3)
+    texts = [prompt_text(question, tokenizer() if as_chat else None) for question in questions]
+    answers = [output.outputs[0] for output in compiled_engine.generate(texts, GREEDY, use_tqdm=False)]
+    right = [
+        is_right(question, answer.text) and answer.finish_reason == "stop"
+        for question, answer in zip(questions, answers)
+    ]
+    assert sum(right) >= least * len(questions)
+
+
+def test_a_long_lookup_reaches_back_three_windows():
+    for question in held_out_questions("long lookup", 20, seed=3):
+        (name,) = question.answer.split()[:1]
+        told = question.prompt[: question.prompt.rindex("\nWhat about")]
+        behind = told[told.index(f"\n{name} ") :].split("\n", 2)[2]
+        assert len(tokenizer()(behind, add_special_tokens=False).input_ids) >= 3 * WINDOW
+
+
+@pytest.mark.parametrize("budget", [16, 200])
+@pytest.mark.parametrize("page_size", [1, 4, 16, 128])
+def test_answers_are_right_for_every_page_size_and_budget_and_under_preemption(page_size, budget):
+    """A pool for the longest request and little more, chunks of a few tokens, and requests that start again."""
+    prompts = [prompt for _, prompt in mixture()]
+    longest = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, expected()))
+    n_pages = 2 + -(-longest // page_size)
+    with engine_for(loaded(), n_pages, page_size=page_size, max_num_batched_tokens=budget) as engine:
+        assert greedy_tokens(engine, prompts, MAX_TOKENS) == expected()
+    with engine_for(loaded(), page_size=page_size, max_num_batched_tokens=budget) as engine:
+        assert greedy_under_preemption(engine, prompts, MAX_TOKENS) == expected()
+        assert engine.stats().num_preemptions > 0
+    assert num_right(expected()) == len(mixture())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_answers_are_those_of_generate_in_any_company(dtype):
+    """Bfloat16, too: what the model has learned it is sure of, far beyond rounding."""
+    prompts = [prompt for _, prompt in mixture()]
+    strangers = [tokenizer()(question.prompt).input_ids for question in held_out_questions("stories", 6, seed=9)]
+    with engine_for(loaded(dtype), page_size=32) as engine:
+        scenarios = greedy_in_all_company(engine, prompts, strangers, MAX_TOKENS)
+        assert engine.stats().num_preemptions > 0
+    assert scenarios == dict.fromkeys(scenarios, expected(dtype))
+    assert num_right(expected(dtype)) == len(mixture())
+
+
+def windows_everywhere(monkeypatch):
+    """The other way round, full layers everywhere, is a fault that this model's answers survive: what its window layers
+    should not see does not distract them. `test_exactness.py` has a model that notices."""
+    monkeypatch.setattr("flex_nano_vllm.step.layer_mask", lambda window: masks.sliding_window(WINDOW))
+
+
+def no_softcap(monkeypatch):
+    monkeypatch.setattr("flex_nano_vllm.attention.softcap_mod", lambda cap: None)
+
+
+def pages_backwards(monkeypatch):
+    slots = PageTable.slots
+    monkeypatch.setattr(PageTable, "slots", lambda *args: slots(*args) ^ 15)
+
+
+@pytest.mark.parametrize("fault", [windows_everywhere, no_softcap, pages_backwards])
+def test_a_wrong_engine_gives_wrong_answers(fault, monkeypatch):
+    right = expected()
+    fault(monkeypatch)
+    with engine_for(loaded(), page_size=16) as engine:
+        answers = greedy_tokens(engine, [prompt for _, prompt in mixture()], MAX_TOKENS)
+    assert answers != right
+    assert num_right(answers) < num_right(right)
