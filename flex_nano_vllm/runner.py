@@ -115,6 +115,8 @@ def compile_flex_attention(compiled: bool) -> Callable[..., Tensor]:
     config = torch._dynamo.config
     config.recompile_limit = max(RECOMPILE_LIMIT, config.recompile_limit)
     config.accumulated_recompile_limit = max(RECOMPILE_LIMIT, config.accumulated_recompile_limit)
+    # Else a second softcap in the process becomes a symbol, and FlexAttention takes no symbolic floats.
+    config.specialize_float = True
     return torch.compile(
         flex_attention,
         # Without fullgraph, a graph too many would silently run the uncompiled function instead.

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 HELD_OUT_SHARE = 1 / 8
-# Chosen so that no fact of a known list has all the forms of its question held out.
-SALT = 5
+# The first under which every single answer can be learned: of a fact of the known lists, never all three forms of its
+# question are held out, of a list's neighbours (and the few months or primes after one) never more than one form, and
+# the first two steps into a list are not.
+SALT = 117617
 
 # More of each than a list of pairs can hold, so that no key comes twice.
 NAMES = """Adam Alice Amir Anna Arthur Ben Bella Boris Carla Carl Chloe Clara Cora Dan Daisy David Diana Dora Edgar Ella

@@ -52,9 +52,9 @@ def test_report_adds_up_and_the_csv_has_a_line_per_step(run, monkeypatch, tmp_pa
 
 
 def test_a_wrong_mask_is_a_mismatch_and_exit_status_1(run, monkeypatch):
-    """Gemma-2 without its sliding window: what the original engine computed."""
+    """Gemma-2 without its sliding window: what the original engine computed. (The trained model would not notice.)"""
     monkeypatch.setattr("flex_nano_vllm.step.layer_mask", lambda window: masks.causal)
-    status, record = run()
+    status, record = run("--model", "gemma2-tiny")
     assert status == 1
     assert record["exactness"]["mismatches"] > 0
 

@@ -5,6 +5,7 @@ window (12) and of every page boundary. The models are random, tiny, and untied,
 visible past: the last test shows that a wrong mask, scale or cap does change the tokens.
 """
 
+import copy
 import functools
 import itertools
 import random
@@ -122,6 +123,17 @@ def test_odd_configs_equal_generate(architecture, changes):
     reference = [hf_generate(model, prompt, NUM_TOKENS) for prompt in PROMPTS]
     with Inference(model, None, max_batch_size=4, page_size=4, max_num_batched_tokens=32, compile=False) as engine:
         assert generate(engine, PROMPTS) == reference
+
+
+def test_a_process_may_serve_models_of_different_softcaps():
+    """Dynamo would take the second cap for a variable, which FlexAttention refuses."""
+    for cap in (9.0, 2.0):
+        model = copy.deepcopy(tiny_model("gemma2"))
+        for layer in model.model.layers:
+            layer.self_attn.attn_logit_softcapping = cap
+        reference = [hf_generate(model, prompt, NUM_TOKENS) for prompt in PROMPTS]
+        with Inference(model, None, max_batch_size=4, page_size=4, compile=False) as engine:
+            assert generate(engine, PROMPTS) == reference
 
 
 def test_pages_of_128_tokens_are_crossed():

@@ -109,19 +109,19 @@ def compiled_engine():
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("as_chat", [False, True], ids=["bare", "chat"])
 @pytest.mark.parametrize(
     ("task", "least"),
     [
-        *((task, 0.99) for task in ("weekdays", "alphabet", "counting")),
+        *((task, 0.99) for task in ("months", "weekdays", "alphabet", "primes", "counting")),
         *((task, 0.95) for task in ("copying", "long lookup")),
-        ("months", 0.96),  # short of the aim, 0.99: the model card and the log say why
-        ("primes", 0.98),  # the same
     ],
 )
-def test_held_out_questions_are_answered_right(compiled_engine, task, least, as_chat):
-    questions = held_out_questions(task, 100, seed=3)
-    texts = [prompt_text(question, tokenizer() if as_chat else None) for question in questions]
+def test_held_out_questions_are_answered_right(compiled_engine, task, least):
+    """Each of them bare and as a chat turn."""
+    questions = 2 * held_out_questions(task, 100, seed=3)
+    texts = [
+        prompt_text(question, tokenizer() if i >= len(questions) // 2 else None) for i, question in enumerate(questions)
+    ]
     answers = [output.outputs[0] for output in compiled_engine.generate(texts, GREEDY, use_tqdm=False)]
     right = [
         is_right(question, answer.text) and answer.finish_reason == "stop"
@@ -133,7 +133,7 @@ def test_held_out_questions_are_answered_right(compiled_engine, task, least, as_
 def test_a_long_lookup_reaches_back_three_windows():
     for question in held_out_questions("long lookup", 20, seed=3):
         (name,) = question.answer.split()[:1]
-        told = question.prompt[: question.prompt.rindex("\nWhat about")]
+        told = question.prompt[: question.prompt.rindex("What about")]
         behind = told[told.index(f"\n{name} ") :].split("\n", 2)[2]
         assert len(tokenizer()(behind, add_special_tokens=False).input_ids) >= 3 * WINDOW
 
@@ -167,12 +167,12 @@ def test_answers_are_those_of_generate_in_any_company(dtype):
 
 def windows_everywhere(monkeypatch):
     """The other way round, full layers everywhere, is a fault that this model's answers survive: what its window layers
-    should not see does not distract them. `test_exactness.py` has a model that notices."""
+    should not see does not distract them. So is a dropped softcap. `test_exactness.py` has models that notice both."""
     monkeypatch.setattr("flex_nano_vllm.step.layer_mask", lambda window: masks.sliding_window(WINDOW))
 
 
-def no_softcap(monkeypatch):
-    monkeypatch.setattr("flex_nano_vllm.attention.softcap_mod", lambda cap: None)
+def too_low_a_softcap(monkeypatch):
+    monkeypatch.setattr("flex_nano_vllm.attention.softcap_mod", lambda cap: masks.softcap(cap / 4))
 
 
 def pages_backwards(monkeypatch):
@@ -180,7 +180,7 @@ def pages_backwards(monkeypatch):
     monkeypatch.setattr(PageTable, "slots", lambda *args: slots(*args) ^ 15)
 
 
-@pytest.mark.parametrize("fault", [windows_everywhere, no_softcap, pages_backwards])
+@pytest.mark.parametrize("fault", [windows_everywhere, too_low_a_softcap, pages_backwards])
 def test_a_wrong_engine_gives_wrong_answers(fault, monkeypatch):
     right = expected()
     fault(monkeypatch)
