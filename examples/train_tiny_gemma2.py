@@ -71,13 +71,21 @@ to come with the engine that it tests: `Inference.from_pretrained("tiny-gemma2")
 Trained from scratch, on questions drawn by `flex_nano_vllm/tasks.py` and nothing else:
 `uv run examples/train_tiny_gemma2.py --output_dir DIR {flags}`, {minutes:.0f} minutes on {machine}, torch {torch}.
 
-Accuracy on questions held out from training, up to {questions} of a task (the known lists have fewer), greedy, in
+Right answers to questions held out from training, up to {questions} of a task (the known lists have fewer), greedy, in
 bfloat16; an answer counts if it is right to the letter and ends by itself:
 
 {table}
 
-The aim is 99 % on months, weekdays, alphabet, primes and counting, and 95 % on copying and long lookups.
+The aim is 99 % on months, weekdays, alphabet, primes and counting, and 95 % on copying and long lookups. Short of it:
+{missed}.
+
+What is held out is a wording, one question in eight by its hash. A fact of a known list (the month after May) is asked
+in three wordings, one of them trained at least; all that goes on with a list of all months or all weekdays is in the
+training. Sums have two wordings. The other tasks draw every question anew.
 """
+
+AIMS = dict.fromkeys(("months", "weekdays", "alphabet", "primes", "counting"), 0.99)
+AIMS |= dict.fromkeys(("copying", "long lookup"), 0.95)
 
 # How often a task is drawn, relative to the others.
 WEIGHTS = {"months": 4, "weekdays": 2, "alphabet": 6, "primes": 6, "counting": 4, "sums": 7, "copying": 4}
@@ -118,7 +126,7 @@ def main() -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     accuracies = evaluate(folder, options.questions)
-    table = Table(*accuracies, title=f"held-out accuracy of {folder}")
+    table = Table(*accuracies, title=f"right answers to held-out questions, by {folder}")
     for row in accuracies.itertuples(index=False):
         table.add_row(*map(str, row))
     console.print(table)
@@ -131,6 +139,12 @@ def model_card(
 ) -> str:
     rows = [accuracies.columns, ["---"] * len(accuracies.columns), *accuracies.itertuples(index=False)]
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    missed = [
+        f"{row.task}, {form} ({getattr(row, form)} of {row.questions})"
+        for row in accuracies.itertuples()
+        for form in ("bare", "chat")
+        if getattr(row, form) < AIMS.get(row.task, 0) * row.questions
+    ]
     return CARD.format(
         num_parameters=num_parameters,
         flags=" ".join(f"--{name} {getattr(options, name)}" for name in DATA_OPTIONS),
@@ -138,6 +152,7 @@ def model_card(
         minutes=minutes,
         machine=machine,
         torch=torch.__version__,
+        missed="; ".join(missed) or "nothing",
         table="\n".join(f"| {' | '.join(map(str, row))} |" for row in rows),
     )
 
@@ -248,7 +263,7 @@ def train(
             if step % 50 == 0:
                 rate = num_tokens / (time.perf_counter() - started)
                 console.print(f"step {step}: loss {loss_of_step:.4f}, {rate:,.0f} tokens/s")
-            if step % options.checkpoint_every == 0:
+            if step % options.checkpoint_every == 0 or step == options.steps:
                 seconds = seconds_before + time.perf_counter() - started
                 states = [part.state_dict() for part in stateful]
                 partial = checkpoint.with_suffix(".partial")  # whoever stops us now leaves the last one whole
@@ -340,7 +355,7 @@ def document(
 
 
 def evaluate(folder: Path, num_questions: int) -> pd.DataFrame:
-    """Accuracy per task on held-out questions, bare and as chat turns, by the engine from the saved files."""
+    """Right answers per task to held-out questions, bare and as chat turns, by the engine from the saved files."""
     rows = []
     with Inference.from_pretrained(str(folder), max_seq_length=1024) as engine:
         greedy = SamplingParams(temperature=0, max_tokens=128)
@@ -353,7 +368,7 @@ def evaluate(folder: Path, num_questions: int) -> pd.DataFrame:
                     is_right(question, output.outputs[0].text) and output.outputs[0].finish_reason == "stop"
                     for question, output in zip(questions, outputs)
                 ]
-                row[form] = f"{sum(right) / len(right):.1%}"
+                row[form] = sum(right)
             rows.append(row)
     return pd.DataFrame(rows)
 

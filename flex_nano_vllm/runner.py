@@ -20,8 +20,13 @@ from flex_nano_vllm.step import StepBatch, TileKind, TileLayout, effective_windo
 
 # Rows of a large tile's query block, tokens times G: a full tile of matrix-multiply work on a CPU and on a GPU.
 LARGE_TILE_ROWS = 128
-# The engines of a process share one table of graphs, and torch's default limit of 8 is for one model.
-RECOMPILE_LIMIT = 4096
+DYNAMO_CONFIG = {
+    # The engines of a process share one table of graphs, and torch's default limit of 8 is for one model.
+    "recompile_limit": 4096,
+    "accumulated_recompile_limit": 4096,
+    # Else a second softcap in the process becomes a symbol, and FlexAttention takes no symbolic floats.
+    "specialize_float": True,
+}
 
 
 def why_not_compiled(device: torch.device, dtype: torch.dtype, page_size: int) -> str | None:
@@ -75,6 +80,8 @@ class ModelRunner:
         num_masks = len({effective_window(window, self.page_table) for window in self.layout.windows})
         return num_masks * sum(len(kind.buckets or ()) for kind in self.layout.kinds)
 
+    # Not set for good: it is the user's setting as well, and one of each thread.
+    @torch._dynamo.config.patch(DYNAMO_CONFIG)
     # Whatever mode the caller is in: tensors made in inference mode are other tensors to a kernel's guards.
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -112,11 +119,6 @@ class ModelRunner:
 
 def compile_flex_attention(compiled: bool) -> Callable[..., Tensor]:
     """FlexAttention as kernels made by inductor, or (`compiled=False`) traced and run operator by operator."""
-    config = torch._dynamo.config
-    config.recompile_limit = max(RECOMPILE_LIMIT, config.recompile_limit)
-    config.accumulated_recompile_limit = max(RECOMPILE_LIMIT, config.accumulated_recompile_limit)
-    # Else a second softcap in the process becomes a symbol, and FlexAttention takes no symbolic floats.
-    config.specialize_float = True
     return torch.compile(
         flex_attention,
         # Without fullgraph, a graph too many would silently run the uncompiled function instead.

@@ -20,7 +20,7 @@ ARGUMENTS += ["--max_new_tokens", "6", "--max_seq_length", "512"]
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
     """Run the benchmark's main with arguments; its exit status, its stdout's last line, and where its CSV goes."""
-    monkeypatch.setattr(benchmark, "PROMPT_LENS", (1, 240))  # 240: well past the model's window
+    monkeypatch.setattr(benchmark, "PROMPT_LENS", (1, 240))  # 240: well past the window of gemma2-tiny
     monkeypatch.setattr(benchmark, "EXACTNESS_TOKENS", 8)
     monkeypatch.setattr(benchmark, "NUM_STRANGERS", 2)
     monkeypatch.setattr(benchmark, "QUESTIONS_PER_TASK", 1)
@@ -51,10 +51,11 @@ def test_report_adds_up_and_the_csv_has_a_line_per_step(run, monkeypatch, tmp_pa
     assert steps["time"].is_monotonic_increasing and steps["num_running"].iloc[-1] == 0
 
 
-def test_a_wrong_mask_is_a_mismatch_and_exit_status_1(run, monkeypatch):
-    """Gemma-2 without its sliding window: what the original engine computed. (The trained model would not notice.)"""
+@pytest.mark.parametrize("model", ["tiny-gemma2", "gemma2-tiny"])
+def test_a_wrong_mask_is_a_mismatch_and_exit_status_1(model, run, monkeypatch):
+    """Gemma-2 without its sliding window: what the original engine computed."""
     monkeypatch.setattr("flex_nano_vllm.step.layer_mask", lambda window: masks.causal)
-    status, record = run("--model", "gemma2-tiny")
+    status, record = run("--model", model)
     assert status == 1
     assert record["exactness"]["mismatches"] > 0
 

@@ -117,7 +117,8 @@ def compiled_engine():
     ],
 )
 def test_held_out_questions_are_answered_right(compiled_engine, task, least):
-    """Each of them bare and as a chat turn."""
+    """Bare and as a chat turn, counted together: some lists have fewer than a hundred questions that were held out, and
+    a single wrong answer is more than 1 % of the primes' 96."""
     questions = 2 * held_out_questions(task, 100, seed=3)
     texts = [
         prompt_text(question, tokenizer() if i >= len(questions) // 2 else None) for i, question in enumerate(questions)
@@ -165,14 +166,16 @@ def test_answers_are_those_of_generate_in_any_company(dtype):
     assert num_right(expected(dtype)) == len(mixture())
 
 
+def no_window(monkeypatch):
+    monkeypatch.setattr("flex_nano_vllm.step.layer_mask", lambda window: masks.causal)
+
+
 def windows_everywhere(monkeypatch):
-    """The other way round, full layers everywhere, is a fault that this model's answers survive: what its window layers
-    should not see does not distract them. So is a dropped softcap. `test_exactness.py` has models that notice both."""
     monkeypatch.setattr("flex_nano_vllm.step.layer_mask", lambda window: masks.sliding_window(WINDOW))
 
 
-def too_low_a_softcap(monkeypatch):
-    monkeypatch.setattr("flex_nano_vllm.attention.softcap_mod", lambda cap: masks.softcap(cap / 4))
+def no_softcap(monkeypatch):
+    monkeypatch.setattr("flex_nano_vllm.attention.softcap_mod", lambda cap: None)
 
 
 def pages_backwards(monkeypatch):
@@ -180,11 +183,16 @@ def pages_backwards(monkeypatch):
     monkeypatch.setattr(PageTable, "slots", lambda *args: slots(*args) ^ 15)
 
 
-@pytest.mark.parametrize("fault", [windows_everywhere, too_low_a_softcap, pages_backwards])
+@pytest.mark.parametrize("fault", [no_window, windows_everywhere, no_softcap, pages_backwards])
 def test_a_wrong_engine_gives_wrong_answers(fault, monkeypatch):
-    right = expected()
+    """Long lookups go wrong without the window, words in reverse without the softcap."""
+    questions = [question for task in ("long lookup", "reversing") for question in held_out_questions(task, 4, seed=2)]
+
+    def num_right():
+        with engine_for(loaded(), page_size=16) as engine:
+            outputs = engine.generate([question.prompt for question in questions], GREEDY, use_tqdm=False)
+        return sum(is_right(question, output.outputs[0].text) for question, output in zip(questions, outputs))
+
+    assert num_right() == len(questions)
     fault(monkeypatch)
-    with engine_for(loaded(), page_size=16) as engine:
-        answers = greedy_tokens(engine, [prompt for _, prompt in mixture()], MAX_TOKENS)
-    assert answers != right
-    assert num_right(answers) < num_right(right)
+    assert num_right() < len(questions)

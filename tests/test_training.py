@@ -64,7 +64,8 @@ def test_from_the_command_line_to_a_model_that_answers(tmp_path, monkeypatch, ca
     monkeypatch.setattr(Inference, "from_pretrained", functools.partial(Inference.from_pretrained, compile=False))
     training.main()
     shown, card = capsys.readouterr().out, (tmp_path / "README.md").read_text()
-    assert all(task in shown and f"| {task} | 2 | 0.0% | 0.0% |" in card for task in training.TASKS)
+    assert all(task in shown and f"| {task} | 2 | 0 | 0 |" in card for task in training.TASKS)
+    assert "Short of it:\nmonths, bare (0 of 2); months, chat (0 of 2).\n" in card
     assert "--steps 2 --tokens_per_step 400 --learning_rate 0.006 --seed 0" in card
     assert not (tmp_path / "checkpoint.pt").exists()
     with Inference.from_pretrained(str(tmp_path), device="cpu", max_seq_length=32) as engine:
