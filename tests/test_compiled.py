@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 from flex_nano_vllm import Inference, PageTable, SamplingParams, inference
 from flex_nano_vllm.attention import PagedKVCache, kernel_options
-from flex_nano_vllm.runner import compile_flex_attention, tile_kinds, why_not_compiled
+from flex_nano_vllm.runner import DYNAMO_CONFIG, compile_flex_attention, tile_kinds, why_not_compiled
 from flex_nano_vllm.scheduler import Chunk
 from flex_nano_vllm.sequence import Sequence
 from flex_nano_vllm.step import StepBatch, TileKind, TileLayout
@@ -90,7 +90,7 @@ def test_compiled_attention_equals_uncompiled(page_size, num_heads, num_kv_heads
         cache.k_cache.copy_(k_pool)
         cache.v_cache.copy_(v_pool)
         step = StepBatch.build(chunks, table, layout)
-        with torch.no_grad():
+        with torch.no_grad(), torch._dynamo.config.patch(DYNAMO_CONFIG):
             outputs[compiled] = cache.attend(query, step, window, scale=0.3, cap=5.0).double()
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     assert (outputs[True] - outputs[False]).abs().max() < tolerance
