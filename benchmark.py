@@ -7,14 +7,12 @@
 2. Answers, if the model is the trained one in the package: the engine's and `generate`'s to questions with one right
    answer. One that differs is an exit status of 1, too.
 3. Throughput: a seeded workload of fixed lengths, with latencies and memory.
+4. Roofline: how near prefill and decode steps come to the memory bandwidth and matmul rate of this machine.
 
 The last line of stdout is one JSON object. `ENABLE_PROFILING=1` also writes a line per step to profile.csv.
 """
 
-import json
 import os
-import platform
-import resource
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -28,15 +26,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 
 import flex_nano_vllm
 from flex_nano_vllm import Inference, RequestOutput, SamplingParams
+from flex_nano_vllm.baselines import continuous_batching, padded_batches
 from flex_nano_vllm.exactness import NEAR_TIE, compare, greedy_in_all_company, hf_generate
 from flex_nano_vllm.inference import EMBEDDED_MODELS
-from flex_nano_vllm.random_models import GEMMA2_SHAPES, byte_tokenizer, random_gemma2
+from flex_nano_vllm.random_models import SHAPES, byte_tokenizer, random_model
+from flex_nano_vllm.report import (
+    FinishedRequest,
+    compare_runs,
+    device_name,
+    json_line,
+    print_results,
+    summarize,
+)
+from flex_nano_vllm.roofline import measure_machine, measure_shares
 from flex_nano_vllm.tasks import TASKS, held_out_questions, is_right, prompt_text
-from flex_nano_vllm.workload import digest, make_workload
+from flex_nano_vllm.workload import TOKEN_IDS, RunOptions, digest, make_workload
 
 GEMMA_2_2B = "google/gemma-2-2b"
 TINY_GEMMA2 = "tiny-gemma2"
-TOKEN_IDS = range(5, 259)  # ordinary tokens of every vocabulary: five special ones come before, in that of tiny-gemma2
 TEXTS = (
     "The 12 months of the year are: January, February, March,",
     "The first 20 prime numbers are: 2, 3,",
@@ -44,59 +51,86 @@ TEXTS = (
 # Asked of the trained model, whose answers to them a lost window or softcap changes.
 QUESTIONS = {"long lookup": 4, "reversing": 4, "stories": 4}
 # Random tokens, of lengths next to page boundaries and past the window. (The trained model has little to say to them.)
-PROMPT_LENS = (1, 120, 127, 128, 250, 380)
+PROMPT_LENS = (1, 120, 127, 128, 250, 600)
 EXACTNESS_TOKENS = 80  # as many as the list of primes takes
 NUM_STRANGERS = 16
 QUESTIONS_PER_TASK = 8
+ROOFLINE_BATCHES = (1, 32, 256)
+ROOFLINE_PROMPT_LEN = 256
 ANSWER_TOKENS = 128
-CHECK_TOKENS = 512  # prompt and output of the longest request in either check
+CHECK_TOKENS = max(PROMPT_LENS) + EXACTNESS_TOKENS  # prompt and output of the longest request in either check
 
 
 @dataclass
-class Options:
-    """Sizes left at their default depend on the device: see `main`."""
-
-    model: str | None = field(
+class Options(RunOptions):
+    check: bool = field(default=True, metadata={"help": "check exactness"})
+    roofline: bool = field(default=True, metadata={"help": "measure how near steps come to the machine's limit"})
+    baseline: str | None = field(
         default=None,
         metadata={
-            "help": "folder, hub id, tiny-gemma2, or a shape with random weights (gemma2-tiny, gemma-2-2b); "
-            "default: google/gemma-2-2b on a GPU, tiny-gemma2 on a CPU"
+            "help": "run the workload without the engine: hf (generate on padded batches) or hf-cb (transformers' "
+            "continuous batching, where its tokens are right)"
         },
     )
-    dtype: str | None = field(default=None, metadata={"help": "default: bfloat16 on a GPU, float32 on a CPU"})
-    num_requests: int | None = field(default=None, metadata={"help": "default: 512 on a GPU, 64 on a CPU"})
-    max_prompt_len: int = 512
-    min_new_tokens: int | None = field(default=None, metadata={"help": "default: 128 on a GPU, 32 on a CPU"})
-    max_new_tokens: int | None = field(default=None, metadata={"help": "default: 512 on a GPU, 128 on a CPU"})
-    max_batch_size: int | None = field(default=None, metadata={"help": "default: 256 on a GPU, 32 on a CPU"})
-    max_seq_length: int = 1024
-    n_pages: int | None = field(default=None, metadata={"help": "default: from free memory"})
-    page_size: int = 128
-    max_num_batched_tokens: int | None = field(default=None, metadata={"help": "token budget of a step"})
-    compile: bool = True
-    check: bool = field(default=True, metadata={"help": "check exactness"})
-    seed: int = 0
     csv: str = field(default="profile.csv", metadata={"help": "where ENABLE_PROFILING=1 writes its steps"})
+    compare: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "files with JSON lines of runs, benchmark_vllm.py's too: print them side by side, run nothing"
+        },
+    )
+    plot: list[str] = field(
+        default_factory=list,
+        metadata={"help": "CSVs of runs: draw them over each other into profile.png (extra: plot), run nothing"},
+    )
 
 
 def main() -> int:
     (options,) = HfArgumentParser(Options, description=__doc__.split("\n")[0]).parse_args_into_dataclasses()
     console = Console()
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
-    for name, gpu_default, cpu_default in (
-        ("dtype", "bfloat16", "float32"),
-        ("num_requests", 512, 64),
-        ("min_new_tokens", 128, 32),
-        ("max_new_tokens", 512, 128),
-        ("max_batch_size", 256, 32),
-    ):
-        if getattr(options, name) is None:
-            setattr(options, name, gpu_default if on_gpu else cpu_default)
-    if options.max_prompt_len + options.max_new_tokens > options.max_seq_length:
-        sys.exit(f"max_prompt_len and max_new_tokens add up to more than max_seq_length={options.max_seq_length}")
+    if options.compare:
+        compare_runs(options.compare, console)
+        return 0
+    if options.plot:
+        from flex_nano_vllm.plots import plot_steps  # matplotlib is an extra
+
+        plot_steps(options.plot, "profile.png")
+        return 0
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options.fill_in(device.type)
     model, tokenizer, model_name = load(options.model, getattr(torch, options.dtype), device, console)
     console.print(f"{model_name}, {options.dtype}, on {device_name(device)}, torch {torch.__version__}")
+    if options.baseline:
+        return run_baseline(model, model_name, options, console)
+    return run_engine(model, tokenizer, model_name, options, console)
+
+
+def run_baseline(model: PreTrainedModel, model_name: str, options: Options, console: Console) -> int:
+    """The workload on transformers alone, in batches of `max_batch_size`. Returns the exit status."""
+    run = {"hf": padded_batches, "hf-cb": continuous_batching}[options.baseline]
+    if not getattr(model.config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("sdpa")  # the faster one, but it knows no softcap
+    requests = options.requests()
+    started = time.perf_counter()
+    run(model, requests[:1], options.max_batch_size)
+    warmup_seconds = time.perf_counter() - started
+    console.print(f"\nworkload of {len(requests)} requests, digest {digest(requests)}, without the engine")
+    finished, seconds = run(model, requests, options.max_batch_size)
+    results = summarize(finished, seconds, model.device)
+    print_results(results, console)
+    engine, version = f"transformers {options.baseline}", transformers.__version__
+    print(json_line(engine, version, "eager", model_name, model.device, options, requests, warmup_seconds, results))
+    return 0
+
+
+def run_engine(
+    model: PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    model_name: str,
+    options: Options,
+    console: Console,
+) -> int:
+    """Checks and workload on the engine. Returns the exit status."""
 
     def build_engine(n_pages: int | None) -> Inference:
         return Inference(
@@ -126,24 +160,19 @@ def main() -> int:
     console.print(f"ready in {warmup_seconds:.1f} s: {mode}, {engine.page_table.n_pages} pages of {options.page_size}")
 
     exactness = answers = None
-    n_pages = engine.page_table.n_pages  # a pool of another size would be compiled anew
+    options.n_pages = engine.page_table.n_pages  # a pool of another size would be compiled anew
+    options.max_num_batched_tokens = engine.scheduler.max_num_batched_tokens
     if options.check:
         texts = [*TEXTS, *(exactness_questions() if model_name == TINY_GEMMA2 else ())]
         exactness = check_exactness(engine, model, texts, options, console)
-        engine = build_engine(n_pages)
+        engine = build_engine(options.n_pages)
     if options.check and model_name == TINY_GEMMA2:
         answers = check_answers(engine, model, console)
-        engine = build_engine(n_pages)
+        engine = build_engine(options.n_pages)
 
-    requests = make_workload(
-        options.num_requests,
-        prompt_lens=(1, options.max_prompt_len),
-        output_lens=(options.min_new_tokens, options.max_new_tokens),
-        token_ids=TOKEN_IDS,
-        seed=options.seed,
-    )
+    requests = options.requests()
     console.print(f"\nworkload of {len(requests)} requests, digest {digest(requests)}")
-    if on_gpu:
+    if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     graphs_before = num_graphs()
     started = time.perf_counter()
@@ -153,41 +182,33 @@ def main() -> int:
         use_tqdm=sys.stderr.isatty(),
     )
     seconds = time.perf_counter() - started
-    results = summarize(outputs, seconds)
+    results = summarize(list(map(finished_request, outputs)), seconds, model.device)
     assert results["output_tokens"] == sum(request.max_tokens for request in requests), "the pool cut answers short"
     results["preemptions"] = engine.stats().num_preemptions
-    results["peak_memory_gb"] = peak_memory_bytes(device) / 1e9
     results["graphs_compiled_while_timed"] = num_graphs() - graphs_before
     print_results(results, console)
 
     if engine.steps:
         pd.DataFrame(map(asdict, engine.steps)).to_csv(options.csv, index=False)
         console.print(f"{len(engine.steps)} steps written to {options.csv}")
-    record = {
-        "engine": "flex-nano-vllm",
-        "versions": {
-            "flex_nano_vllm": flex_nano_vllm.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "model": model_name,
-        "settings": asdict(options)
-        | {"n_pages": engine.page_table.n_pages, "compiled": engine.runner.compiled}
-        | {"max_num_batched_tokens": engine.scheduler.max_num_batched_tokens},
-        "warmup_seconds": round(warmup_seconds, 2),
-        "num_graphs": num_compiled,
-        "workload_digest": digest(requests),
-        "exactness": exactness,
-        "answers": answers,
-        "results": {
-            name: None if value != value else round(value, 4) if isinstance(value, float) else value
-            for name, value in results.items()
-        },
-    }
-    print(json.dumps(record))
+    roofline = report_roofline(engine, options, console) if options.roofline else None
+    print(
+        json_line(
+            "flex-nano-vllm",
+            flex_nano_vllm.__version__,
+            "compiled" if engine.runner.compiled else "eager",
+            model_name,
+            model.device,
+            options,
+            requests,
+            warmup_seconds,
+            results,
+            num_graphs=num_compiled,
+            exactness=exactness,
+            answers=answers,
+            roofline=roofline,
+        )
+    )
     wrong = (exactness and exactness["mismatches"], answers and answers["different"])
     return 1 if any(wrong) else 0
 
@@ -198,8 +219,8 @@ def load(
     """The model asked for, or the device's default: on a GPU its shape with random weights where it cannot be had."""
     if name is None and device.type == "cpu":
         name = TINY_GEMMA2
-    if name in GEMMA2_SHAPES:
-        return random_gemma2(name, dtype, device), byte_tokenizer(), f"{name} (random weights)"
+    if name in SHAPES:
+        return random_model(name, dtype, device), byte_tokenizer(), name
     path = str(EMBEDDED_MODELS.get(name, name or GEMMA_2_2B))
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -291,56 +312,35 @@ def check_answers(engine: Inference, model: PreTrainedModel, console: Console) -
     return {name: int(total) for name, total in by_task.sum().items()}
 
 
+def report_roofline(engine: Inference, options: Options, console: Console) -> dict:
+    """Prefill and decode steps at some batch sizes beside what this machine could do at best."""
+    machine = measure_machine(engine.model.device, engine.model.dtype)
+    sizes = [size for size in ROOFLINE_BATCHES if size <= options.max_batch_size]
+    shares = measure_shares(engine, machine, sizes, min(ROOFLINE_PROMPT_LEN, options.max_prompt_len))
+    table = Table("step", "batch", "tokens/s", "share of the limit")
+    table.title = f"limits: {machine.copy_bandwidth / 1e9:,.0f} GB/s, {machine.matmul_rate / 1e9:,.0f} GFLOP/s"
+    for share in shares:
+        rate = share.num_tokens / share.seconds
+        table.add_row(share.phase, str(share.batch_size), f"{rate:,.0f}", f"{share.share:.0%}")
+    console.print(table)
+    return {"machine": asdict(machine), "steps": [asdict(share) | {"share": share.share} for share in shares]}
+
+
 def show_completion(prompt: str, text: str, console: Console) -> None:
     shortened = prompt if len(prompt) <= 80 else f"{prompt[:30]} … {prompt[-45:]}"
     console.print(f"  {shortened!r} -> {text!r}", markup=False, highlight=False)
 
 
-def summarize(outputs: list[RequestOutput], seconds: float) -> dict:
-    """Throughput and latencies of a finished run; times in milliseconds where the name says so."""
-    num_prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)
-    num_output_tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-    ttft = pd.Series([output.metrics.ttft for output in outputs], dtype=float) * 1e3
-    tpot = pd.Series([o.metrics.tpot(len(o.outputs[0].token_ids)) for o in outputs], dtype=float).dropna() * 1e3
-    return {
-        "seconds": seconds,
-        "num_requests": len(outputs),
-        "prompt_tokens": num_prompt_tokens,
-        "output_tokens": num_output_tokens,
-        "requests_per_s": len(outputs) / seconds,
-        "output_tokens_per_s": num_output_tokens / seconds,
-        "total_tokens_per_s": (num_prompt_tokens + num_output_tokens) / seconds,
-        "ttft_p50_ms": ttft.quantile(0.5),
-        "ttft_p99_ms": ttft.quantile(0.99),
-        "tpot_p50_ms": tpot.quantile(0.5),
-        "tpot_p99_ms": tpot.quantile(0.99),
-    }
-
-
-def print_results(results: dict, console: Console) -> None:
-    table = Table("", "", show_header=False)
-    for name, value in results.items():
-        table.add_row(name.replace("_", " "), f"{value:,.2f}" if isinstance(value, float) else f"{value:,}")
-    console.print(table)
+def finished_request(output: RequestOutput) -> FinishedRequest:
+    num_tokens = len(output.outputs[0].token_ids)
+    return FinishedRequest(
+        len(output.prompt_token_ids), num_tokens, output.metrics.ttft, output.metrics.tpot(num_tokens)
+    )
 
 
 def num_graphs() -> int:
     """Graphs that torch.compile has made in this process."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak of allocated device memory, or of the process on a CPU (its compiler runs not included)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"
 
 
 if __name__ == "__main__":

@@ -1,12 +1,21 @@
 """Attention of a Hugging Face model over the paged pool: all that calls FlexAttention. Knows no queues, no budgets.
 
-The model keeps its own code. transformers lets a model's attention function be chosen by name
-(`AttentionInterface`), hands it query, key and value after projection, norms and RoPE, and passes on any extra
-keyword of `model(...)`. That is the whole seam: `patch_model` gives every attention layer a `PagedKVCache` and
-chooses `paged_flex_attention`; the engine calls `model(..., paged=step_batch)`.
+The model keeps its own code. transformers lets a model's attention function be chosen by name (`AttentionInterface`)
+and hands it query, key and value after projection, norms and RoPE. That is the whole seam: `patch_model` gives every
+attention layer a `PagedKVCache` and chooses `paged_flex_attention`.
+
+Around the seam the layers are compiled, each as one graph that serves any number of tokens. What depends on the step
+(which slots, which tiles, which masks) stays out of that graph, in two operators that it calls without looking inside:
+
+    layer, compiled       norm ─ q k v ─ RoPE ─┐                            ┌─ o ─ residual ─ norm ─ MLP ─ residual
+    operators                                  └─ write_kv ─ paged_attend ──┘
+                                                     ▲            ▲
+    the step in progress   with step_in_progress(StepBatch, flex_attention): model(...)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
@@ -22,31 +31,112 @@ ATTN_IMPLEMENTATION = "paged_flex"
 # Every one of these is held to Hugging Face's `generate`, token for token, by tests/test_exactness.py.
 SUPPORTED_MODEL_TYPES = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 
+_in_progress: ContextVar[tuple[StepBatch, Callable[..., Tensor]] | None] = ContextVar("step_in_progress", default=None)
+
+
+@contextmanager
+def step_in_progress(step: StepBatch, flex: Callable[..., Tensor] = flex_attention) -> Iterator[None]:
+    """What the operators below work on while the model is called. `flex` is `flex_attention`, or a compiled one."""
+    token = _in_progress.set((step, flex))
+    try:
+        yield
+    finally:
+        _in_progress.reset(token)
+
+
+def _step(ends: bool, num_tokens: int) -> tuple[StepBatch, Callable[..., Tensor]]:
+    step, flex = _in_progress.get() or (None, None)
+    if ends and step is not None:
+        step = step.ends
+    if step is None or len(step.slots) != num_tokens:
+        raise RuntimeError(
+            "this model is patched for paged attention and belongs to an Inference engine: it cannot be called "
+            "directly. Use the engine, or give the model back first with engine.close()"
+        )
+    return step, flex
+
+
+def write_kv(key: Tensor, value: Tensor, finite: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+    """Put the step's keys and values, [1, K, T, D], into their slots of the pool, [1, K, slots, D].
+
+    `finite` [T] says which tokens had finite ones. The step keeps count.
+    """
+    step, _ = _step(ends=False, num_tokens=key.shape[2])
+    step.finite.logical_and_(finite)
+    k_cache.index_copy_(2, step.slots, key)
+    v_cache.index_copy_(2, step.slots, value)
+
+
+def paged_attend(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    window: int | None,
+    scale: float,
+    cap: float | None,
+    ends: bool,
+) -> Tensor:
+    """Attention of the step's queries, [1, H, T, D], over the pool. Returns [1, T, H, D].
+
+    `ends`: the queries are those of the chunks' ends only (see `pruned_forward`).
+    """
+    num_heads, num_tokens, head_dim = query.shape[1:]
+    step, flex = _step(ends, num_tokens)
+    num_kv_heads = k_cache.shape[1]
+    group_size = num_heads // num_kv_heads
+    k_cache, v_cache = k_cache[:, :, : step.kv_len], v_cache[:, :, : step.kv_len]
+    outputs = []
+    for tiles in step.tiles:
+        block_mask = tiles.block_masks[window]
+        # Heads of a group share their keys: as rows of one query block they read each page once.
+        grouped = query[0].transpose(0, 1)[tiles.tokens].view(-1, tiles.tile_len, num_kv_heads, group_size, head_dim)
+        output = flex(
+            grouped.transpose(1, 2).reshape(-1, num_kv_heads, tiles.tile_len * group_size, head_dim),
+            k_cache,  # for all tiles: a batch of 1 is broadcast
+            v_cache,
+            score_mod=None if cap is None else softcap_mod(cap),
+            block_mask=block_mask,
+            scale=scale,
+            kernel_options=kernel_options(query.device, *block_mask.BLOCK_SIZE),
+        )
+        ungrouped = output.view(-1, num_kv_heads, tiles.tile_len, group_size, head_dim).transpose(1, 2)
+        outputs.append(ungrouped.reshape(-1, num_heads, head_dim))  # [tiles * L, H, D]
+    return torch.cat(outputs)[step.tile_slot][None]
+
+
+OPS = torch.library.Library("flex_nano_vllm", "DEF")
+for function, mutates in ((write_kv, ("k_cache", "v_cache")), (paged_attend, ())):
+    OPS.define(function.__name__ + torch.library.infer_schema(function, mutates_args=mutates))
+    for key in ("CPU", "CUDA", "MPS", "XPU"):  # not for all at once, that would include fake tensors
+        OPS.impl(function.__name__, function, key)
+
+
+@torch.library.register_fake("flex_nano_vllm::write_kv")
+def _(*args: object) -> None:
+    return None
+
+
+@torch.library.register_fake("flex_nano_vllm::paged_attend")
+def _(query: Tensor, *args: object) -> Tensor:
+    batch, num_heads, num_tokens, head_dim = query.shape
+    return query.new_empty(batch, num_tokens, num_heads, head_dim)
+
 
 class PagedKVCache(nn.Module):
-    """The KV pool of one attention layer, and the kernel that reads it.
+    """The KV pool of one attention layer.
 
     `k_cache` and `v_cache` are two separate buffers [1, K, P * page_size, D]: heads outermost, so that a page of one
     head is contiguous; two buffers, because the CPU template copies a buffer that K and V share (and torch 2.11
     refuses it). They start as zeros, and are finite at all times.
     """
 
-    def __init__(
-        self,
-        num_slots: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        flex: Callable[..., Tensor],
-    ):
+    def __init__(self, num_slots: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
         super().__init__()
         shape = (1, num_kv_heads, num_slots, head_dim)
         self.register_buffer("k_cache", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
         self.register_buffer("v_cache", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
-        self.flex = flex
 
-    def update(self, step: StepBatch, key: Tensor, value: Tensor) -> None:
+    def update(self, key: Tensor, value: Tensor) -> None:
         """Write the step's keys and values, [1, K, T, D], into their slots.
 
         Only finite numbers enter the pool. A NaN there would reach every query whose kernel passes by, since a masked
@@ -55,33 +145,12 @@ class PagedKVCache(nn.Module):
         once, and its pages can be used again by anybody.
         """
         finite = (key.isfinite() & value.isfinite()).all(dim=-1, keepdim=True).all(dim=1, keepdim=True)  # [1, 1, T, 1]
-        step.finite.logical_and_(finite.flatten())
-        self.k_cache.index_copy_(2, step.slots, torch.where(finite, key, 0))
-        self.v_cache.index_copy_(2, step.slots, torch.where(finite, value, 0))
+        key, value = torch.where(finite, key, 0), torch.where(finite, value, 0)
+        torch.ops.flex_nano_vllm.write_kv(key, value, finite.flatten(), self.k_cache, self.v_cache)
 
-    def attend(self, query: Tensor, step: StepBatch, window: int | None, scale: float, cap: float | None) -> Tensor:
-        """Attention of the step's queries, [T, H, D], over the pool. Returns [T, H, D]."""
-        num_heads, head_dim = query.shape[1:]
-        num_kv_heads = self.k_cache.shape[1]
-        k_cache, v_cache = self.k_cache[:, :, : step.kv_len], self.v_cache[:, :, : step.kv_len]
-        outputs = []
-        for tiles in step.tiles:
-            # Heads of a group share their keys: as rows of one query block they read each page once.
-            grouped = query[tiles.tokens].view(-1, num_kv_heads, num_heads // num_kv_heads, head_dim)
-            folded = grouped.transpose(0, 1).reshape(1, num_kv_heads, -1, head_dim)  # [1, K, tiles * L * G, D]
-            block_mask = tiles.block_masks[window]
-            output = self.flex(
-                folded,
-                k_cache,
-                v_cache,
-                score_mod=None if cap is None else softcap_mod(cap),
-                block_mask=block_mask,
-                scale=scale,
-                kernel_options=kernel_options(query.device, *block_mask.BLOCK_SIZE),
-            )
-            unfolded = output.view(num_kv_heads, -1, num_heads // num_kv_heads, head_dim).transpose(0, 1)
-            outputs.append(unfolded.reshape(-1, num_heads, head_dim))  # [tiles * L, H, D]
-        return torch.cat(outputs)[step.tile_slot]
+    def attend(self, query: Tensor, window: int | None, scale: float, cap: float | None, ends: bool) -> Tensor:
+        """Attention of the step's queries, [1, H, T, D], over the pool. Returns [1, T, H, D]."""
+        return torch.ops.flex_nano_vllm.paged_attend(query, self.k_cache, self.v_cache, window, scale, cap, ends)
 
 
 def kernel_options(device: torch.device, q_block: int, page_size: int) -> dict[str, object] | None:
@@ -111,22 +180,20 @@ def paged_flex_attention(
     scaling: float,
     softcap: float | None = None,
     sliding_window: int | None = None,
-    paged: StepBatch | None = None,
+    phase: str | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls in every layer: query [1, H, T, D], key and value [1, K, T, D],
     after RoPE. Returns [1, T, H, D] and no weights.
 
-    Raises RuntimeError when the model was called by anybody but the engine, whose masks come with the step.
+    `phase`, see `pruned_forward`: "keys" writes keys and values and returns nothing of interest, "ends" attends only.
+    Raises RuntimeError when the model was called by anybody but the engine, whose step says where and what.
     """
-    if paged is None:
-        raise RuntimeError(
-            "this model is patched for paged attention and belongs to an Inference engine: it cannot be called "
-            "directly. Use the engine, or give the model back first with engine.close()"
-        )
-    module.kv_cache.update(paged, key, value)
-    output = module.kv_cache.attend(query[0].transpose(0, 1), paged, sliding_window, scaling, softcap)
-    return output[None], None
+    if phase != "ends":
+        module.kv_cache.update(key, value)
+    if phase == "keys":
+        return query.transpose(1, 2), None
+    return module.kv_cache.attend(query, sliding_window, scaling, softcap, ends=phase == "ends"), None
 
 
 def check_supported(model: PreTrainedModel) -> None:
@@ -171,11 +238,13 @@ def kv_shape(model: PreTrainedModel) -> tuple[int, int]:
     return config.num_key_value_heads, head_dim
 
 
-def patch_model(model: PreTrainedModel, num_slots: int, flex: Callable[..., Tensor] = flex_attention) -> None:
+def patch_model(
+    model: PreTrainedModel, num_slots: int, compile_layer: Callable[[Callable], Callable] = lambda forward: forward
+) -> None:
     """Give every attention layer a `PagedKVCache` of `num_slots` slots and route attention through it.
 
-    `flex` is `flex_attention` itself or a compiled one. Undone by `unpatch_model`. Raises ValueError for a model that
-    is patched already.
+    `compile_layer` is given the `forward` of each decoder layer, and returns what is to be called instead.
+    Undone by `unpatch_model`. Raises ValueError for a model that is patched already.
     """
     if is_patched(model):
         raise ValueError(f"{type(model).__name__} is patched already: unpatch_model(model) first")
@@ -184,12 +253,39 @@ def patch_model(model: PreTrainedModel, num_slots: int, flex: Callable[..., Tens
     try:
         for attention in attention_layers(model):
             weight = attention.o_proj.weight
-            attention.kv_cache = PagedKVCache(num_slots, num_kv_heads, head_dim, model.dtype, weight.device, flex)
+            attention.kv_cache = PagedKVCache(num_slots, num_kv_heads, head_dim, model.dtype, weight.device)
             attention.unpatched_implementation = model.config._attn_implementation
+        layers = model.get_decoder().layers
+        for layer in layers:
+            layer.unpatched_forward = vars(layer).get("forward")  # some wrap a layer by setting it, accelerate for one
+            forward = layer.forward if layer is not layers[-1] else pruned_forward(layer)
+            layer.forward = compile_layer(forward)
         model.set_attn_implementation(ATTN_IMPLEMENTATION)
     except BaseException:
         unpatch_model(model)
         raise
+
+
+def pruned_forward(layer: nn.Module) -> Callable[..., Tensor]:
+    """A forward for the last layer that computes keys and values for all tokens of a step, and the rest only for the
+    tokens whose logits are wanted, the ends of the chunks: nobody looks at what the layer makes of the others."""
+    unpruned = layer.forward
+
+    def forward(
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        chunk_ends: Tensor | None = None,
+        **kwargs: object,
+    ) -> Tensor:
+        if chunk_ends is None:
+            return unpruned(hidden_states, position_embeddings=position_embeddings, **kwargs)
+        # Its output is of no use, so a compiler leaves out all that is not for the keys and values.
+        normed = layer.input_layernorm(hidden_states)
+        layer.self_attn(normed, position_embeddings=position_embeddings, attention_mask=None, phase="keys")
+        at_ends = tuple(x[:, chunk_ends] for x in position_embeddings)
+        return unpruned(hidden_states[:, chunk_ends], position_embeddings=at_ends, phase="ends", **kwargs)
+
+    return forward
 
 
 def unpatch_model(model: PreTrainedModel) -> None:
@@ -198,6 +294,12 @@ def unpatch_model(model: PreTrainedModel) -> None:
         if hasattr(attention, "kv_cache"):
             model.set_attn_implementation(attention.unpatched_implementation)
             del attention.kv_cache, attention.unpatched_implementation
+    for layer in model.get_decoder().layers:
+        if hasattr(layer, "unpatched_forward"):
+            del layer.forward
+            if layer.unpatched_forward is not None:
+                layer.forward = layer.unpatched_forward
+            del layer.unpatched_forward
 
 
 def is_patched(model: PreTrainedModel) -> bool:

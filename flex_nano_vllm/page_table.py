@@ -170,8 +170,8 @@ class PageTable:
     def convert_logical_block_mask(self, block_mask: BlockMask, rows: Tensor, kv_len: int) -> BlockMask:
         """Rewrite a mask over logical positions into one over the slots of the pool.
 
-        A logical mask has one query block per *tile*, and every tile belongs to one sequence. Its KV blocks are
-        that sequence's logical pages, its `mask_mod(b, h, q_idx, kv_pos)` speaks of logical KV positions. Two
+        A logical mask has one batch entry per *tile*, and every tile belongs to one sequence. Its KV blocks are
+        that sequence's logical pages, its `mask_mod(tile, h, q_idx, kv_pos)` speaks of logical KV positions. Two
         things change, and nothing else:
 
             logical                                         physical
@@ -187,24 +187,33 @@ class PageTable:
         is harmless, since unmapped logical pages point at page 0.
 
         Args:
-            block_mask: logical; `kv_indices` [1, 1, tiles, N] with N logical pages, blocks of (q rows, page_size).
+            block_mask: logical; `kv_indices` [tiles, 1, 1, N] with N logical pages, blocks of (q rows, page_size).
             rows: [tiles] int32, the page-table row of each tile; row 0 for padding, which sees nothing.
             kv_len: slots of the pool that attention is handed: all of them, or the used part.
         Returns:
-            The physical BlockMask: `kv_indices` [1, 1, tiles, >= kv_len / page_size], same blocks.
+            The physical BlockMask: `kv_indices` [tiles, 1, 1, >= kv_len / page_size], same blocks.
         """
-        q_block = block_mask.BLOCK_SIZE[0]
         page_size, physical_to_logical, logical_mask = self.page_size, self.physical_to_logical, block_mask.mask_mod
+        if page_size & (page_size - 1):
+            page_of, offset_of = (lambda slot: slot // page_size), (lambda slot: slot % page_size)
+        else:  # a kernel's vectors know no division of integers
+            shift = page_size.bit_length() - 1
+            page_of, offset_of = (lambda slot: slot >> shift), (lambda slot: slot & (page_size - 1))
 
-        def physical_mask(b: Tensor, h: Tensor, q_idx: Tensor, slot: Tensor) -> Tensor:
-            logical_page = physical_to_logical[rows[q_idx // q_block], slot // page_size]
-            kv_pos = logical_page * page_size + slot % page_size
-            return (logical_page >= 0) & logical_mask(b, h, q_idx, kv_pos)
+        def physical_mask(tile: Tensor, h: Tensor, q_idx: Tensor, slot: Tensor) -> Tensor:
+            logical_page = physical_to_logical[rows[tile], page_of(slot)]
+            kv_pos = logical_page * page_size + offset_of(slot)
+            return (logical_page >= 0) & logical_mask(tile, h, q_idx, kv_pos)
 
-        pages = self.table[rows[:, None], block_mask.kv_indices[0, 0]]  # [tiles, N]
+        def physical_pages(logical_pages: Tensor) -> Tensor:  # [tiles, 1, 1, N]
+            pages = self.table[rows[:, None], logical_pages[:, 0, 0]]
+            return _widen(pages, cdiv(kv_len, page_size))[:, None, None]
+
         return BlockMask.from_kv_blocks(
             block_mask.kv_num_blocks,
-            _widen(pages, cdiv(kv_len, page_size))[None, None],
+            physical_pages(block_mask.kv_indices),
+            block_mask.full_kv_num_blocks,
+            physical_pages(block_mask.full_kv_indices),
             BLOCK_SIZE=block_mask.BLOCK_SIZE,
             mask_mod=physical_mask,
             seq_lengths=(block_mask.seq_lengths[0], kv_len),

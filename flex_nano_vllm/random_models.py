@@ -6,56 +6,99 @@ two engines as well.
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>")
 BYTE_VOCABULARY = len(SPECIAL_TOKENS) + 256
 
-GEMMA2_SHAPES = {
-    # Everything that makes Gemma-2 hard, at a size for two cores.
-    "gemma2-tiny": dict(
-        vocab_size=BYTE_VOCABULARY,
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        query_pre_attn_scalar=64,
-        sliding_window=128,
-        max_position_embeddings=4096,
+# By name: the model's configuration class, and its sizes. Two Gemma-2 for two cores, one model without its
+# peculiarities, and the shape of google/gemma-2-2b.
+SHAPES = {
+    "gemma2-tiny": (
+        Gemma2Config,
+        dict(
+            vocab_size=8192,
+            hidden_size=256,
+            intermediate_size=1024,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            query_pre_attn_scalar=64,
+            sliding_window=512,
+            max_position_embeddings=4096,
+        ),
     ),
-    # The shape of google/gemma-2-2b.
-    "gemma-2-2b": dict(
-        vocab_size=256_000,
-        hidden_size=2304,
-        intermediate_size=9216,
-        num_hidden_layers=26,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=256,
-        query_pre_attn_scalar=256,
-        sliding_window=4096,
-        max_position_embeddings=8192,
+    "gemma2-small": (
+        Gemma2Config,
+        dict(
+            vocab_size=32_000,
+            hidden_size=768,
+            intermediate_size=3072,
+            num_hidden_layers=12,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=128,
+            query_pre_attn_scalar=128,
+            sliding_window=512,
+            max_position_embeddings=4096,
+        ),
+    ),
+    "qwen3-tiny": (
+        Qwen3Config,
+        dict(
+            vocab_size=8192,
+            hidden_size=256,
+            intermediate_size=1024,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            max_position_embeddings=4096,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "gemma-2-2b": (
+        Gemma2Config,
+        dict(
+            vocab_size=256_000,
+            hidden_size=2304,
+            intermediate_size=9216,
+            num_hidden_layers=26,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=256,
+            query_pre_attn_scalar=256,
+            sliding_window=4096,
+            max_position_embeddings=8192,
+        ),
     ),
 }
+# Not Gemma's 50: random scores are small, and a dropped cap must change tokens.
+SOFTCAPS = dict(attn_logit_softcapping=4.0, final_logit_softcapping=30.0)
 
 
-def random_gemma2(
+def random_model(
     shape: str,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> PreTrainedModel:
-    """A Gemma-2 of a named shape in eval mode, its weights drawn on the device from `seed`."""
-    config = Gemma2Config(
-        **GEMMA2_SHAPES[shape],
-        attn_logit_softcapping=4.0,  # not Gemma's 50: random scores are small, and a dropped cap must change tokens
-        final_logit_softcapping=30.0,
+    """A model of a named shape in eval mode, its weights drawn on the device from `seed`."""
+    config_class, sizes = SHAPES[shape]
+    config = config_class(
+        **sizes,
+        **(SOFTCAPS if config_class is Gemma2Config else {}),
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=2,
-        initializer_range=1.3 / GEMMA2_SHAPES[shape]["hidden_size"] ** 0.5,  # attention that prefers some tokens
+        initializer_range=1.3 / sizes["hidden_size"] ** 0.5,  # attention that prefers some tokens
     )
     with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []), torch.device(device):
         torch.manual_seed(seed)

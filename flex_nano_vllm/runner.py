@@ -1,5 +1,6 @@
 """Running the model on a step: compilation, shape buckets, warm-up. Does not know which sequence is which."""
 
+import functools
 import math
 import os
 import shutil
@@ -12,14 +13,15 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import PreTrainedModel
 
-from flex_nano_vllm.attention import ATTN_IMPLEMENTATION, layer_windows, patch_model
+from flex_nano_vllm.attention import ATTN_IMPLEMENTATION, layer_windows, patch_model, step_in_progress
 from flex_nano_vllm.page_table import PageTable, cdiv
 from flex_nano_vllm.scheduler import Chunk
 from flex_nano_vllm.sequence import SamplingParams, Sequence
 from flex_nano_vllm.step import StepBatch, TileKind, TileLayout, effective_window
 
-# Rows of a large tile's query block, tokens times G: a full tile of matrix-multiply work on a CPU and on a GPU.
-LARGE_TILE_ROWS = 128
+# Rows of a large tile, tokens times G. On a GPU a full tile of matrix-multiply work. On a CPU fewer than 64: from there
+# on torch's bfloat16 kernel first transposes the whole pool, on CPUs that multiply bfloat16 in hardware.
+LARGE_TILE_ROWS = {"cuda": 128, "cpu": 32}
 DYNAMO_CONFIG = {
     # The engines of a process share one table of graphs, and torch's default limit of 8 is for one model.
     "recompile_limit": 4096,
@@ -53,11 +55,12 @@ def why_not_compiled(device: torch.device, dtype: torch.dtype, page_size: int) -
 
 
 class ModelRunner:
-    """Owns the patched model and the compiled attention.
+    """Owns the patched model, compiled in two parts.
 
-    FlexAttention is compiled with static shapes, one graph per (bucket of a kind of tile, distinct mask). All of them
-    are made by `warmup()`, or by the first steps that need them; there are at most `max_graphs`, and a step whose shape
-    is in no bucket cannot be built.
+    The model's layers are compiled for any number of tokens, one graph per kind of layer. FlexAttention, which they
+    call through an operator, is compiled with static shapes, one graph per (bucket of a kind of tile, distinct mask).
+    All are made by `warmup()`, or by the first steps that need them; there are at most `max_graphs`, and a step whose
+    shape is in no bucket cannot be built.
 
     Uncompiled, the same function runs operator by operator. It needs no compiler and computes in any dtype, but looks
     at every slot between the first page and the last one in use: for tests, small models, and machines without one.
@@ -72,16 +75,24 @@ class ModelRunner:
         else:
             kinds = (TileKind(tile_len=1, buckets=None),)
         self.layout = TileLayout(kinds, group_size, tuple(dict.fromkeys(layer_windows(model))), whole_pool=compiled)
-        patch_model(model, page_table.n_pages * page_table.page_size, compile_flex_attention(compiled))
+        self.flex = compile_flex_attention(compiled)
+        num_slots = page_table.n_pages * page_table.page_size
+        if compiled:
+            patch_model(model, num_slots, functools.partial(torch.compile, dynamic=True))
+        else:
+            patch_model(model, num_slots)
 
     @property
     def max_graphs(self) -> int:
         """The most graphs that serving can ever compile."""
         num_masks = len({effective_window(window, self.page_table) for window in self.layout.windows})
-        return num_masks * sum(len(kind.buckets or ()) for kind in self.layout.kinds)
+        num_layer_graphs = len(set(layer_windows(self.model)[:-1])) + 2  # the last layer's: pruned, and as it was
+        return num_masks * sum(len(kind.buckets or ()) for kind in self.layout.kinds) + num_layer_graphs * self.compiled
 
     # Not set for good: it is the user's setting as well, and one of each thread.
     @torch._dynamo.config.patch(DYNAMO_CONFIG)
+    # The check runs a graph's first call under other dispatch keys, for which attention would be compiled once more.
+    @torch._functorch.config.patch(check_custom_op_aliasing=False)
     # Whatever mode the caller is in: tensors made in inference mode are other tensors to a kernel's guards.
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -92,18 +103,20 @@ class ModelRunner:
         """
         if self.model.config._attn_implementation != ATTN_IMPLEMENTATION:
             raise RuntimeError("set_attn_implementation was called on the engine's model: close the engine first")
-        batch = StepBatch.build(chunks, self.page_table, self.layout)
-        output = self.model(
-            batch.input_ids,
-            position_ids=batch.position_ids,
-            use_cache=False,  # the default would concatenate everything into a cache of its own
-            logits_to_keep=batch.chunk_ends,
-            paged=batch,
-        )
-        logits = output.logits[0]
+        # A dimension of size 1 would be a graph of its own: a lone chunk gets the company of a padding token.
+        padding = [padding_chunk(1)] * (2 - len(chunks))
+        batch = StepBatch.build(chunks + padding, self.page_table, self.layout)
+        with step_in_progress(batch, self.flex):
+            output = self.model(
+                batch.input_ids,
+                position_ids=batch.position_ids,
+                use_cache=False,  # the default would concatenate everything into a cache of its own
+                chunk_ends=None if batch.ends is None else batch.chunk_ends,
+            )
+        logits = output.logits[0, : len(chunks)]
         chunk_of_token = torch.searchsorted(batch.chunk_ends, torch.arange(len(batch.slots), device=logits.device))
-        failed = torch.zeros_like(logits[:, 0]).index_add_(0, chunk_of_token, (~batch.finite).to(logits.dtype)) > 0
-        logits[:, 0].masked_fill_(failed, torch.nan)
+        failed = torch.zeros_like(batch.chunk_ends).index_add_(0, chunk_of_token, (~batch.finite).long()) > 0
+        logits[:, 0].masked_fill_(failed[: len(chunks)], torch.nan)
         return logits
 
     def warmup(self) -> None:
@@ -111,10 +124,21 @@ class ModelRunner:
         longest = self.page_table.max_pages_per_row * self.page_table.page_size
         shortest = 1  # chunk that goes into tiles of the kind
         for kind in self.layout.kinds:
+            num_tiles_reached = 0
             for bucket in kind.buckets or () if shortest <= longest else ():
-                filler = Sequence(-1, None, [0] * shortest, shortest, SamplingParams(), 0, frozenset(), shortest, row=0)
-                self.forward([Chunk(filler, 0, shortest)] * bucket)
+                num_tiles = cdiv(bucket, self.page_table.max_batch_size)  # of each chunk
+                length = min(longest, (num_tiles - 1) * kind.tile_len + shortest)
+                num_chunks = min(bucket // cdiv(length, kind.tile_len), self.page_table.max_batch_size)
+                if num_chunks * cdiv(length, kind.tile_len) > num_tiles_reached:
+                    self.forward([padding_chunk(length)] * num_chunks)
+                num_tiles_reached = bucket
             shortest = kind.tile_len + 1
+
+
+def padding_chunk(length: int) -> Chunk:
+    """Tokens of nobody: row 0, whose pages are all page 0."""
+    nobody = Sequence(-1, None, [0] * length, length, SamplingParams(), 0, frozenset(), length, row=0)
+    return Chunk(nobody, start=0, length=length)
 
 
 def compile_flex_attention(compiled: bool) -> Callable[..., Tensor]:
@@ -135,19 +159,16 @@ def tile_kinds(
     """Small tiles for decodes and large ones for prompts, with buckets up to the most that a step can hold.
 
     A chunk ends in at most one unfilled tile, and a step has at most `max_batch_size` chunks; that bounds the numbers.
-    A CUDA tile has at least 16 rows, what its matrix instruction takes; a CPU is best off with a decode's G rows.
+    A CUDA tile has at least 16 rows, what its matrix instruction takes; a CPU is best off with a decode's G rows. (But
+    not with a single one, for which torch 2.13 to 2.15 choose a decoding kernel that does not know our masks.)
     """
-    small = 16 // math.gcd(16, group_size) if device_type == "cuda" else 1
-    large = max(small * 2, LARGE_TILE_ROWS // group_size)
+    small = 16 // math.gcd(16, group_size) if device_type == "cuda" else cdiv(2, group_size)
+    large = max(small * 2, LARGE_TILE_ROWS[device_type] // group_size)
     large = 1 << (large.bit_length() - 1)  # a power of two, so that a power of two of rows divides the block
     bound = max_num_batched_tokens // large + max_batch_size
     return TileKind(small, buckets(max_batch_size)), TileKind(large, buckets(bound))
 
 
 def buckets(bound: int) -> tuple[int, ...]:
-    """Two sizes, the larger one being `bound`: padding is cheap (a tile that sees nothing), graphs are not.
-
-    Never a single tile: with G = 1 it would be a query of length 1, for which torch 2.13 to 2.15 choose a CPU decoding
-    kernel that does not compile for masks without full blocks.
-    """
-    return tuple(sorted({max(2, cdiv(bound, 4)), max(2, bound)}))
+    """Two sizes, the larger one being `bound`: padding is cheap (a tile that sees nothing), graphs are not."""
+    return tuple(sorted({cdiv(bound, 4), bound}))

@@ -31,7 +31,7 @@ def sample(logits: Tensor, temperatures: list[float], uniforms: list[float]) -> 
     Returns:
         C token ids, NOT_FINITE where a row has a NaN or an infinite maximum: such a request fails, others go on.
     """
-    tokens = logits.argmax(dim=-1)  # [C]
+    highest, tokens = logits.max(dim=-1)  # [C]
     drawn = [row for row, temperature in enumerate(temperatures) if temperature > 0]
     if drawn:
         # In float64: rounding in the sum over a vocabulary of 256,000 would shift the rare tokens.
@@ -41,5 +41,5 @@ def sample(logits: Tensor, temperatures: list[float], uniforms: list[float]) -> 
         level = level[:, None] * cumulative[:, -1:]  # the last entry is 1 up to rounding
         token = torch.searchsorted(cumulative, level, right=True).squeeze(1)
         tokens[drawn] = token.clamp(max=logits.shape[-1] - 1)
-    tokens = torch.where(logits.amax(dim=-1).isfinite(), tokens, NOT_FINITE)
+    tokens = torch.where(highest.isfinite(), tokens, NOT_FINITE)
     return tokens.tolist()  # here the host waits for the step

@@ -3,7 +3,7 @@
 The model sees the tokens of all chunks in one row, `input_ids` [1, T], with no padding. Attention cannot: a
 FlexAttention query block walks one list of pages, so a block must not mix sequences. Hence *tiles*: a tile is up
 to `tile_len` consecutive tokens of one chunk, and a chunk goes into the smallest kind of tile that holds it, or is
-cut into tiles of the largest kind:
+cut into tiles of the largest kind. To FlexAttention every tile is a batch entry of one query block:
 
     chunks        a: 1 token   b: 1 token   c: 5 tokens            kinds of tile: 1 and 4 tokens long
 
@@ -70,6 +70,7 @@ class TileLayout:
 class Tiles:
     """All tiles of one kind in a step."""
 
+    tile_len: int
     tokens: Tensor  # [tiles * L] index into the step's tokens; 0 where padded
     block_masks: dict[int | None, BlockMask]  # physical, by the sliding window of the layer
 
@@ -86,6 +87,7 @@ class StepBatch:
     tiles: tuple[Tiles, ...]
     tile_slot: Tensor  # [T] int64, where each token's output stands in the concatenated tiles
     kv_len: int  # slots of the pool that attention is handed
+    ends: "StepBatch | None"  # the ends of the chunks as a step of their own, for the last layer; None if that is all
 
     @classmethod
     def build(cls, chunks: list[Chunk], page_table: PageTable, layout: TileLayout) -> "StepBatch":
@@ -122,9 +124,12 @@ class StepBatch:
                 logical = logical_block_mask(q_pos, window, layout.group_size, page_table)
                 masks[window] = page_table.convert_logical_block_mask(logical, tile_rows, kv_len)
             block_masks = {window: masks[effective_window(window, page_table)] for window in layout.windows}
-            tiles.append(Tiles(tokens.reshape(-1).clamp(min=0), block_masks))
+            tiles.append(Tiles(tokens.shape[1], tokens.reshape(-1).clamp(min=0), block_masks))
         finite = torch.ones_like(slots, dtype=torch.bool)
-        return cls(input_ids[None], positions[None], slots, chunk_ends, finite, tuple(tiles), tile_slot, kv_len)
+        ends = None
+        if len(slots) > len(chunks):
+            ends = cls.build([Chunk(c.sequence, c.start + c.length - 1, 1) for c in chunks], page_table, layout)
+        return cls(input_ids[None], positions[None], slots, chunk_ends, finite, tuple(tiles), tile_slot, kv_len, ends)
 
 
 def _cut_into_tiles(
@@ -153,26 +158,37 @@ def logical_block_mask(q_pos: Tensor, window: int | None, group_size: int, page_
     Args:
         q_pos: [tiles, L] int32, position of each query in its sequence; -1 where padded, which sees nothing.
         window: the layer's sliding window, None for full attention.
-        group_size: G; a query block has L * G rows, G consecutive ones for each token.
+        group_size: G; a tile has L * G rows, G consecutive ones for each token.
         page_table: for the page size and N.
     """
     page_size, max_pages = page_table.page_size, page_table.max_pages_per_row
-    num_tiles, tile_len = q_pos.shape
+    tile_len = q_pos.shape[1]
     first, last = q_pos[:, 0], q_pos.amax(dim=1)  # [tiles]; both -1 for padding, so that no page is needed
-    first_page = torch.zeros_like(first) if window is None else (first - window + 1).clamp(min=0) // page_size
+    if window is None:
+        first_page = first_whole = torch.zeros_like(first)
+    else:
+        first_page = (first - window + 1).clamp(min=0) // page_size
+        first_whole = cdiv((last - window + 1).clamp(min=0), page_size)  # all of it is in every query's window
     num_pages = last // page_size + 1 - first_page
-    pages = first_page[:, None] + torch.arange(max_pages, dtype=torch.int32, device=q_pos.device)
-    mask, flat_q_pos = layer_mask(window), q_pos.flatten()
+    # Pages that all queries of a tile see whole: there the kernel need not evaluate mask_mod for every single score.
+    num_whole = ((first + 1) // page_size - first_whole).clamp(min=0)
+    steps = torch.arange(max_pages, dtype=torch.int32, device=q_pos.device)
+    partial_pages = first_page[:, None] + steps
+    partial_pages += torch.where(partial_pages >= first_whole[:, None], num_whole[:, None], 0)
+    whole_pages = first_whole[:, None] + steps
+    mask = layer_mask(window)
 
-    def mask_of_queries(b: Tensor, h: Tensor, q_idx: Tensor, kv_pos: Tensor) -> Tensor:
-        return mask(b, h, flat_q_pos[q_idx // group_size], kv_pos)
+    def mask_of_queries(tile: Tensor, h: Tensor, q_idx: Tensor, kv_pos: Tensor) -> Tensor:
+        return mask(tile, h, q_pos[tile, q_idx // group_size], kv_pos)
 
     return BlockMask.from_kv_blocks(
-        num_pages[None, None],
-        pages.clamp(max=max_pages - 1)[None, None],  # past the end of the list: never visited, but translated
+        (num_pages - num_whole)[:, None, None],
+        partial_pages.clamp(max=max_pages - 1)[:, None, None],  # past its end a list is never visited, but translated
+        num_whole[:, None, None],
+        whole_pages.clamp(max=max_pages - 1)[:, None, None],
         BLOCK_SIZE=(tile_len * group_size, page_size),
         mask_mod=mask_of_queries,
-        seq_lengths=(num_tiles * tile_len * group_size, max_pages * page_size),
+        seq_lengths=(tile_len * group_size, max_pages * page_size),
         compute_q_blocks=False,
     )
 

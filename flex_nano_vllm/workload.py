@@ -1,9 +1,11 @@
-"""The benchmark's requests: the same ones for every engine, on every machine. Knows only the standard library."""
+"""The benchmark's work: the same requests for every engine, on every machine. Knows only the standard library."""
 
 import hashlib
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+TOKEN_IDS = range(5, 259)  # ordinary tokens of every vocabulary: in that of tiny-gemma2 five special ones come before
 
 
 @dataclass(frozen=True)
@@ -40,3 +42,58 @@ def digest(requests: list[WorkloadRequest]) -> str:
     """A short name for the workload: runs may be compared when it is the same."""
     content = json.dumps([[request.prompt_token_ids, request.max_tokens] for request in requests])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+@dataclass
+class RunOptions:
+    """What the benchmarks of all engines take. Sizes left at None depend on the device: see `fill_in`."""
+
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": "folder, hub id, tiny-gemma2, or a shape with random weights (gemma2-tiny, gemma2-small, "
+            "qwen3-tiny, gemma-2-2b); default: google/gemma-2-2b on a GPU, tiny-gemma2 on a CPU"
+        },
+    )
+    dtype: str | None = field(default=None, metadata={"help": "default: bfloat16 on a GPU, float32 on a CPU"})
+    num_requests: int | None = field(default=None, metadata={"help": "default: 512 on a GPU, 64 on a CPU"})
+    min_prompt_len: int = 1
+    max_prompt_len: int = 512
+    min_new_tokens: int | None = field(default=None, metadata={"help": "default: 128 on a GPU, 32 on a CPU"})
+    max_new_tokens: int | None = field(default=None, metadata={"help": "default: 512 on a GPU, 128 on a CPU"})
+    max_batch_size: int | None = field(default=None, metadata={"help": "default: 256 on a GPU, 32 on a CPU"})
+    max_seq_length: int = 1024
+    n_pages: int | None = field(default=None, metadata={"help": "of the KV pool; default: what the batch can need"})
+    page_size: int = 128
+    max_num_batched_tokens: int | None = field(default=None, metadata={"help": "token budget of a step"})
+    compile: bool = True
+    seed: int = 0
+
+    def fill_in(self, device_type: str) -> None:
+        """Give the sizes that were not asked for their defaults on a device, "cuda" or "cpu".
+
+        Raises SystemExit when the longest request could not be answered.
+        """
+        on_gpu = device_type == "cuda"
+        for name, gpu_default, cpu_default in (
+            ("dtype", "bfloat16", "float32"),
+            ("num_requests", 512, 64),
+            ("min_new_tokens", 128, 32),
+            ("max_new_tokens", 512, 128),
+            ("max_batch_size", 256, 32),
+        ):
+            if getattr(self, name) is None:
+                setattr(self, name, gpu_default if on_gpu else cpu_default)
+        if self.max_prompt_len + self.max_new_tokens > self.max_seq_length:
+            raise SystemExit(
+                f"max_prompt_len and max_new_tokens add up to more than max_seq_length={self.max_seq_length}"
+            )
+
+    def requests(self) -> list[WorkloadRequest]:
+        return make_workload(
+            self.num_requests,
+            prompt_lens=(self.min_prompt_len, self.max_prompt_len),
+            output_lens=(self.min_new_tokens, self.max_new_tokens),
+            token_ids=TOKEN_IDS,
+            seed=self.seed,
+        )

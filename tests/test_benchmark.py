@@ -14,13 +14,13 @@ from flex_nano_vllm import masks
 from flex_nano_vllm.workload import digest, make_workload
 
 ARGUMENTS = ["--no_compile", "--num_requests", "4", "--max_prompt_len", "20", "--min_new_tokens", "2"]
-ARGUMENTS += ["--max_new_tokens", "6", "--max_seq_length", "512"]
+ARGUMENTS += ["--max_new_tokens", "6", "--max_seq_length", "680"]
 
 
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
     """Run the benchmark's main with arguments; its exit status, its stdout's last line, and where its CSV goes."""
-    monkeypatch.setattr(benchmark, "PROMPT_LENS", (1, 240))  # 240: well past the window of gemma2-tiny
+    monkeypatch.setattr(benchmark, "PROMPT_LENS", (1, 600))  # 600: well past the window of gemma2-tiny
     monkeypatch.setattr(benchmark, "EXACTNESS_TOKENS", 8)
     monkeypatch.setattr(benchmark, "NUM_STRANGERS", 2)
     monkeypatch.setattr(benchmark, "QUESTIONS_PER_TASK", 1)
@@ -71,7 +71,7 @@ def test_an_answer_that_is_not_generates_is_exit_status_1(run, monkeypatch):
 
 
 def test_checks_that_do_not_fit_are_refused_at_the_start(run):
-    for sizes in (["--max_seq_length", "511"], ["--n_pages", "4", "--page_size", "128"]):
+    for sizes in (["--max_seq_length", "679"], ["--n_pages", "4", "--page_size", "128"]):
         with pytest.raises(SystemExit, match="raise them, or pass --no_check"):
             run(*sizes)
 
@@ -94,10 +94,10 @@ def test_a_model_that_cannot_be_had_is_an_error_only_if_it_was_asked_for(monkeyp
         raise OSError("no network")
 
     monkeypatch.setattr(benchmark.AutoModelForCausalLM, "from_pretrained", no_hub)
-    monkeypatch.setattr(benchmark, "random_gemma2", lambda shape, dtype, device: shape)
+    monkeypatch.setattr(benchmark, "random_model", lambda shape, dtype, device: shape)
     cpu, gpu, float32 = benchmark.torch.device("cpu"), benchmark.torch.device("cuda"), benchmark.torch.float32
     shape, _, name = benchmark.load(None, float32, gpu, Console())
-    assert (shape, name) == ("gemma-2-2b", "gemma-2-2b (random weights)")
+    assert (shape, name) == ("gemma-2-2b", "gemma-2-2b")
     for name, device in (("google/gemma-2-2b", cpu), ("google/gemma-2-2b", gpu), (None, cpu)):
         with pytest.raises(OSError, match="no network"):
             benchmark.load(name, float32, device, Console())

@@ -130,12 +130,20 @@ def tiles_of(batch: StepBatch, layout: TileLayout):
         before += queries
 
 
-def evaluate(block_mask, num_q_rows: int, kv_len: int) -> np.ndarray:
-    """mask_mod at every (row of a query block, slot)."""
+def evaluate(block_mask, kv_len: int) -> np.ndarray:
+    """mask_mod at every (row of a tile, slot), the rows of all tiles one after another."""
+    num_tiles, rows_per_tile = block_mask.kv_num_blocks.shape[0], block_mask.seq_lengths[0]
     zero = torch.zeros((), dtype=torch.int32)
-    q_idx = torch.arange(num_q_rows, dtype=torch.int32)[:, None]
-    slot = torch.arange(kv_len, dtype=torch.int32)[None]
-    return block_mask.mask_mod(zero, zero, q_idx, slot).broadcast_to(num_q_rows, kv_len).numpy()
+    tile = torch.arange(num_tiles, dtype=torch.int32)[:, None, None]
+    q_idx = torch.arange(rows_per_tile, dtype=torch.int32)[None, :, None]
+    slot = torch.arange(kv_len, dtype=torch.int32)[None, None]
+    allowed = block_mask.mask_mod(tile, zero, q_idx, slot).broadcast_to(num_tiles, rows_per_tile, kv_len)
+    return allowed.reshape(-1, kv_len).numpy()
+
+
+def listed(counts: torch.Tensor, lists: torch.Tensor) -> list[list[int]]:
+    """The pages that a kernel visits for each tile, in order."""
+    return [pages[:count] for count, pages in zip(counts[:, 0, 0].tolist(), lists[:, 0, 0].tolist())]
 
 
 def assert_isolated(scene: Scene, batch: StepBatch, layout: TileLayout) -> None:
@@ -148,26 +156,28 @@ def assert_isolated(scene: Scene, batch: StepBatch, layout: TileLayout) -> None:
         assert list(tiles.block_masks) == list(layout.windows)
         for window, block_mask in tiles.block_masks.items():
             assert tuple(block_mask.BLOCK_SIZE) == (rows_per_tile, page_size)
-            assert tuple(block_mask.seq_lengths) == (num_q_rows, batch.kv_len)
-            assert block_mask.full_kv_num_blocks is None, "a full block would not be masked by slot"
-            allowed = evaluate(block_mask, num_q_rows, batch.kv_len)
-            counts, lists = block_mask.kv_num_blocks[0, 0].tolist(), block_mask.kv_indices[0, 0].tolist()
-            assert len(counts) == len(lists) == num_q_rows // rows_per_tile
-            needed: list[set[int]] = [set() for _ in counts]
+            assert tuple(block_mask.seq_lengths) == (rows_per_tile, batch.kv_len)
+            allowed = evaluate(block_mask, batch.kv_len)
+            partial = listed(block_mask.kv_num_blocks, block_mask.kv_indices)
+            whole = listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
+            assert len(partial) == len(whole) == num_q_rows // rows_per_tile
+            needed: list[set[int]] = [set() for _ in partial]
             for q_row in range(num_q_rows):
                 tile, token = q_row // rows_per_tile, token_of_query[q_row // layout.group_size]
                 expected = [] if token is None else scene.visible(*tokens[token], window)
                 assert np.flatnonzero(allowed[q_row]).tolist() == expected
                 visited = [  # with repetition: a page listed twice would count twice in the softmax
                     slot
-                    for page in lists[tile][: counts[tile]]
+                    for pages, is_masked in ((partial[tile], True), (whole[tile], False))
+                    for page in pages
                     for slot in range(page * page_size, page * page_size + page_size)
-                    if allowed[q_row, slot]
+                    if allowed[q_row, slot] or not is_masked
                 ]
-                assert sorted(visited) == expected
+                # What padding makes of the tile's whole pages is picked up by nobody.
+                assert token is None or sorted(visited) == expected
                 needed[tile].update(slot // page_size for slot in expected)
             for tile, pages in enumerate(needed):
-                assert sorted(lists[tile][: counts[tile]]) == sorted(pages), "a page is listed that nobody needs"
+                assert sorted(partial[tile] + whole[tile]) == sorted(pages), "a page is listed that nobody needs"
     assert sorted(seen_tokens) == list(range(len(tokens))), "a token without a query, or with two"
 
 
@@ -246,10 +256,10 @@ def test_attention_is_handed_the_whole_pool_or_the_part_in_use_and_lists_as_wide
     assert batch.kv_len == (N_PAGES if whole_pool else highest + 1) * scene.page_size
     for tiles in batch.tiles:
         for block_mask in tiles.block_masks.values():
-            pages = block_mask.kv_indices
-            assert pages.shape[-1] >= batch.kv_len // scene.page_size
-            assert pages.dtype == block_mask.kv_num_blocks.dtype == torch.int32
-            assert pages.min() >= 0 and pages.max() < N_PAGES, "past the end of the list, too, stand pages that exist"
+            for pages in (block_mask.kv_indices, block_mask.full_kv_indices):
+                assert pages.shape[-1] >= batch.kv_len // scene.page_size
+                assert pages.dtype == block_mask.kv_num_blocks.dtype == torch.int32
+                assert pages.min() >= 0 and pages.max() < N_PAGES, "past the list's end, too, stand pages that exist"
 
 
 def test_the_drawing_in_the_docstring_of_step_holds():
@@ -271,8 +281,12 @@ def test_the_drawing_in_the_docstring_of_step_holds():
     assert small.tokens.tolist() == [0, 1, 0, 0]
     assert large.tokens.tolist() == [2, 3, 4, 5, 6, 0, 0, 0]
     assert batch.tile_slot.tolist() == [0, 1, 4, 5, 6, 7, 8]
-    assert small.block_masks[None].kv_num_blocks.tolist() == [[[1, 2, 0, 0]]]
-    assert large.block_masks[None].kv_num_blocks.tolist() == [[[1, 2]]]
+    # The one token of a sees a quarter of its page; that of b sees both of its pages whole, and so does c4 the first
+    # page of c, of which c0 to c2 do not see all.
+    assert small.block_masks[None].kv_num_blocks.flatten().tolist() == [1, 0, 0, 0]
+    assert small.block_masks[None].full_kv_num_blocks.flatten().tolist() == [0, 2, 0, 0]
+    assert large.block_masks[None].kv_num_blocks.flatten().tolist() == [1, 1]
+    assert large.block_masks[None].full_kv_num_blocks.flatten().tolist() == [0, 1]
     assert_isolated(scene, batch, layout)
 
 
@@ -288,7 +302,7 @@ def test_padding_on_row_0_sees_nothing_and_writes_to_page_0():
     assert all(0 <= slot < scene.page_size for slot in batch.slots.tolist())
     for tiles in batch.tiles:
         for block_mask in tiles.block_masks.values():
-            assert not evaluate(block_mask, block_mask.seq_lengths[0], batch.kv_len).any()
+            assert not evaluate(block_mask, batch.kv_len).any()
 
 
 def test_a_row_sees_nothing_of_the_sequence_that_had_its_pages_before():

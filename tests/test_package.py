@@ -10,14 +10,15 @@ import flex_nano_vllm
 PACKAGE = Path(flex_nano_vllm.__file__).parent
 # Whoever stands further right may import whoever stands further left, never the other way round.
 ORDER = [
-    ["metrics", "masks", "workload", "tasks", "random_models", "sampler"],
-    ["sequence", "page_table"],
+    ["metrics", "masks", "workload", "tasks", "random_models", "sampler", "plots"],
+    ["sequence", "page_table", "report"],
     ["scheduler"],
     ["step"],
     ["attention"],
     ["memory", "runner"],
     ["inference"],
     ["exactness", "__init__"],
+    ["baselines", "roofline"],
 ]
 
 

@@ -342,23 +342,23 @@ class Engine(RuleBasedStateMachine):
         seen: list[list[int]] = []
         zero = torch.zeros((), dtype=torch.int32)
         all_slots = torch.arange(batch.kv_len, dtype=torch.int32)
+        in_tiles = batch.tile_slot.tolist()
         for tiles in batch.tiles:
             mask = tiles.block_masks[window]
             tile_len = mask.BLOCK_SIZE[0]
-            queries = torch.arange(len(tiles.tokens), dtype=torch.int32)
-            allowed = mask.mask_mod(zero, zero, queries[:, None], all_slots[None]).tolist()
-            counts, lists = mask.kv_num_blocks[0, 0].tolist(), mask.kv_indices[0, 0].tolist()
+            queries = torch.arange(len(tiles.tokens), dtype=torch.int32)[:, None]
+            allowed = mask.mask_mod(queries // tile_len, zero, queries % tile_len, all_slots[None]).tolist()
+            masked = (mask.kv_num_blocks, mask.kv_indices)
+            whole = (mask.full_kv_num_blocks, mask.full_kv_indices)
             for query in range(len(tiles.tokens)):
-                tile = query // tile_len
-                visited = [
-                    page * self.page_size + offset
-                    for page in lists[tile][: counts[tile]]
-                    for offset in range(self.page_size)
-                ]
-                seen.append([slot for slot in visited if allowed[query][slot]])
-        in_tiles = batch.tile_slot.tolist()
-        padding = [slots for query, slots in enumerate(seen) if query not in in_tiles]
-        assert not any(padding), "padding sees something"
+                slots = []
+                for counts, lists in (masked, whole):
+                    pages = lists[query // tile_len, 0, 0, : counts[query // tile_len, 0, 0]].tolist()
+                    visited = [page * self.page_size + offset for page in pages for offset in range(self.page_size)]
+                    slots += [slot for slot in visited if lists is whole[1] or allowed[query][slot]]
+                seen.append(slots)
+                is_padding = len(seen) - 1 not in in_tiles
+                assert not (is_padding and any(allowed[query])), "padding sees something"
         return [seen[query] for query in in_tiles]
 
     def commit(self, chunks):

@@ -1,0 +1,156 @@
+"""What a benchmark run says of itself: figures, a table, one JSON line, and how runs compare. Knows no engine.
+
+`benchmark.py` and `benchmark_vllm.py` both report through it, in environments of their own.
+"""
+
+import json
+import platform
+import resource
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from flex_nano_vllm.workload import RunOptions, WorkloadRequest, digest
+
+# What must be the same in two runs before one may be divided by the other.
+SAME_WORK = ("model", "workload digest", "prompt tokens", "output tokens")
+
+
+@dataclass(frozen=True)
+class FinishedRequest:
+    """What a request got, and how long it waited: `ttft` and `tpot` in seconds, None where not measured."""
+
+    num_prompt_tokens: int
+    num_output_tokens: int
+    ttft: float | None
+    tpot: float | None
+
+
+def summarize(requests: list[FinishedRequest], seconds: float, device: torch.device) -> dict:
+    """Throughput, latencies and peak memory of a finished run; times in milliseconds where the name says so."""
+    prompt_tokens = sum(request.num_prompt_tokens for request in requests)
+    output_tokens = sum(request.num_output_tokens for request in requests)
+    ttft = pd.Series([request.ttft for request in requests], dtype=float).dropna() * 1e3
+    tpot = pd.Series([request.tpot for request in requests], dtype=float).dropna() * 1e3
+    return {
+        "seconds": seconds,
+        "num_requests": len(requests),
+        "prompt_tokens": prompt_tokens,
+        "output_tokens": output_tokens,
+        "requests_per_s": len(requests) / seconds,
+        "output_tokens_per_s": output_tokens / seconds,
+        "total_tokens_per_s": (prompt_tokens + output_tokens) / seconds,
+        "ttft_p50_ms": ttft.quantile(0.5),
+        "ttft_p99_ms": ttft.quantile(0.99),
+        "tpot_p50_ms": tpot.quantile(0.5),
+        "tpot_p99_ms": tpot.quantile(0.99),
+        "peak_memory_gb": peak_memory_bytes(device) / 1e9,
+    }
+
+
+def print_results(results: dict, console: Console) -> None:
+    table = Table("", "", show_header=False)
+    for name, value in results.items():
+        table.add_row(name.replace("_", " "), f"{value:,.2f}" if isinstance(value, float) else f"{value:,}")
+    console.print(table)
+
+
+def json_line(
+    engine: str,
+    version: str,
+    mode: str,
+    model: str,
+    device: torch.device,
+    options: RunOptions,
+    requests: list[WorkloadRequest],
+    warmup_seconds: float,
+    results: dict,
+    **more: object,
+) -> str:
+    """A run as one line of strict JSON: a figure that could not be measured (NaN) is null."""
+    record = {
+        "engine": engine,
+        "mode": mode,
+        "versions": {
+            engine: version,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "model": model,
+        "settings": asdict(options),
+        "warmup_seconds": round(warmup_seconds, 2),
+        "workload_digest": digest(requests),
+        **more,
+        "results": {
+            name: None if value != value else round(value, 4) if isinstance(value, float) else value
+            for name, value in results.items()
+        },
+    }
+    return json.dumps(record, allow_nan=False)
+
+
+def compare_runs(paths: list[str], console: Console) -> None:
+    """Print the runs whose JSON lines stand in the files (other lines are skipped), each beside the first one.
+
+    Several runs of the same engine and settings are one row, their median. Raises ValueError for a file without a run,
+    and for runs that did not do the same work.
+    """
+    runs = [run for path in paths for run in _read_runs(path)]
+    frame = pd.DataFrame(
+        {
+            "run": f"{run['engine']} {run['versions'][run['engine']]} {run['mode']}, {run['settings']['dtype']}",
+            "machine": f"{run['device']}, {run['threads']} threads",
+            "model": run["model"],
+            "workload digest": run["workload_digest"],
+            "prompt tokens": run["results"]["prompt_tokens"],
+            "output tokens": run["results"]["output_tokens"],
+            "tok/s": run["results"]["output_tokens_per_s"],
+            "TTFT": run["results"]["ttft_p50_ms"],
+            "TPOT": run["results"]["tpot_p50_ms"],
+            "memory": run["results"]["peak_memory_gb"],
+        }
+        for run in runs
+    )
+    for name in SAME_WORK:
+        if frame[name].nunique() > 1:
+            raise ValueError(f"no ratio: the runs differ in {name}: {', '.join(map(str, frame[name].unique()))}")
+    table = Table("run", "runs", "output tok/s", "ratio", "TTFT p50, ms", "TPOT p50, ms", "peak memory, GB")
+    groups = frame.groupby(["run", "machine"], sort=False)
+    first = None
+    for (name, machine), group in groups:
+        rate = group["tok/s"].median()
+        first = first or rate
+        medians = [f"{group[column].median():,.1f}" for column in ("TTFT", "TPOT", "memory")]
+        table.add_row(f"{name}, {machine}", str(len(group)), f"{rate:,.0f}", f"{rate / first:.2f}", *medians)
+    console.print(table)
+
+
+def _read_runs(path: str) -> list[dict]:
+    lines = Path(path).read_text().splitlines()
+    runs = [json.loads(line) for line in lines if line.startswith('{"engine"')]
+    if not runs:
+        raise ValueError(f"{path} holds no JSON line of a benchmark run")
+    return runs
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak of allocated device memory, or of the process on a CPU (its compiler runs not included)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({torch.backends.cpu.get_cpu_capability()})"

@@ -1,0 +1,127 @@
+"""How near an engine's steps come to what the machine can do: bytes to move, arithmetic to do.
+
+The roofline model (Williams, Waterman, Patterson, 2009): a step takes at least the longer of (bytes moved / bandwidth)
+and (operations / rate). Bandwidth and rate are measured here, not looked up.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from flex_nano_vllm.attention import kv_shape, layer_windows
+from flex_nano_vllm.inference import Inference
+from flex_nano_vllm.sequence import SamplingParams
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the machine was seen to do, in bytes and floating-point operations per second."""
+
+    copy_bandwidth: float
+    matmul_rate: float
+
+
+def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
+    """Best of several: a copy of 256 MB (counted twice: read and written), a product of two square matrices."""
+    source = torch.ones(2**26, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return Machine(
+        copy_bandwidth=2 * source.nbytes / _best_seconds(lambda: target.copy_(source), device),
+        matmul_rate=2 * size**3 / _best_seconds(lambda: a @ b, device),
+    )
+
+
+def _best_seconds(call: Callable[[], object], device: torch.device) -> float:
+    seconds = []
+    for _ in range(8):
+        started = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """The least that a step can cost."""
+
+    num_bytes: int
+    num_operations: int
+
+    def seconds(self, machine: Machine) -> float:
+        return max(self.num_bytes / machine.copy_bandwidth, self.num_operations / machine.matmul_rate)
+
+
+def step_cost(model: PreTrainedModel, chunks: list[tuple[int, int]]) -> StepCost:
+    """The cost of a step of (start, length) chunks: every weight read once; every key and value that a chunk's queries
+    may see read once for the chunk, and the chunk's own written; logits for the end of each chunk."""
+    layers = model.get_decoder().layers
+    in_layers = sum(weight.numel() for weight in layers.parameters())
+    head = model.get_output_embeddings().weight.numel()
+    num_kv_heads, head_dim = kv_shape(model)
+    num_tokens = sum(length for _, length in chunks)
+    num_bytes = (in_layers + head) * model.dtype.itemsize
+    num_operations = 2 * (in_layers * num_tokens + head * len(chunks))
+    for window in layer_windows(model):
+        for start, length in chunks:
+            seen = start + length if window is None else min(start + length, window - 1 + length)
+            num_bytes += 2 * (seen + length) * num_kv_heads * head_dim * model.dtype.itemsize
+            positions = range(start + 1, start + length + 1)
+            scores = sum(position if window is None else min(position, window) for position in positions)
+            num_operations += 4 * scores * model.config.num_attention_heads * head_dim
+    return StepCost(num_bytes, num_operations)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Steps of one kind beside the least that they can cost."""
+
+    phase: str  # "prefill" or "decode"
+    batch_size: int
+    num_tokens: int  # of all steps together
+    seconds: float
+    limit_seconds: float
+
+    @property
+    def share(self) -> float:
+        return self.limit_seconds / self.seconds
+
+
+def measure_shares(
+    engine: Inference, machine: Machine, batch_sizes: list[int], prompt_len: int, num_decode_steps: int = 16
+) -> list[Share]:
+    """For each batch size, the prefill of so many prompts, and some steps in which all of them decode.
+
+    The engine must have nothing to do; afterwards it has nothing to do again.
+    """
+    shares = []
+    for batch_size in batch_sizes:
+        params = SamplingParams(temperature=0, max_tokens=num_decode_steps + batch_size, ignore_eos=True)
+        prompts = [[5 + (i + j) % 250 for j in range(prompt_len)] for i in range(batch_size)]
+        request_ids = [engine.add_request(prompt, params) for prompt in prompts]
+        try:
+            phases: dict[str, list[tuple[int, float, float]]] = {"prefill": [], "decode": []}
+            while len(phases["decode"]) < num_decode_steps:
+                sequences = [*engine.scheduler.running, *engine.scheduler.waiting]
+                before = [sequence.num_computed_tokens for sequence in sequences]
+                started = time.perf_counter()
+                engine.run_one_step()
+                seconds = time.perf_counter() - started
+                after = [sequence.num_computed_tokens for sequence in sequences]
+                chunks = [(start, end - start) for start, end in zip(before, after) if end > start]
+                limit = step_cost(engine.model, chunks).seconds(machine)
+                phase = "decode" if min(before) >= prompt_len else "prefill"
+                phases[phase].append((sum(length for _, length in chunks), seconds, limit))
+        finally:
+            for request_id in request_ids:
+                engine.abort(request_id)
+        for phase, steps in phases.items():
+            num_tokens, seconds, limit = (sum(column) for column in zip(*steps))
+            shares.append(Share(phase, batch_size, num_tokens, seconds, limit))
+    return shares

@@ -1,0 +1,127 @@
+"""Figures of runs are what they say, a comparison is of equal work only, baselines do the whole work."""
+
+import io
+import json
+import math
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+from rich.console import Console
+from tiny_models import tiny_model
+
+from flex_nano_vllm.baselines import continuous_batching, padded_batches
+from flex_nano_vllm.report import FinishedRequest, compare_runs, json_line, summarize
+from flex_nano_vllm.workload import RunOptions, make_workload
+
+CPU = torch.device("cpu")
+
+
+def a_run(engine="flex-nano-vllm", seconds=2.0, seed=0, model="m", dtype="float32", tokens=20) -> str:
+    """The JSON line of a run of one request, of 10 prompt tokens."""
+    options = RunOptions(model=model, dtype=dtype, num_requests=1, min_new_tokens=20, max_new_tokens=20, seed=seed)
+    results = summarize([FinishedRequest(10, tokens, 0.5, 0.1)], seconds, CPU)
+    return json_line(engine, "1.0", "compiled", model, CPU, options, options.requests(), 3.0, results)
+
+
+def test_summary_adds_up():
+    requests = [FinishedRequest(10, 1, 0.1, None), FinishedRequest(30, 4, 0.3, 0.02), FinishedRequest(2, 3, 0.2, 0.04)]
+    results = summarize(requests, 2.0, CPU)
+    assert (results["num_requests"], results["prompt_tokens"], results["output_tokens"]) == (3, 42, 8)
+    rates = (results["requests_per_s"], results["output_tokens_per_s"], results["total_tokens_per_s"])
+    assert rates == (1.5, 4.0, 25.0)
+    assert results["ttft_p50_ms"] == pytest.approx(200)
+    assert results["tpot_p50_ms"] == pytest.approx(30)
+    assert results["peak_memory_gb"] > 0.05  # this process has loaded torch
+
+
+def test_a_figure_that_was_not_measured_is_null():
+    results = summarize([FinishedRequest(10, 1, 0.1, None)], 2.0, CPU)
+    assert math.isnan(results["tpot_p50_ms"])
+    options = RunOptions()
+    options.fill_in("cpu")
+    line = json_line("e", "1.0", "compiled", "m", CPU, options, options.requests(), 3.0, results)
+    assert "NaN" not in line and json.loads(line)["results"]["tpot_p50_ms"] is None
+
+
+def compared(tmp_path, *runs: str) -> list[list[str]]:
+    """The rows that `compare_runs` prints, cell by cell."""
+    files = []
+    for i, run in enumerate(runs):
+        files.append(tmp_path / f"{i}.log")
+        files[-1].write_text(f"some table\n{run}\n")
+    console = Console(width=200, file=io.StringIO())
+    compare_runs([str(file) for file in files], console)
+    rows = [line.split("│")[1:-1] for line in console.file.getvalue().splitlines() if line.startswith("│")]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+def test_runs_are_compared_by_their_medians(tmp_path):
+    ours, theirs = [a_run(seconds=s) for s in (4.0, 1.0, 2.0)], [a_run("vllm", s) for s in (1.0, 8.0, 4.0)]
+    first, second = compared(tmp_path, ours[0], theirs[0], ours[1], theirs[1], ours[2], theirs[2])
+    assert first[0].startswith("flex-nano-vllm 1.0 compiled, float32") and second[0].startswith("vllm 1.0")
+    assert first[1:4] == ["3", "10", "1.00"]
+    assert second[1:4] == ["3", "5", "0.50"]
+
+
+@pytest.mark.parametrize(
+    ("other", "what"), [({"seed": 1}, "workload digest"), ({"tokens": 19}, "output tokens"), ({"model": "n"}, "model")]
+)
+def test_no_ratio_of_different_work(tmp_path, other, what):
+    with pytest.raises(ValueError, match=f"no ratio: the runs differ in {what}"):
+        compared(tmp_path, a_run(), a_run("vllm", **other))
+
+
+def test_a_file_without_a_run_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="holds no JSON line"):
+        compared(tmp_path, "Traceback")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_padded_batches_answer_every_request(architecture):
+    model = tiny_model(architecture, torch.float32)
+    requests = make_workload(5, (1, 20), (2, 6), range(3, 200), seed=0)
+    finished, seconds = padded_batches(model, requests, batch_size=2)
+    lengths = [(request.num_prompt_tokens, request.num_output_tokens) for request in finished]
+    assert lengths == [(len(request.prompt_token_ids), request.max_tokens) for request in requests]
+    assert all(0 < request.ttft < seconds for request in finished)
+    # The third batch has to wait for the second.
+    assert finished[0].ttft == finished[1].ttft < finished[2].ttft == finished[3].ttft < finished[4].ttft
+
+
+def test_continuous_batching_is_measured_only_where_it_is_right():
+    requests = make_workload(5, (20, 30), (4, 6), range(3, 200), seed=0)
+    finished, _ = continuous_batching(tiny_model("llama", torch.float32), requests, batch_size=2)
+    lengths = [(request.num_prompt_tokens, request.num_output_tokens) for request in finished]
+    assert lengths == [(len(request.prompt_token_ids), request.max_tokens) for request in requests]
+    with pytest.raises(RuntimeError, match="no figures"):
+        continuous_batching(tiny_model("gemma2", torch.float32), requests, batch_size=2)
+
+
+def test_plot_draws_every_run(tmp_path):
+    plots = pytest.importorskip("flex_nano_vllm.plots")
+    steps = pd.DataFrame(
+        {
+            "time": [0.5, 1.0, 2.0],
+            "duration": [0.4, 0.5, 1.0],
+            "num_prefill_tokens": [20, 0, 0],
+            "num_decode_tokens": [0, 2, 2],
+            "num_running": [2, 2, 0],
+            "num_waiting": [1, 0, 0],
+            "kv_usage": [0.1, 0.2, 0.0],
+        }
+    )
+    files = [str(tmp_path / name) for name in ("profile.csv", "profile_vllm.csv")]
+    for file in files:
+        steps.to_csv(file, index=False)
+    plots.plot_steps(files, str(tmp_path / "runs.png"))
+    assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_where_vllm_cannot_run_one_line_says_so():
+    program = "import sys; sys.modules['vllm'] = None; sys.argv = ['benchmark_vllm.py']; import benchmark_vllm as b; "
+    run = subprocess.run([sys.executable, "-c", program + "sys.exit(b.main())"], capture_output=True, text=True)
+    assert run.returncode == 2 and run.stdout == ""
+    assert len(run.stderr.splitlines()) == 1 and "vLLM cannot run here" in run.stderr

@@ -1,0 +1,59 @@
+"""What a step costs at least, counted by hand; shares of the limit are of the steps that were run."""
+
+import pytest
+import torch
+from tiny_models import WINDOW, tiny_model
+
+from flex_nano_vllm import Inference
+from flex_nano_vllm.roofline import Machine, StepCost, measure_machine, measure_shares, step_cost
+
+# Of tiny_model("llama"): 2 layers, hidden 48, 4 heads and 2 kv heads of 12, intermediate 96, vocabulary 211.
+LINEAR = 2 * (2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 96)
+NORMS = 2 * 2 * 48
+HEAD = 211 * 48
+
+
+def test_cost_of_a_decode_and_of_a_prompt():
+    model = tiny_model("llama", torch.float32)
+    decode = step_cost(model, [(9, 1)])
+    kv_of_token = 2 * 2 * 2 * 12  # keys and values, layers, kv heads, head dim
+    assert decode.num_bytes == 4 * (LINEAR + NORMS + HEAD + (10 + 1) * kv_of_token)
+    scores = 2 * 4 * 10  # layers, heads, keys seen
+    assert decode.num_operations == 2 * (LINEAR + NORMS + HEAD) + 4 * 12 * scores
+    prompt = step_cost(model, [(0, 10)])
+    assert prompt.num_bytes == 4 * (LINEAR + NORMS + HEAD + (10 + 10) * kv_of_token)
+    assert prompt.num_operations == 2 * (10 * (LINEAR + NORMS) + HEAD) + 4 * 12 * 2 * 4 * 55
+
+
+def test_a_window_saves_what_lies_before_it():
+    model = tiny_model("mistral", torch.float32)  # a window in both layers
+    near, far = step_cost(model, [(WINDOW - 1, 1)]), step_cost(model, [(WINDOW + 40, 1)])
+    assert near == far
+    assert step_cost(model, [(WINDOW - 2, 1)]).num_operations < near.num_operations
+
+
+def test_the_slower_of_memory_and_arithmetic_is_the_limit():
+    machine = Machine(copy_bandwidth=100.0, matmul_rate=1000.0)
+    assert StepCost(200, 1000).seconds(machine) == 2.0
+    assert StepCost(200, 4000).seconds(machine) == 4.0
+
+
+def test_machine_is_measured():
+    machine = measure_machine(torch.device("cpu"), torch.float32)
+    assert 1e8 < machine.copy_bandwidth < 1e13 and 1e8 < machine.matmul_rate < 1e15
+
+
+def test_shares_are_of_all_steps_and_leave_nothing_behind():
+    with Inference(tiny_model("llama"), None, 4, 128, page_size=16, max_num_batched_tokens=32, compile=False) as engine:
+        shares = measure_shares(engine, Machine(1e9, 1e9), [1, 3], prompt_len=20, num_decode_steps=5)
+        assert not engine.has_unfinished_requests()
+        engine.check_invariants()
+    assert [(share.phase, share.batch_size) for share in shares] == [
+        ("prefill", 1),
+        ("decode", 1),
+        ("prefill", 3),
+        ("decode", 3),
+    ]
+    assert [share.num_tokens for share in shares][1::2] == [5, 15]
+    assert shares[0].num_tokens == 20 and shares[2].num_tokens >= 60
+    assert all(share.share == pytest.approx(share.limit_seconds / share.seconds) for share in shares)
