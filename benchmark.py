@@ -132,13 +132,13 @@ def run_engine(
 ) -> int:
     """Checks and workload on the engine. Returns the exit status."""
 
-    def build_engine(n_pages: int | None) -> Inference:
+    def build_engine() -> Inference:
         return Inference(
             model,
             tokenizer,
             options.max_batch_size,
             options.max_seq_length,
-            n_pages,
+            options.n_pages,
             options.page_size,
             max_num_batched_tokens=options.max_num_batched_tokens,
             compile=None if options.compile else False,
@@ -147,7 +147,7 @@ def run_engine(
 
     started = time.perf_counter()
     graphs_before = num_graphs()
-    engine = build_engine(options.n_pages)
+    engine = build_engine()
     if options.check and engine.max_request_tokens < CHECK_TOKENS:
         sys.exit(
             f"the checks need requests of {CHECK_TOKENS} tokens, but max_seq_length and the pool allow "
@@ -165,10 +165,10 @@ def run_engine(
     if options.check:
         texts = [*TEXTS, *(exactness_questions() if model_name == TINY_GEMMA2 else ())]
         exactness = check_exactness(engine, model, texts, options, console)
-        engine = build_engine(options.n_pages)
+        engine = build_engine()
     if options.check and model_name == TINY_GEMMA2:
         answers = check_answers(engine, model, console)
-        engine = build_engine(options.n_pages)
+        engine = build_engine()
 
     requests = options.requests()
     console.print(f"\nworkload of {len(requests)} requests, digest {digest(requests)}")

@@ -4,7 +4,7 @@ The model keeps its own code. transformers lets a model's attention function be 
 and hands it query, key and value after projection, norms and RoPE. That is the whole seam: `patch_model` gives every
 attention layer a `PagedKVCache` and chooses `paged_flex_attention`.
 
-Around the seam the layers are compiled, each as one graph that serves any number of tokens. What depends on the step
+Whoever compiles the layers around the seam gets one graph that serves any number of tokens. What depends on the step
 (which slots, which tiles, which masks) stays out of that graph, in two operators that it calls without looking inside:
 
     layer, compiled       norm ─ q k v ─ RoPE ─┐                            ┌─ o ─ residual ─ norm ─ MLP ─ residual
@@ -105,10 +105,11 @@ def paged_attend(
 
 
 OPS = torch.library.Library("flex_nano_vllm", "DEF")
-for function, mutates in ((write_kv, ("k_cache", "v_cache")), (paged_attend, ())):
-    OPS.define(function.__name__ + torch.library.infer_schema(function, mutates_args=mutates))
-    for key in ("CPU", "CUDA", "MPS", "XPU"):  # not for all at once, that would include fake tensors
-        OPS.impl(function.__name__, function, key)
+OPS.define("write_kv" + torch.library.infer_schema(write_kv, mutates_args=("k_cache", "v_cache")))
+OPS.define("paged_attend" + torch.library.infer_schema(paged_attend, mutates_args=()))
+for _dispatch_key in ("CPU", "CUDA", "MPS", "XPU"):  # not for all at once, that would include fake tensors
+    OPS.impl("write_kv", write_kv, _dispatch_key)
+    OPS.impl("paged_attend", paged_attend, _dispatch_key)
 
 
 @torch.library.register_fake("flex_nano_vllm::write_kv")
@@ -158,8 +159,8 @@ def kernel_options(device: torch.device, q_block: int, page_size: int) -> dict[s
 
     Its defaults are tuned for the device and the head dim, and divide blocks of 128. Where a block is no multiple of
     128, the tile is made small, so that it takes no more shared memory than the default would.
-    "TRITON" is the main kernel. The flex-decoding kernel, which "AUTO" would pick for few query rows, wants one batch
-    entry per sequence instead of this packed layout.
+    "TRITON" is the main kernel. Whether the flex-decoding kernel, which "AUTO" would pick for few query rows, is faster
+    on small tiles has not been measured.
     """
     if device.type != "cuda":
         return None
@@ -296,7 +297,7 @@ def unpatch_model(model: PreTrainedModel) -> None:
             del attention.kv_cache, attention.unpatched_implementation
     for layer in model.get_decoder().layers:
         if hasattr(layer, "unpatched_forward"):
-            del layer.forward
+            vars(layer).pop("forward", None)  # not there yet if patching was interrupted
             if layer.unpatched_forward is not None:
                 layer.forward = layer.unpatched_forward
             del layer.unpatched_forward

@@ -17,24 +17,20 @@ from transformers import (
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>")
 BYTE_VOCABULARY = len(SPECIAL_TOKENS) + 256
 
+TINY = dict(
+    vocab_size=8192,
+    hidden_size=256,
+    intermediate_size=1024,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    max_position_embeddings=4096,
+)
 # By name: the model's configuration class, and its sizes. Two Gemma-2 for two cores, one model without its
 # peculiarities, and the shape of google/gemma-2-2b.
 SHAPES = {
-    "gemma2-tiny": (
-        Gemma2Config,
-        dict(
-            vocab_size=8192,
-            hidden_size=256,
-            intermediate_size=1024,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=64,
-            query_pre_attn_scalar=64,
-            sliding_window=512,
-            max_position_embeddings=4096,
-        ),
-    ),
+    "gemma2-tiny": (Gemma2Config, TINY | dict(query_pre_attn_scalar=64, sliding_window=512)),
     "gemma2-small": (
         Gemma2Config,
         dict(
@@ -50,20 +46,7 @@ SHAPES = {
             max_position_embeddings=4096,
         ),
     ),
-    "qwen3-tiny": (
-        Qwen3Config,
-        dict(
-            vocab_size=8192,
-            hidden_size=256,
-            intermediate_size=1024,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=64,
-            max_position_embeddings=4096,
-            tie_word_embeddings=True,
-        ),
-    ),
+    "qwen3-tiny": (Qwen3Config, TINY | dict(tie_word_embeddings=True)),
     "gemma-2-2b": (
         Gemma2Config,
         dict(
@@ -84,13 +67,8 @@ SHAPES = {
 SOFTCAPS = dict(attn_logit_softcapping=4.0, final_logit_softcapping=30.0)
 
 
-def random_model(
-    shape: str,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    seed: int = 0,
-) -> PreTrainedModel:
-    """A model of a named shape in eval mode, its weights drawn on the device from `seed`."""
+def random_model(shape: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """A model of a named shape in eval mode, the same weights every time on a device of one kind."""
     config_class, sizes = SHAPES[shape]
     config = config_class(
         **sizes,
@@ -101,7 +79,7 @@ def random_model(
         initializer_range=1.3 / sizes["hidden_size"] ** 0.5,  # attention that prefers some tokens
     )
     with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []), torch.device(device):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
     # With tied embeddings, a random model finds its last token most likely and repeats it forever. Small embeddings
     # leave the word to the layers, and the final norm makes up for the smaller logits.

@@ -74,7 +74,7 @@ class ModelRunner:
             kinds = tile_kinds(group_size, page_table.max_batch_size, max_num_batched_tokens, model.device.type)
         else:
             kinds = (TileKind(tile_len=1, buckets=None),)
-        self.layout = TileLayout(kinds, group_size, tuple(dict.fromkeys(layer_windows(model))), whole_pool=compiled)
+        self.layout = TileLayout(kinds, group_size, tuple(layer_windows(model)), whole_pool=compiled)
         self.flex = compile_flex_attention(compiled)
         num_slots = page_table.n_pages * page_table.page_size
         if compiled:
@@ -86,7 +86,7 @@ class ModelRunner:
     def max_graphs(self) -> int:
         """The most graphs that serving can ever compile."""
         num_masks = len({effective_window(window, self.page_table) for window in self.layout.windows})
-        num_layer_graphs = len(set(layer_windows(self.model)[:-1])) + 2  # the last layer's: pruned, and as it was
+        num_layer_graphs = len(set(self.layout.windows[:-1])) + 2  # the last layer's: pruned, and as it was
         return num_masks * sum(len(kind.buckets or ()) for kind in self.layout.kinds) + num_layer_graphs * self.compiled
 
     # Not set for good: it is the user's setting as well, and one of each thread.

@@ -21,7 +21,7 @@ heads, K kv heads, G = H / K query heads per kv head, D head dim, V vocabulary, 
 a row, L tile_len.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ class TileLayout:
     Args:
         kinds: by ascending `tile_len`.
         group_size: G; the heads of a group share their keys, so they are folded into the rows of a query block.
-        windows: the distinct sliding windows of the layers, None among them for full attention.
+        windows: the sliding window of each layer, None for full attention.
         whole_pool: attention is always handed the whole pool, so that its shape never changes; otherwise only the
             part in use (the uncompiled FlexAttention looks at every slot it is handed).
     """
@@ -91,7 +91,8 @@ class StepBatch:
 
     @classmethod
     def build(cls, chunks: list[Chunk], page_table: PageTable, layout: TileLayout) -> "StepBatch":
-        """Pack chunks whose pages are reserved. Host work is numpy over whole arrays; one upload carries it all."""
+        """Pack chunks whose pages are reserved. Host work is numpy over whole arrays; one upload carries it all, and
+        another one the ends."""
         page_table.sync()
         starts, lengths = np.array([(chunk.start, chunk.length) for chunk in chunks]).T
         rows = np.array([chunk.sequence.row for chunk in chunks])
@@ -128,7 +129,8 @@ class StepBatch:
         finite = torch.ones_like(slots, dtype=torch.bool)
         ends = None
         if len(slots) > len(chunks):
-            ends = cls.build([Chunk(c.sequence, c.start + c.length - 1, 1) for c in chunks], page_table, layout)
+            last_tokens = [Chunk(c.sequence, c.start + c.length - 1, 1) for c in chunks]
+            ends = cls.build(last_tokens, page_table, replace(layout, windows=layout.windows[-1:]))
         return cls(input_ids[None], positions[None], slots, chunk_ends, finite, tuple(tiles), tile_slot, kv_len, ends)
 
 

@@ -64,6 +64,7 @@ def assert_refused(engine, call, match, error=ValueError):
 def assert_untouched(model):
     assert not is_patched(model)
     assert model.config._attn_implementation == "eager"
+    assert not any("forward" in vars(layer) for layer in model.get_decoder().layers)
 
 
 def engine_that_must_survive(model, tokenizer, **sizes):
@@ -539,6 +540,7 @@ def raise_at_call(monkeypatch, owner, name, number):
         (PagedKVCache, "__init__", 1),
         (PagedKVCache, "__init__", 2),  # half of the layers have their cache
         (attention.AttentionInterface, "register", 1),
+        (attention, "pruned_forward", 1),  # half of the layers have their forward
         (inference, "_eos_token_ids", 1),
     ],
 )
