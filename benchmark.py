@@ -27,8 +27,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 import flex_nano_vllm
 from flex_nano_vllm import Inference, RequestOutput, SamplingParams
 from flex_nano_vllm.baselines import continuous_batching, padded_batches
+from flex_nano_vllm.crossover import report_crossover
 from flex_nano_vllm.exactness import NEAR_TIE, compare, greedy_in_all_company, hf_generate
 from flex_nano_vllm.inference import EMBEDDED_MODELS
+from flex_nano_vllm.overhead import report_overhead
 from flex_nano_vllm.random_models import SHAPES, byte_tokenizer, random_model
 from flex_nano_vllm.report import (
     FinishedRequest,
@@ -73,6 +75,17 @@ class Options(RunOptions):
         },
     )
     csv: str = field(default="profile.csv", metadata={"help": "where ENABLE_PROFILING=1 writes its steps"})
+    attention: bool = field(
+        default=False,
+        metadata={"help": "time attention alone at fixed sizes, beside gathering pages and sdpa; no model, no engine"},
+    )
+    overhead: bool = field(
+        default=False,
+        metadata={
+            "help": "time decode steps over batch, pool size and waiting requests (fixed numbers; each pool is "
+            "compiled anew), with the share of the host"
+        },
+    )
     compare: list[str] = field(
         default_factory=list,
         metadata={
@@ -98,8 +111,14 @@ def main() -> int:
         return 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options.fill_in(device.type)
+    if options.attention:
+        report_crossover(device, options.dtype, console)
+        return 0
     model, tokenizer, model_name = load(options.model, getattr(torch, options.dtype), device, console)
     console.print(f"{model_name}, {options.dtype}, on {device_name(device)}, torch {torch.__version__}")
+    if options.overhead:
+        report_overhead(model, options, console)
+        return 0
     if options.baseline:
         return run_baseline(model, model_name, options, console)
     return run_engine(model, tokenizer, model_name, options, console)

@@ -1,13 +1,13 @@
 """Attention of a Hugging Face model over the paged pool: all that calls FlexAttention. Knows no queues, no budgets.
 
 The model keeps its own code. transformers lets a model's attention function be chosen by name (`AttentionInterface`)
-and hands it query, key and value after projection, norms and RoPE. That is the whole seam: `patch_model` gives every
-attention layer a `PagedKVCache` and chooses `paged_flex_attention`.
+and hands it query, key and value after projection, norms and RoPE. That is the whole seam: `patching.patch_model` gives
+every attention layer a `PagedKVCache` and chooses `paged_flex_attention`.
 
-Whoever compiles the layers around the seam gets one graph that serves any number of tokens. What depends on the step
+Whoever compiles the model around the seam gets one graph that serves any number of tokens. What depends on the step
 (which slots, which tiles, which masks) stays out of that graph, in two operators that it calls without looking inside:
 
-    layer, compiled       norm ─ q k v ─ RoPE ─┐                            ┌─ o ─ residual ─ norm ─ MLP ─ residual
+    model, compiled       norm ─ q k v ─ RoPE ─┐                            ┌─ o ─ residual ─ norm ─ MLP ─ residual
     operators                                  └─ write_kv ─ paged_attend ──┘
                                                      ▲            ▲
     the step in progress   with step_in_progress(StepBatch, flex_attention): model(...)
@@ -20,16 +20,12 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
-from transformers import AttentionInterface, PreTrainedModel
 
 from flex_nano_vllm.masks import softcap as softcap_mod
 from flex_nano_vllm.step import StepBatch
 
 # Must not contain the name of one of transformers' own implementations: it tests names by prefix and substring.
 ATTN_IMPLEMENTATION = "paged_flex"
-
-# Every one of these is held to Hugging Face's `generate`, token for token, by tests/test_exactness.py.
-SUPPORTED_MODEL_TYPES = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 
 _in_progress: ContextVar[tuple[StepBatch, Callable[..., Tensor]] | None] = ContextVar("step_in_progress", default=None)
 
@@ -47,7 +43,7 @@ def step_in_progress(step: StepBatch, flex: Callable[..., Tensor] = flex_attenti
 def _step(ends: bool, num_tokens: int) -> tuple[StepBatch, Callable[..., Tensor]]:
     step, flex = _in_progress.get() or (None, None)
     if ends and step is not None:
-        step = step.ends
+        step = step.ends or step
     if step is None or len(step.slots) != num_tokens:
         raise RuntimeError(
             "this model is patched for paged attention and belongs to an Inference engine: it cannot be called "
@@ -78,7 +74,7 @@ def paged_attend(
 ) -> Tensor:
     """Attention of the step's queries, [1, H, T, D], over the pool. Returns [1, T, H, D].
 
-    `ends`: the queries are those of the chunks' ends only (see `pruned_forward`).
+    `ends`: the queries are those of the chunks' ends only (see `patching.pruned_forward`).
     """
     num_heads, num_tokens, head_dim = query.shape[1:]
     step, flex = _step(ends, num_tokens)
@@ -101,7 +97,8 @@ def paged_attend(
         )
         ungrouped = output.view(-1, num_kv_heads, tiles.tile_len, group_size, head_dim).transpose(1, 2)
         outputs.append(ungrouped.reshape(-1, num_heads, head_dim))  # [tiles * L, H, D]
-    return torch.cat(outputs)[step.tile_slot][None]
+    together = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return together[step.tile_slot][None]
 
 
 OPS = torch.library.Library("flex_nano_vllm", "DEF")
@@ -187,7 +184,8 @@ def paged_flex_attention(
     """The attention function that transformers calls in every layer: query [1, H, T, D], key and value [1, K, T, D],
     after RoPE. Returns [1, T, H, D] and no weights.
 
-    `phase`, see `pruned_forward`: "keys" writes keys and values and returns nothing of interest, "ends" attends only.
+    `phase`, see `patching.pruned_forward`: "keys" writes keys and values and returns nothing of interest, "ends"
+    attends only.
     Raises RuntimeError when the model was called by anybody but the engine, whose step says where and what.
     """
     if phase != "ends":
@@ -195,113 +193,3 @@ def paged_flex_attention(
     if phase == "keys":
         return query.transpose(1, 2), None
     return module.kv_cache.attend(query, sliding_window, scaling, softcap, ends=phase == "ends"), None
-
-
-def check_supported(model: PreTrainedModel) -> None:
-    """Raises ValueError, naming the reason, for a model that this attention would answer wrongly for."""
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"model must be a loaded transformers model, got {model!r}: see Inference.from_pretrained")
-    name, config = type(model).__name__, model.config
-    if config.model_type not in SUPPORTED_MODEL_TYPES:
-        supported = ", ".join(SUPPORTED_MODEL_TYPES)
-        raise ValueError(f"{name} (model_type {config.model_type!r}) is not supported; supported are {supported}")
-    if model.get_output_embeddings() is None:
-        raise ValueError(f"{name} has no language-model head: load it with AutoModelForCausalLM")
-    if getattr(config, "use_bidirectional_attention", False):
-        raise ValueError(f"{name} attends in both directions (use_bidirectional_attention), which no decoder can page")
-    rope = config.rope_parameters
-    for parameters in [entry for entry in rope.values() if isinstance(entry, dict)] or [rope]:
-        # These two choose their frequencies by the longest sequence in the call, and a call holds many sequences.
-        if parameters.get("rope_type") in ("dynamic", "longrope"):
-            raise ValueError(f"{name} uses rope_type {parameters['rope_type']!r}, which depends on the batch")
-    if model.training:
-        raise ValueError(f"{name} is in training mode: call model.eval() first")
-    devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) != 1 or "meta" in {device.type for device in devices}:
-        raise ValueError(f"{name} must live on one device, but its parameters are on {sorted(map(str, devices))}")
-
-
-def attention_layers(model: PreTrainedModel) -> list[nn.Module]:
-    return [layer.self_attn for layer in model.get_decoder().layers]
-
-
-def layer_windows(model: PreTrainedModel) -> list[int | None]:
-    """The sliding window of each layer, None for full attention, as the model passes it to the attention function."""
-    # Mistral's layers have no attribute of their own, they read the config; Llama's do not read it.
-    default = model.config.sliding_window if model.config.model_type == "mistral" else None
-    return [getattr(attention, "sliding_window", default) for attention in attention_layers(model)]
-
-
-def kv_shape(model: PreTrainedModel) -> tuple[int, int]:
-    """(kv heads, head dim) of every layer."""
-    config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_key_value_heads, head_dim
-
-
-def patch_model(
-    model: PreTrainedModel, num_slots: int, compile_layer: Callable[[Callable], Callable] = lambda forward: forward
-) -> None:
-    """Give every attention layer a `PagedKVCache` of `num_slots` slots and route attention through it.
-
-    `compile_layer` is given the `forward` of each decoder layer, and returns what is to be called instead.
-    Undone by `unpatch_model`. Raises ValueError for a model that is patched already.
-    """
-    if is_patched(model):
-        raise ValueError(f"{type(model).__name__} is patched already: unpatch_model(model) first")
-    AttentionInterface.register(ATTN_IMPLEMENTATION, paged_flex_attention)  # with no mask function: we bring our masks
-    num_kv_heads, head_dim = kv_shape(model)
-    try:
-        for attention in attention_layers(model):
-            weight = attention.o_proj.weight
-            attention.kv_cache = PagedKVCache(num_slots, num_kv_heads, head_dim, model.dtype, weight.device)
-            attention.unpatched_implementation = model.config._attn_implementation
-        layers = model.get_decoder().layers
-        for layer in layers:
-            layer.unpatched_forward = vars(layer).get("forward")  # some wrap a layer by setting it, accelerate for one
-            forward = layer.forward if layer is not layers[-1] else pruned_forward(layer)
-            layer.forward = compile_layer(forward)
-        model.set_attn_implementation(ATTN_IMPLEMENTATION)
-    except BaseException:
-        unpatch_model(model)
-        raise
-
-
-def pruned_forward(layer: nn.Module) -> Callable[..., Tensor]:
-    """A forward for the last layer that computes keys and values for all tokens of a step, and the rest only for the
-    tokens whose logits are wanted, the ends of the chunks: nobody looks at what the layer makes of the others."""
-    unpruned = layer.forward
-
-    def forward(
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        chunk_ends: Tensor | None = None,
-        **kwargs: object,
-    ) -> Tensor:
-        if chunk_ends is None:
-            return unpruned(hidden_states, position_embeddings=position_embeddings, **kwargs)
-        # Its output is of no use, so a compiler leaves out all that is not for the keys and values.
-        normed = layer.input_layernorm(hidden_states)
-        layer.self_attn(normed, position_embeddings=position_embeddings, attention_mask=None, phase="keys")
-        at_ends = tuple(x[:, chunk_ends] for x in position_embeddings)
-        return unpruned(hidden_states[:, chunk_ends], position_embeddings=at_ends, phase="ends", **kwargs)
-
-    return forward
-
-
-def unpatch_model(model: PreTrainedModel) -> None:
-    """Give the model back as it was, and the pool's memory with it. Does nothing to a model that is not patched."""
-    for attention in attention_layers(model):
-        if hasattr(attention, "kv_cache"):
-            model.set_attn_implementation(attention.unpatched_implementation)
-            del attention.kv_cache, attention.unpatched_implementation
-    for layer in model.get_decoder().layers:
-        if hasattr(layer, "unpatched_forward"):
-            vars(layer).pop("forward", None)  # not there yet if patching was interrupted
-            if layer.unpatched_forward is not None:
-                layer.forward = layer.unpatched_forward
-            del layer.unpatched_forward
-
-
-def is_patched(model: PreTrainedModel) -> bool:
-    return any(hasattr(attention, "kv_cache") for attention in attention_layers(model))

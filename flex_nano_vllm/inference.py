@@ -15,10 +15,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from flex_nano_vllm.attention import check_supported, unpatch_model
 from flex_nano_vllm.memory import check_pool_fits, pool_size
 from flex_nano_vllm.metrics import EngineStats, StepMetrics
 from flex_nano_vllm.page_table import PageTable, cdiv
+from flex_nano_vllm.patching import check_supported, unpatch_model
 from flex_nano_vllm.runner import ModelRunner, why_not_compiled
 from flex_nano_vllm.sampler import sample, uniform
 from flex_nano_vllm.scheduler import Chunk, Scheduler
@@ -42,7 +42,7 @@ class Inference:
         outputs = engine.generate(["The 12 months are"], SamplingParams(temperature=0, max_tokens=64))
         print(outputs[0].outputs[0].text)
 
-    While the engine lives, the model belongs to it (see `attention.patch_model`); `close()`, leaving a `with` block, or
+    While the engine lives, the model belongs to it (see `patching.patch_model`); `close()`, leaving a `with` block, or
     deleting the engine gives it back as it was, and so does building another engine on the model, if this one has no
     unfinished requests. One thread at a time may call it; another one gets a RuntimeError.
 
@@ -53,10 +53,11 @@ class Inference:
         max_seq_length: prompt and output of one request, in tokens. Default: what the model was made for.
         n_pages: pages of the KV pool, the reserved page 0 included. Default: what `max_batch_size` sequences of
             `max_seq_length` need, but at most half of the free memory (nine tenths on a GPU).
-        page_size: tokens per page.
-        max_num_batched_tokens: token budget of a step. Default: 512 on a CPU, 2048 on a GPU.
+        page_size: tokens per page. Default: 64 on a CPU, 128 on a GPU.
+        max_num_batched_tokens: token budget of a step. Default: 1,024 on a CPU, 2,048 on a GPU.
         watermark: tokens by which every running request can still grow when another one is admitted.
-        compile: whether to compile FlexAttention. Default: where that is possible; otherwise the reason is logged once.
+        compile: whether to compile the model and FlexAttention. Default: where that is possible; otherwise the reason
+            is logged once.
         record_steps: keep a `StepMetrics` of every step in `engine.steps`.
     Raises:
         ValueError: for a model that is not supported, a size that is out of range or does not fit into memory, or
@@ -70,7 +71,7 @@ class Inference:
         max_batch_size: int = 32,
         max_seq_length: int | None = None,
         n_pages: int | None = None,
-        page_size: int = 128,
+        page_size: int | None = None,
         *,
         max_num_batched_tokens: int | None = None,
         watermark: int = 32,
@@ -80,8 +81,11 @@ class Inference:
         check_supported(model)
         model_max = model.config.max_position_embeddings
         max_seq_length = model_max if max_seq_length is None else max_seq_length
+        on_cpu = model.device.type == "cpu"
+        if page_size is None:
+            page_size = 64 if on_cpu else 128
         if max_num_batched_tokens is None:
-            max_num_batched_tokens = 512 if model.device.type == "cpu" else 2048
+            max_num_batched_tokens = 1024 if on_cpu else 2048
         _check_size("max_batch_size", max_batch_size, 1)
         _check_size("max_seq_length", max_seq_length, 2, "a prompt token and a generated one")
         _check_size("page_size", page_size, 1)

@@ -7,7 +7,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from flex_nano_vllm.attention import attention_layers, kv_shape
+from flex_nano_vllm.patching import attention_layers, kv_shape
 
 # A pool may fill a GPU; on a CPU the rest of the machine wants to live too.
 DEFAULT_SHARE = {"cuda": 0.9}

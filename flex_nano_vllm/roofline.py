@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from flex_nano_vllm.attention import kv_shape, layer_windows
 from flex_nano_vllm.inference import Inference
+from flex_nano_vllm.patching import kv_shape, layer_windows
 from flex_nano_vllm.sequence import SamplingParams
 
 

@@ -1,20 +1,22 @@
 """Running the model on a step: compilation, shape buckets, warm-up. Does not know which sequence is which."""
 
-import functools
+import gc
 import math
 import os
 import shutil
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import PreTrainedModel
 
-from flex_nano_vllm.attention import ATTN_IMPLEMENTATION, layer_windows, patch_model, step_in_progress
+from flex_nano_vllm.attention import ATTN_IMPLEMENTATION, step_in_progress
 from flex_nano_vllm.page_table import PageTable, cdiv
+from flex_nano_vllm.patching import layer_windows, patch_model
 from flex_nano_vllm.scheduler import Chunk
 from flex_nano_vllm.sequence import SamplingParams, Sequence
 from flex_nano_vllm.step import StepBatch, TileKind, TileLayout, effective_window
@@ -57,8 +59,8 @@ def why_not_compiled(device: torch.device, dtype: torch.dtype, page_size: int) -
 class ModelRunner:
     """Owns the patched model, compiled in two parts.
 
-    The model's layers are compiled for any number of tokens, one graph per kind of layer. FlexAttention, which they
-    call through an operator, is compiled with static shapes, one graph per (bucket of a kind of tile, distinct mask).
+    The model is compiled for any number of tokens, as one graph. FlexAttention, which its layers call through an
+    operator, is compiled with static shapes, one graph per (bucket of a kind of tile, distinct mask).
     All are made by `warmup()`, or by the first steps that need them; there are at most `max_graphs`, and a step whose
     shape is in no bucket cannot be built.
 
@@ -75,19 +77,20 @@ class ModelRunner:
         else:
             kinds = (TileKind(tile_len=1, buckets=None),)
         self.layout = TileLayout(kinds, group_size, tuple(layer_windows(model)), whole_pool=compiled)
-        self.flex = compile_flex_attention(compiled)
-        num_slots = page_table.n_pages * page_table.page_size
+        self.flex = compile_flex_attention(model.device.type, compiled)
+        self.call_model = model
         if compiled:
-            patch_model(model, num_slots, functools.partial(torch.compile, dynamic=True))
-        else:
-            patch_model(model, num_slots)
+            self.call_model = torch.compile(model, fullgraph=True, dynamic=True, backend=inductor(model.device.type))
+        patch_model(model, page_table.n_pages * page_table.page_size)  # last: nobody would undo it here
 
     @property
     def max_graphs(self) -> int:
         """The most graphs that serving can ever compile."""
-        num_masks = len({effective_window(window, self.page_table) for window in self.layout.windows})
-        num_layer_graphs = len(set(self.layout.windows[:-1])) + 2  # the last layer's: pruned, and as it was
-        return num_masks * sum(len(kind.buckets or ()) for kind in self.layout.kinds) + num_layer_graphs * self.compiled
+        masks = [effective_window(window, self.page_table) for window in self.layout.windows]
+        small, *larger = (len(kind.buckets or ()) for kind in self.layout.kinds)
+        of_attention = len(set(masks)) * small + len(set(masks[:-1])) * sum(larger)  # the last layer attends for ends
+        # Two of the model: if the first step has as many tokens as chunks, dynamo takes that for a rule.
+        return of_attention + 2 * self.compiled
 
     # Not set for good: it is the user's setting as well, and one of each thread.
     @torch._dynamo.config.patch(DYNAMO_CONFIG)
@@ -107,11 +110,11 @@ class ModelRunner:
         padding = [padding_chunk(1)] * (2 - len(chunks))
         batch = StepBatch.build(chunks + padding, self.page_table, self.layout)
         with step_in_progress(batch, self.flex):
-            output = self.model(
+            output = self.call_model(
                 batch.input_ids,
                 position_ids=batch.position_ids,
                 use_cache=False,  # the default would concatenate everything into a cache of its own
-                chunk_ends=None if batch.ends is None else batch.chunk_ends,
+                chunk_ends=batch.chunk_ends,
             )
         logits = output.logits[0, : len(chunks)]
         chunk_of_token = torch.searchsorted(batch.chunk_ends, torch.arange(len(batch.slots), device=logits.device))
@@ -122,6 +125,8 @@ class ModelRunner:
     def warmup(self) -> None:
         """Compile every graph by running each bucket once, on padding: row 0 sees nothing and writes to page 0."""
         longest = self.page_table.max_pages_per_row * self.page_table.page_size
+        # More tokens than chunks: from a first step without, dynamo would learn that they are always the same.
+        self.forward([padding_chunk(min(2, longest))])
         shortest = 1  # chunk that goes into tiles of the kind
         for kind in self.layout.kinds:
             num_tiles_reached = 0
@@ -133,6 +138,7 @@ class ModelRunner:
                     self.forward([padding_chunk(length)] * num_chunks)
                 num_tiles_reached = bucket
             shortest = kind.tile_len + 1
+        gc.collect()  # compiling leaves so much behind that a step of serving would soon pause for it, 0.3 s
 
 
 def padding_chunk(length: int) -> Chunk:
@@ -141,7 +147,7 @@ def padding_chunk(length: int) -> Chunk:
     return Chunk(nobody, start=0, length=length)
 
 
-def compile_flex_attention(compiled: bool) -> Callable[..., Tensor]:
+def compile_flex_attention(device_type: str, compiled: bool) -> Callable[..., Tensor]:
     """FlexAttention as kernels made by inductor, or (`compiled=False`) traced and run operator by operator."""
     return torch.compile(
         flex_attention,
@@ -149,8 +155,37 @@ def compile_flex_attention(compiled: bool) -> Callable[..., Tensor]:
         fullgraph=True,
         # Symbolic sizes break the C++ template (its kernel text is rewritten by name, and ks1 is part of ks17).
         dynamic=False if compiled else None,
-        backend="inductor" if compiled else "eager",
+        backend=inductor(device_type) if compiled else "eager",
     )
+
+
+def inductor(device_type: str) -> str | Callable[..., object]:
+    """The backend of torch.compile that makes kernels for the device."""
+    return inductor_on_cpu if device_type == "cpu" else "inductor"
+
+
+def inductor_on_cpu(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+    """Inductor without what slows it down on a CPU.
+
+    - By its own name it starts processes that compile Triton, on a CPU too: they take the first seconds of serving.
+    - Torch 2.11 to 2.15 multiply in the kernel of FlexAttention with register tiles of 1 x 16: every sum waits for
+      the one before, and keys are read again for each query. With tiles of 6 x 16, attention of a prompt takes half to
+      three quarters of the time in float32, five sixths in bfloat16. Where a later torch chooses no size in this place,
+      nothing is changed. Kernels with these tiles have a tag of their own in torch's cache.
+    """
+    import torch._inductor.lowering
+    from torch._inductor.codegen import cpp_flex_attention_template as template
+    from torch._inductor.compile_fx import compile_fx
+
+    if not hasattr(template, "GemmBlocking"):
+        return compile_fx(graph, inputs)
+    tile = template.GemmBlocking(6, 16, 1)
+    tag = f"{torch.compiler.config.cache_key_tag} register tile 6 x 16"
+    with (
+        mock.patch.object(template, "GemmBlocking", lambda *_: tile),
+        torch.compiler.config.patch(cache_key_tag=tag),
+    ):
+        return compile_fx(graph, inputs)
 
 
 def tile_kinds(

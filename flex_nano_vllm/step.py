@@ -87,12 +87,12 @@ class StepBatch:
     tiles: tuple[Tiles, ...]
     tile_slot: Tensor  # [T] int64, where each token's output stands in the concatenated tiles
     kv_len: int  # slots of the pool that attention is handed
-    ends: "StepBatch | None"  # the ends of the chunks as a step of their own, for the last layer; None if that is all
+    ends: "StepBatch | None"  # the ends of the chunks as a step of their own, for the last layer; None if it is one
 
     @classmethod
     def build(cls, chunks: list[Chunk], page_table: PageTable, layout: TileLayout) -> "StepBatch":
-        """Pack chunks whose pages are reserved. Host work is numpy over whole arrays; one upload carries it all, and
-        another one the ends."""
+        """Pack chunks whose pages are reserved. Host work is numpy over whole arrays: one upload carries the tokens,
+        one each mask, and so for the ends."""
         page_table.sync()
         starts, lengths = np.array([(chunk.start, chunk.length) for chunk in chunks]).T
         rows = np.array([chunk.sequence.row for chunk in chunks])
@@ -110,22 +110,21 @@ class StepBatch:
         tile_slot = np.zeros(len(positions), dtype=np.int64)
         tile_slot[tokens_of_tiles[tokens_of_tiles >= 0]] = np.flatnonzero(tokens_of_tiles >= 0)
 
+        q_positions = [np.where(tokens < 0, -1, positions[tokens]) for tokens, _ in cuts]
         slots = page_table.slots(np.repeat(rows, lengths), positions)
         token_arrays = [np.array(input_ids), positions, slots, firsts + lengths - 1, tile_slot]
         uploaded = iter(_upload([*token_arrays, *(array for cut in cuts for array in cut)], page_table.table.device))
         input_ids, positions, slots, chunk_ends, tile_slot = (next(uploaded) for _ in token_arrays)
         kv_len = (page_table.n_pages if layout.whole_pool else page_table.num_live_pages) * page_table.page_size
         tiles = []
-        for kind in kinds_used:
-            tokens = next(uploaded).view(-1, layout.kinds[kind].tile_len)  # [tiles, L], -1 where padded
-            tile_rows = next(uploaded).int()
-            q_pos = torch.where(tokens < 0, -1, positions[tokens]).int()
-            masks = {}
+        for q_pos in q_positions:
+            tokens = next(uploaded)
+            tile_rows, masks = next(uploaded).int(), {}
             for window in {effective_window(window, page_table) for window in layout.windows}:
                 logical = logical_block_mask(q_pos, window, layout.group_size, page_table)
                 masks[window] = page_table.convert_logical_block_mask(logical, tile_rows, kv_len)
             block_masks = {window: masks[effective_window(window, page_table)] for window in layout.windows}
-            tiles.append(Tiles(tokens.shape[1], tokens.reshape(-1).clamp(min=0), block_masks))
+            tiles.append(Tiles(q_pos.shape[1], tokens.clamp(min=0), block_masks))
         finite = torch.ones_like(slots, dtype=torch.bool)
         ends = None
         if len(slots) > len(chunks):
@@ -147,47 +146,55 @@ def _cut_into_tiles(
     number = np.arange(num_tiles) - np.repeat(np.cumsum(tiles_per_chunk) - tiles_per_chunk, tiles_per_chunk)
     offset = number[:, None] * kind.tile_len + np.arange(kind.tile_len)  # [tiles, L] within the chunk
     tokens = np.where(offset < lengths[chunk, None], firsts[chunk, None] + offset, -1)
-    padding = kind.num_padded_tiles(num_tiles) - num_tiles
-    return np.pad(tokens, ((0, padding), (0, 0)), constant_values=-1), np.pad(rows[chunk], (0, padding))
+    num_padded = kind.num_padded_tiles(num_tiles)
+    padded_tokens = np.full((num_padded, kind.tile_len), -1)
+    padded_tokens[:num_tiles] = tokens
+    padded_rows = np.zeros(num_padded, dtype=np.int64)
+    padded_rows[:num_tiles] = rows[chunk]
+    return padded_tokens, padded_rows
 
 
-def logical_block_mask(q_pos: Tensor, window: int | None, group_size: int, page_table: PageTable) -> BlockMask:
+def logical_block_mask(q_pos: np.ndarray, window: int | None, group_size: int, page_table: PageTable) -> BlockMask:
     """The mask of a step in logical positions: which logical pages each tile needs, and the layer's mask_mod.
 
-    Built directly from first and last position of each tile: O(tiles x N) small integers, where
+    Built from first and last position of each tile, on the host, and uploaded: O(tiles x N) small integers, where
     `create_block_mask` would evaluate the mask for every query and every slot of the pool.
 
     Args:
-        q_pos: [tiles, L] int32, position of each query in its sequence; -1 where padded, which sees nothing.
+        q_pos: [tiles, L], position of each query in its sequence; -1 where padded, which sees nothing.
         window: the layer's sliding window, None for full attention.
         group_size: G; a tile has L * G rows, G consecutive ones for each token.
         page_table: for the page size and N.
     """
     page_size, max_pages = page_table.page_size, page_table.max_pages_per_row
     tile_len = q_pos.shape[1]
-    first, last = q_pos[:, 0], q_pos.amax(dim=1)  # [tiles]; both -1 for padding, so that no page is needed
+    first, last = q_pos[:, :1], q_pos.max(axis=1, keepdims=True)  # [tiles, 1]; -1 for padding: no page is needed
     if window is None:
-        first_page = first_whole = torch.zeros_like(first)
+        first_page = first_whole = np.zeros_like(first)
     else:
-        first_page = (first - window + 1).clamp(min=0) // page_size
-        first_whole = cdiv((last - window + 1).clamp(min=0), page_size)  # all of it is in every query's window
+        first_page = np.maximum(first - window + 1, 0) // page_size
+        first_whole = cdiv(np.maximum(last - window + 1, 0), page_size)  # all of it is in every query's window
     num_pages = last // page_size + 1 - first_page
     # Pages that all queries of a tile see whole: there the kernel need not evaluate mask_mod for every single score.
-    num_whole = ((first + 1) // page_size - first_whole).clamp(min=0)
-    steps = torch.arange(max_pages, dtype=torch.int32, device=q_pos.device)
-    partial_pages = first_page[:, None] + steps
-    partial_pages += torch.where(partial_pages >= first_whole[:, None], num_whole[:, None], 0)
-    whole_pages = first_whole[:, None] + steps
+    num_whole = np.maximum((first + 1) // page_size - first_whole, 0)
+    steps = np.arange(max_pages)
+    partial_pages = first_page + steps
+    partial_pages += np.where(partial_pages >= first_whole, num_whole, 0)
+    whole_pages = first_whole + steps
+    last_page = max_pages - 1  # past its end a list is never visited, but translated
+    arrays = [num_pages - num_whole, partial_pages.clip(max=last_page), num_whole, whole_pages.clip(max=last_page)]
+    uploaded = _upload([*arrays, q_pos], page_table.table.device, np.int32)
+    num_partial, partial_pages, num_whole, whole_pages, q_pos = (part.view(len(first), -1) for part in uploaded)
     mask = layer_mask(window)
 
     def mask_of_queries(tile: Tensor, h: Tensor, q_idx: Tensor, kv_pos: Tensor) -> Tensor:
         return mask(tile, h, q_pos[tile, q_idx // group_size], kv_pos)
 
     return BlockMask.from_kv_blocks(
-        (num_pages - num_whole)[:, None, None],
-        partial_pages.clamp(max=max_pages - 1)[:, None, None],  # past its end a list is never visited, but translated
-        num_whole[:, None, None],
-        whole_pages.clamp(max=max_pages - 1)[:, None, None],
+        num_partial[:, None],  # [tiles, 1, 1]: of all heads, one block of queries
+        partial_pages[:, None, None],  # [tiles, 1, 1, N]
+        num_whole[:, None],
+        whole_pages[:, None, None],
         BLOCK_SIZE=(tile_len * group_size, page_size),
         mask_mod=mask_of_queries,
         seq_lengths=(tile_len * group_size, max_pages * page_size),
@@ -202,7 +209,7 @@ def effective_window(window: int | None, page_table: PageTable) -> int | None:
     return None if window is not None and window >= longest else window
 
 
-def _upload(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
-    """Copy integer arrays of any shapes to the device in one transfer. Returns them flat, as int64."""
-    packed = np.concatenate([array.reshape(-1).astype(np.int64) for array in arrays])
+def _upload(arrays: list[np.ndarray], device: torch.device, dtype: type = np.int64) -> list[Tensor]:
+    """Copy integer arrays of any shapes to the device in one transfer. Returns them flat."""
+    packed = np.concatenate([array.ravel() for array in arrays], dtype=dtype, casting="same_kind")
     return list(upload(packed, device).split([array.size for array in arrays]))

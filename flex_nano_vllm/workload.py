@@ -64,7 +64,7 @@ class RunOptions:
     max_batch_size: int | None = field(default=None, metadata={"help": "default: 256 on a GPU, 32 on a CPU"})
     max_seq_length: int = 1024
     n_pages: int | None = field(default=None, metadata={"help": "of the KV pool; default: what the batch can need"})
-    page_size: int = 128
+    page_size: int | None = field(default=None, metadata={"help": "default: 128 on a GPU, 64 on a CPU"})
     max_num_batched_tokens: int | None = field(default=None, metadata={"help": "token budget of a step"})
     compile: bool = True
     seed: int = 0
@@ -81,6 +81,7 @@ class RunOptions:
             ("min_new_tokens", 128, 32),
             ("max_new_tokens", 512, 128),
             ("max_batch_size", 256, 32),
+            ("page_size", 128, 64),
         ):
             if getattr(self, name) is None:
                 setattr(self, name, gpu_default if on_gpu else cpu_default)

@@ -16,8 +16,9 @@ import torch
 from tiny_models import CONFIGS, VOCABULARY, hf_generate, tiny_model
 from transformers import AutoModel, AutoModelForCausalLM, GPT2Config
 
-from flex_nano_vllm import Inference, SamplingParams, attention, inference, memory
-from flex_nano_vllm.attention import PagedKVCache, attention_layers, is_patched
+from flex_nano_vllm import Inference, SamplingParams, inference, memory, patching, runner
+from flex_nano_vllm.attention import PagedKVCache
+from flex_nano_vllm.patching import attention_layers, is_patched
 from flex_nano_vllm.random_models import BYTE_VOCABULARY, byte_tokenizer
 
 GOOD_PROMPT = [5, 6, 7, 8, 9]
@@ -539,8 +540,9 @@ def raise_at_call(monkeypatch, owner, name, number):
         (inference.PageTable, "__init__", 1),
         (PagedKVCache, "__init__", 1),
         (PagedKVCache, "__init__", 2),  # half of the layers have their cache
-        (attention.AttentionInterface, "register", 1),
-        (attention, "pruned_forward", 1),  # half of the layers have their forward
+        (patching.AttentionInterface, "register", 1),
+        (patching, "pruned_forward", 1),  # the layers have their caches, the last one not its forward
+        (runner, "patch_model", 1),
         (inference, "_eos_token_ids", 1),
     ],
 )
@@ -554,7 +556,7 @@ def test_a_constructor_that_fails_anywhere_leaves_the_model_as_it_was(bare_model
         with Inference(bare_model, None, **SIZES) as engine:
             assert len(completion(engine, GOOD_PROMPT).token_ids) == 3
     finally:
-        attention.unpatch_model(bare_model)  # so that it is only this test that fails
+        patching.unpatch_model(bare_model)  # so that it is only this test that fails
 
 
 # --- compilation and models --------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Compiled FlexAttention on this machine's CPU: same answers as uncompiled, and never a graph after warm-up."""
 
+import functools
 import random
 from dataclasses import replace
 from unittest import mock
@@ -11,7 +12,7 @@ from torch._dynamo.utils import counters
 
 from flex_nano_vllm import Inference, PageTable, SamplingParams, inference
 from flex_nano_vllm.attention import PagedKVCache, kernel_options, step_in_progress
-from flex_nano_vllm.runner import DYNAMO_CONFIG, compile_flex_attention, tile_kinds, why_not_compiled
+from flex_nano_vllm.runner import DYNAMO_CONFIG, compile_flex_attention, inductor, tile_kinds, why_not_compiled
 from flex_nano_vllm.scheduler import Chunk
 from flex_nano_vllm.sequence import Sequence
 from flex_nano_vllm.step import StepBatch, TileKind, TileLayout
@@ -36,8 +37,8 @@ def test_compiled_engine_equals_generate_and_never_compiles_after_warmup():
         torch._dynamo.reset()  # other tests' graphs
         before = num_graphs()
         engine.warmup()
-        # Of the 11, two are for prompts in a full layer: the only one is the last, which attends for ends alone.
-        assert num_graphs() - before == 9 and engine.runner.max_graphs == 8 + 3
+        # Attention: 2 masks in tiles of one token, 1 in larger ones (the last layer attends for ends alone), 2 buckets.
+        assert num_graphs() - before == 6 + 1 and engine.runner.max_graphs == 6 + 2
         after_warmup = num_graphs()
         outputs = engine.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
         assert [output.outputs[0].token_ids for output in outputs] == expected
@@ -49,17 +50,20 @@ def test_compiled_engine_equals_generate_and_never_compiles_after_warmup():
 
 @pytest.mark.compiled
 @pytest.mark.parametrize(
-    ("page_size", "num_heads", "num_kv_heads", "window", "dtype"),
+    ("page_size", "num_heads", "num_kv_heads", "head_dim", "window", "dtype"),
     [
-        (1, 4, 4, None, torch.float32),
-        (4, 6, 2, 7, torch.float32),
-        (16, 4, 1, 7, torch.bfloat16),
-        (128, 4, 2, None, torch.bfloat16),
+        (1, 4, 4, 16, None, torch.float32),
+        (4, 6, 2, 16, 7, torch.float32),
+        (16, 4, 1, 16, 7, torch.bfloat16),
+        (128, 4, 2, 16, None, torch.bfloat16),
+        # The kernel's product of 6 rows has one algorithm up to a head dim of 144, and that of its last 2 another.
+        (16, 4, 2, 128, None, torch.float32),
+        (16, 4, 2, 256, 7, torch.float32),
     ],
 )
-def test_compiled_attention_equals_uncompiled(page_size, num_heads, num_kv_heads, window, dtype):
+def test_compiled_attention_equals_uncompiled(page_size, num_heads, num_kv_heads, head_dim, window, dtype):
     """One layer, random queries and pool, small and large tiles in one step, pages of four rows interleaved."""
-    head_dim, group_size = 16, num_heads // num_kv_heads
+    group_size = num_heads // num_kv_heads
     table = PageTable(n_pages=1 + 4 * -(-64 // page_size), page_size=page_size, max_batch_size=4, max_pages_per_row=64)
     sequences = []
     for length in (40, 1, 9, 23):
@@ -88,12 +92,46 @@ def test_compiled_attention_equals_uncompiled(page_size, num_heads, num_kv_heads
         with (
             torch.no_grad(),
             torch._dynamo.config.patch(DYNAMO_CONFIG),
-            step_in_progress(step, compile_flex_attention(compiled)),
+            step_in_progress(step, compile_flex_attention("cpu", compiled)),
         ):
             outputs[compiled] = cache.attend(query, window, scale=0.3, cap=5.0, ends=False).double()
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     assert (outputs[True] - outputs[False]).abs().max() < tolerance
     assert outputs[False].abs().max() > 0.5, "attention over nothing would also be equal"
+
+
+@pytest.mark.compiled
+def test_the_backend_for_a_cpu_widens_the_products_for_its_own_graphs_and_starts_no_processes(monkeypatch):
+    import torch._inductor.lowering
+    from torch._inductor import async_compile, compile_fx
+    from torch._inductor.codegen import cpp_flex_attention_template as template
+
+    seen = []
+
+    def compile_graph(graph, inputs, fails=False):
+        seen.append((template.GemmBlocking(1, 16, 1), torch.compiler.config.cache_key_tag))
+        if fails:
+            raise RuntimeError("injected")
+        return graph
+
+    monkeypatch.setattr(async_compile, "maybe_warm_pool", lambda: pytest.fail("worker processes were started"))
+    blocking, tag = template.GemmBlocking, torch.compiler.config.cache_key_tag
+    for fails in (False, True):
+        monkeypatch.setattr(compile_fx, "compile_fx", functools.partial(compile_graph, fails=fails))
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda x: x + 1, backend=inductor("cpu"))
+        if fails:
+            with pytest.raises(Exception, match="injected"):
+                compiled(torch.ones(2))
+        else:
+            assert compiled(torch.ones(2)).tolist() == [2, 2]
+        assert seen.pop() == (blocking(6, 16, 1), f"{tag} register tile 6 x 16")
+        assert template.GemmBlocking is blocking and torch.compiler.config.cache_key_tag == tag
+
+
+def test_default_sizes_of_a_cpu():
+    with Inference(tiny_model("llama"), None, 2, 64) as engine:
+        assert engine.page_table.page_size == 64 and engine.scheduler.max_num_batched_tokens == 1024
 
 
 @pytest.mark.parametrize(("max_seq_length", "num_masks"), [(12, 1), (13, 2)])
@@ -103,9 +141,9 @@ def test_a_window_that_nobody_can_notice_needs_no_kernel_of_its_own(max_seq_leng
     prompt = PROMPTS[0]
     with Inference(model, None, 2, max_seq_length, page_size=1, max_num_batched_tokens=8, compile=False) as engine:
         (output,) = engine.generate([prompt], SamplingParams(temperature=0, max_tokens=99), use_tqdm=False)
-        kinds = tile_kinds(2, 2, 8, "cpu")
+        small, large = kinds = tile_kinds(2, 2, 8, "cpu")
         engine.runner.layout = replace(engine.runner.layout, kinds=kinds)
-        assert engine.runner.max_graphs == num_masks * sum(len(kind.buckets) for kind in kinds)
+        assert engine.runner.max_graphs == num_masks * len(small.buckets) + len(large.buckets)
     num_tokens = max_seq_length - len(prompt)
     assert output.outputs[0].token_ids == hf_generate(model, prompt, num_tokens)
 

@@ -22,7 +22,8 @@ from engines import (
 from tiny_models import hf_generate, tiny_model
 
 from flex_nano_vllm import Inference
-from flex_nano_vllm.attention import PagedKVCache, attention_layers, is_patched
+from flex_nano_vllm.attention import PagedKVCache
+from flex_nano_vllm.patching import attention_layers, is_patched
 
 # --- abort -------------------------------------------------------------------------------------------------------
 

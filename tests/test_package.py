@@ -15,10 +15,11 @@ ORDER = [
     ["scheduler"],
     ["step"],
     ["attention"],
+    ["patching"],
     ["memory", "runner"],
-    ["inference"],
+    ["inference", "crossover"],
     ["exactness", "__init__"],
-    ["baselines", "roofline"],
+    ["baselines", "roofline", "overhead"],
 ]
 
 

@@ -1,0 +1,123 @@
+"""What a decode step takes besides the model, and whether it grows with anything but the tokens in it."""
+
+import json
+import statistics
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from flex_nano_vllm.inference import Inference
+from flex_nano_vllm.report import device_name
+from flex_nano_vllm.sequence import SamplingParams
+from flex_nano_vllm.workload import RunOptions
+
+PROMPT_LEN = 256
+BATCH_SIZES = (1, 8, 32, 64)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Decode steps of one kind, medians."""
+
+    batch_size: int  # sequences that decode
+    n_pages: int  # of the pool
+    num_waiting: int  # requests in the queue
+    seconds: float
+    model_seconds: float  # in the call of the model: its layers, with their attention
+
+    @property
+    def host_share(self) -> float:
+        """Scheduling, building the step, sampling and bookkeeping, as a share of the step."""
+        return 1 - self.model_seconds / self.seconds
+
+
+def measure_decode_step(engine: Inference, batch_size: int, num_waiting: int = 0, num_steps: int = 32) -> StepTime:
+    """Let `batch_size` requests decode while others wait.
+
+    The engine must have nothing to do; afterwards it has nothing to do again. Raises ValueError for requests that would
+    not fit, and for a queue where a row is free (`batch_size` is less than the engine's `max_batch_size`).
+    """
+    max_batch_size = engine.page_table.max_batch_size
+    if num_waiting and batch_size != max_batch_size:
+        raise ValueError(f"requests wait behind max_batch_size={max_batch_size} others, not behind {batch_size}")
+    # The first request decodes while the prompts of the others come in, with what decodes leave of the budget.
+    budget = engine.scheduler.max_num_batched_tokens - batch_size
+    num_prefill_steps = batch_size * PROMPT_LEN // max(1, budget) + batch_size
+    params = SamplingParams(temperature=0, max_tokens=num_prefill_steps + num_steps + 8, ignore_eos=True)
+    num_tokens = PROMPT_LEN + params.max_tokens
+    needed = batch_size * engine.page_table.pages_for(num_tokens)
+    if num_tokens > engine.max_request_tokens or needed > engine.page_table.num_usable_pages:
+        raise ValueError(
+            f"{batch_size} requests of {num_tokens} tokens do not fit: max_seq_length is {engine.max_seq_length}, and "
+            f"the pool has {engine.page_table.num_usable_pages} pages of the {needed} needed"
+        )
+    prompts = [[5 + (i + j) % 200 for j in range(PROMPT_LEN)] for i in range(batch_size)]
+    prompts += [[5 + i % 200] for i in range(num_waiting)]
+    call_model, model_seconds = engine.runner.call_model, []
+
+    def timed_call(*args: object, **kwargs: object) -> object:
+        _finish(engine)
+        started = time.perf_counter()
+        output = call_model(*args, **kwargs)
+        _finish(engine)
+        model_seconds.append(time.perf_counter() - started)
+        return output
+
+    request_ids = [engine.add_request(prompt, params) for prompt in prompts]
+    engine.runner.call_model = timed_call
+    try:
+        while len(engine.scheduler.running) < batch_size or any(
+            sequence.num_computed_tokens < PROMPT_LEN for sequence in engine.scheduler.running
+        ):
+            engine.run_one_step()
+        engine.run_one_step()  # the first one of its shape
+        model_seconds.clear()
+        seconds = []
+        for _ in range(num_steps):
+            started = time.perf_counter()
+            engine.run_one_step()
+            seconds.append(time.perf_counter() - started)
+        n_pages = engine.page_table.n_pages
+        return StepTime(batch_size, n_pages, num_waiting, statistics.median(seconds), statistics.median(model_seconds))
+    finally:
+        engine.runner.call_model = call_model
+        for request_id in request_ids:
+            engine.abort(request_id)
+
+
+def _finish(engine: Inference) -> None:
+    if engine.model.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def report_overhead(model: PreTrainedModel, options: RunOptions, console: Console) -> None:
+    """Three curves: a decode step over its batch, over the pool's size, and over the number of waiting requests."""
+
+    def measure(max_batch_size: int, pool_factor: int, cases: list[tuple[int, int]]) -> list[StepTime]:
+        pages_per_sequence = -(-options.max_seq_length // options.page_size)
+        n_pages = 1 + BATCH_SIZES[-1] * pages_per_sequence * pool_factor
+        sizes = (max_batch_size, options.max_seq_length, n_pages, options.page_size)
+        budget, compiled = options.max_num_batched_tokens, None if options.compile else False
+        with Inference(model, None, *sizes, max_num_batched_tokens=budget, compile=compiled) as engine:
+            return [measure_decode_step(engine, batch_size, num_waiting) for batch_size, num_waiting in cases]
+
+    middle = BATCH_SIZES[len(BATCH_SIZES) // 2]
+    curves = {
+        "batch size": measure(BATCH_SIZES[-1], 1, [(batch_size, 0) for batch_size in BATCH_SIZES]),
+        "pages": [measure(middle, factor, [(middle, 0)])[0] for factor in (1, 2, 4)],
+        "waiting": measure(middle, 1, [(middle, num_waiting) for num_waiting in (0, 100, 1_000, 10_000)]),
+    }
+    table = Table("curve", "batch size", "pages", "waiting", "step, ms", "host, ms", "host, share")
+    for name, steps in curves.items():
+        for step in steps:
+            sizes = (f"{size:,}" for size in (step.batch_size, step.n_pages, step.num_waiting))
+            host = step.seconds - step.model_seconds
+            table.add_row(name, *sizes, f"{step.seconds * 1e3:.2f}", f"{host * 1e3:.2f}", f"{step.host_share:.1%}")
+    console.print(table)
+    record = {"torch": torch.__version__, "device": device_name(model.device), "threads": torch.get_num_threads()}
+    record |= {"model": options.model, "dtype": options.dtype}
+    print(json.dumps(record | {name: [asdict(step) for step in steps] for name, steps in curves.items()}))

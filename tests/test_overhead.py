@@ -1,0 +1,49 @@
+"""The measurement of what a step takes besides the model leaves the engine as it was, and adds up."""
+
+import pytest
+import torch
+from tiny_models import tiny_model
+
+from flex_nano_vllm import Inference
+from flex_nano_vllm.overhead import measure_decode_step
+
+
+@pytest.fixture
+def engine():
+    with Inference(tiny_model("llama", torch.float64), None, 3, 400, page_size=16, compile=False) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize(("batch_size", "num_waiting"), [(1, 0), (3, 0), (3, 5)])
+def test_so_many_decode_while_so_many_wait(engine, batch_size, num_waiting, monkeypatch):
+    queues = []
+    step = type(engine).run_one_step
+
+    def noted_step(self):
+        outputs = step(self)
+        queues.append((len(self.scheduler.running), len(self.scheduler.waiting)))
+        assert not outputs, "a request ended while it was measured"
+        return outputs
+
+    monkeypatch.setattr(type(engine), "run_one_step", noted_step)
+    call_model = engine.runner.call_model
+    result = measure_decode_step(engine, batch_size, num_waiting, num_steps=4)
+    assert set(queues[-4:]) == {(batch_size, num_waiting)}
+    assert (result.batch_size, result.num_waiting, result.n_pages) == (batch_size, num_waiting, 76)
+    assert 0 < result.model_seconds < result.seconds and 0 < result.host_share < 1
+    assert engine.runner.call_model is call_model and not engine.has_unfinished_requests()
+    engine.check_invariants()
+
+
+@pytest.mark.parametrize("sizes", [dict(max_seq_length=280), dict(max_seq_length=400, n_pages=30)])
+def test_requests_that_would_end_early_are_refused(sizes):
+    with (
+        Inference(tiny_model("llama"), None, 3, page_size=16, compile=False, **sizes) as engine,
+        pytest.raises(ValueError, match="do not fit"),
+    ):
+        measure_decode_step(engine, 3)
+
+
+def test_a_queue_needs_all_rows_taken(engine):
+    with pytest.raises(ValueError, match="max_batch_size=3"):
+        measure_decode_step(engine, 2, num_waiting=1)
