@@ -19,7 +19,6 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import flex_attention
 
 from flex_nano_vllm.masks import softcap as softcap_mod
 from flex_nano_vllm.step import StepBatch
@@ -31,8 +30,8 @@ _in_progress: ContextVar[tuple[StepBatch, Callable[..., Tensor]] | None] = Conte
 
 
 @contextmanager
-def step_in_progress(step: StepBatch, flex: Callable[..., Tensor] = flex_attention) -> Iterator[None]:
-    """What the operators below work on while the model is called. `flex` is `flex_attention`, or a compiled one."""
+def step_in_progress(step: StepBatch, flex: Callable[..., Tensor]) -> Iterator[None]:
+    """What the operators below work on while the model is called. `flex` is a compiled `flex_attention`."""
     token = _in_progress.set((step, flex))
     try:
         yield

@@ -67,19 +67,25 @@ def measure_decode_step(engine: Inference, batch_size: int, num_waiting: int = 0
         model_seconds.append(time.perf_counter() - started)
         return output
 
-    request_ids = [engine.add_request(prompt, params) for prompt in prompts]
-    engine.runner.call_model = timed_call
+    def step() -> None:
+        if engine.run_one_step():
+            raise RuntimeError(f"a request ended before {batch_size} of them had decoded {num_steps} tokens together")
+
+    request_ids = []
     try:
+        for prompt in prompts:
+            request_ids.append(engine.add_request(prompt, params))
+        engine.runner.call_model = timed_call
         while len(engine.scheduler.running) < batch_size or any(
             sequence.num_computed_tokens < PROMPT_LEN for sequence in engine.scheduler.running
         ):
-            engine.run_one_step()
-        engine.run_one_step()  # the first one of its shape
+            step()
+        step()  # the first one of its shape
         model_seconds.clear()
         seconds = []
         for _ in range(num_steps):
             started = time.perf_counter()
-            engine.run_one_step()
+            step()
             seconds.append(time.perf_counter() - started)
         n_pages = engine.page_table.n_pages
         return StepTime(batch_size, n_pages, num_waiting, statistics.median(seconds), statistics.median(model_seconds))

@@ -1,7 +1,7 @@
 """Which models an engine takes, and how it takes one over and gives it back. Knows no steps.
 
-A model keeps its own code. Its attention layers get a `PagedKVCache`, its decoder layers another `forward`, and the
-name of its attention function becomes ours; `unpatch_model` undoes all of it.
+A model keeps its own code. Its attention layers get a `PagedKVCache`, its last layer another `forward`, and the name of
+its attention function becomes ours; `unpatch_model` undoes all of it.
 """
 
 from collections.abc import Callable

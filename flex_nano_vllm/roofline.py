@@ -104,8 +104,10 @@ def measure_shares(
     for batch_size in batch_sizes:
         params = SamplingParams(temperature=0, max_tokens=num_decode_steps + batch_size, ignore_eos=True)
         prompts = [[5 + (i + j) % 250 for j in range(prompt_len)] for i in range(batch_size)]
-        request_ids = [engine.add_request(prompt, params) for prompt in prompts]
+        request_ids = []
         try:
+            for prompt in prompts:
+                request_ids.append(engine.add_request(prompt, params))
             phases: dict[str, list[tuple[int, float, float]]] = {"prefill": [], "decode": []}
             while len(phases["decode"]) < num_decode_steps:
                 sequences = [*engine.scheduler.running, *engine.scheduler.waiting]

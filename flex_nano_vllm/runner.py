@@ -173,6 +173,7 @@ def inductor_on_cpu(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callab
       three quarters of the time in float32, five sixths in bfloat16. Where a later torch chooses no size in this place,
       nothing is changed. Kernels with these tiles have a tag of their own in torch's cache.
     """
+    # In this order: the template cannot be imported first.
     import torch._inductor.lowering
     from torch._inductor.codegen import cpp_flex_attention_template as template
     from torch._inductor.compile_fx import compile_fx

@@ -113,18 +113,18 @@ class StepBatch:
         q_positions = [np.where(tokens < 0, -1, positions[tokens]) for tokens, _ in cuts]
         slots = page_table.slots(np.repeat(rows, lengths), positions)
         token_arrays = [np.array(input_ids), positions, slots, firsts + lengths - 1, tile_slot]
-        uploaded = iter(_upload([*token_arrays, *(array for cut in cuts for array in cut)], page_table.table.device))
+        tile_arrays = [array for tokens, tile_rows in cuts for array in (tokens.clip(min=0), tile_rows)]
+        uploaded = iter(_upload([*token_arrays, *tile_arrays], page_table.table.device))
         input_ids, positions, slots, chunk_ends, tile_slot = (next(uploaded) for _ in token_arrays)
         kv_len = (page_table.n_pages if layout.whole_pool else page_table.num_live_pages) * page_table.page_size
+        effective = {window: effective_window(window, page_table) for window in layout.windows}
         tiles = []
         for q_pos in q_positions:
-            tokens = next(uploaded)
-            tile_rows, masks = next(uploaded).int(), {}
-            for window in {effective_window(window, page_table) for window in layout.windows}:
+            tokens, tile_rows, masks = next(uploaded), next(uploaded).int(), {}
+            for window in set(effective.values()):
                 logical = logical_block_mask(q_pos, window, layout.group_size, page_table)
                 masks[window] = page_table.convert_logical_block_mask(logical, tile_rows, kv_len)
-            block_masks = {window: masks[effective_window(window, page_table)] for window in layout.windows}
-            tiles.append(Tiles(q_pos.shape[1], tokens.clamp(min=0), block_masks))
+            tiles.append(Tiles(q_pos.shape[1], tokens, {window: masks[effective[window]] for window in effective}))
         finite = torch.ones_like(slots, dtype=torch.bool)
         ends = None
         if len(slots) > len(chunks):

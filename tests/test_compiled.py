@@ -102,6 +102,7 @@ def test_compiled_attention_equals_uncompiled(page_size, num_heads, num_kv_heads
 
 @pytest.mark.compiled
 def test_the_backend_for_a_cpu_widens_the_products_for_its_own_graphs_and_starts_no_processes(monkeypatch):
+    # In this order: the template cannot be imported first.
     import torch._inductor.lowering
     from torch._inductor import async_compile, compile_fx
     from torch._inductor.codegen import cpp_flex_attention_template as template

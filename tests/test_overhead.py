@@ -35,6 +35,16 @@ def test_so_many_decode_while_so_many_wait(engine, batch_size, num_waiting, monk
     engine.check_invariants()
 
 
+def test_a_request_that_ends_too_early_is_an_error_and_nothing_is_left_behind(engine, monkeypatch):
+    """Where the third one is never admitted, the first two end before it decodes."""
+    scheduler = engine.scheduler
+    monkeypatch.setattr(scheduler, "_can_admit", lambda sequence: len(scheduler.running) < 2)
+    with pytest.raises(RuntimeError, match="a request ended before 3 of them"):
+        measure_decode_step(engine, 3, num_steps=4)
+    assert not engine.has_unfinished_requests()
+    engine.check_invariants()
+
+
 @pytest.mark.parametrize("sizes", [dict(max_seq_length=280), dict(max_seq_length=400, n_pages=30)])
 def test_requests_that_would_end_early_are_refused(sizes):
     with (
