@@ -4,21 +4,25 @@ The model keeps its own code. transformers lets a model's attention function be 
 and hands it query, key and value after projection, norms and RoPE. That is the whole seam: `patching.patch_model` gives
 every attention layer a `PagedKVCache` and chooses `paged_flex_attention`.
 
-Whoever compiles the model around the seam gets one graph that serves any number of tokens. What depends on the step
-(which slots, which tiles, which masks) stays out of that graph, in two operators that it calls without looking inside:
+A step in which every chunk is one token is compiled with its attention, as one graph of static shapes: the step is an
+argument of the model, and is handed on to every layer. Any other step has a length of its own, and is served by a graph
+for any number of tokens. What depends on the step (which slots, which tiles, which masks) stays out of that one, in two
+operators that it calls without looking inside:
 
-    model, compiled       norm ─ q k v ─ RoPE ─┐                            ┌─ o ─ residual ─ norm ─ MLP ─ residual
-    operators                                  └─ write_kv ─ paged_attend ──┘
-                                                     ▲            ▲
+    model, compiled       norm ─ q k v ─ RoPE ─┐                      ┌─ o ─ residual ─ norm ─ MLP ─ residual
+    operators                                  └─ write_kv ─ attend ──┘
+                                                     ▲         ▲
     the step in progress   with step_in_progress(StepBatch, flex_attention): model(...)
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 
 from flex_nano_vllm.masks import softcap as softcap_mod
 from flex_nano_vllm.step import StepBatch
@@ -27,6 +31,16 @@ from flex_nano_vllm.step import StepBatch
 ATTN_IMPLEMENTATION = "paged_flex"
 
 _in_progress: ContextVar[tuple[StepBatch, Callable[..., Tensor]] | None] = ContextVar("step_in_progress", default=None)
+
+
+@torch.compiler.nested_compile_region
+def flex_in_graph(window: int | None, *args: object, **kwargs: object) -> Tensor:
+    """FlexAttention in a graph of the whole model: one kernel for all layers of the same window.
+
+    Inductor would make one for each, since what it generates differs in the names of variables. `window` tells the
+    regions apart: by their masks alone torch 2.15 does not.
+    """
+    return flex_attention(*args, **kwargs)
 
 
 @contextmanager
@@ -39,7 +53,7 @@ def step_in_progress(step: StepBatch, flex: Callable[..., Tensor]) -> Iterator[N
         _in_progress.reset(token)
 
 
-def _step(ends: bool, num_tokens: int) -> tuple[StepBatch, Callable[..., Tensor]]:
+def _step(num_tokens: int, ends: bool = False) -> tuple[StepBatch, Callable[..., Tensor]]:
     step, flex = _in_progress.get() or (None, None)
     if ends and step is not None:
         step = step.ends or step
@@ -51,42 +65,35 @@ def _step(ends: bool, num_tokens: int) -> tuple[StepBatch, Callable[..., Tensor]
     return step, flex
 
 
-def write_kv(key: Tensor, value: Tensor, finite: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+def write_kv(step: StepBatch, key: Tensor, value: Tensor, finite: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
     """Put the step's keys and values, [1, K, T, D], into their slots of the pool, [1, K, slots, D].
 
     `finite` [T] says which tokens had finite ones. The step keeps count.
     """
-    step, _ = _step(ends=False, num_tokens=key.shape[2])
     step.finite.logical_and_(finite)
     k_cache.index_copy_(2, step.slots, key)
     v_cache.index_copy_(2, step.slots, value)
 
 
-def paged_attend(
+def attend(
+    step: StepBatch,
+    flex: Callable[..., Tensor],
     query: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     window: int | None,
     scale: float,
     cap: float | None,
-    ends: bool,
 ) -> Tensor:
-    """Attention of the step's queries, [1, H, T, D], over the pool. Returns [1, T, H, D].
-
-    `ends`: the queries are those of the chunks' ends only (see `patching.pruned_forward`).
-    """
-    num_heads, num_tokens, head_dim = query.shape[1:]
-    step, flex = _step(ends, num_tokens)
-    num_kv_heads = k_cache.shape[1]
-    group_size = num_heads // num_kv_heads
+    """Attention of the step's queries, [1, H, T, D], over the pool. Returns [1, T, H, D]."""
+    head_dim = query.shape[-1]
+    rows = query.transpose(1, 2).reshape(-1, head_dim)  # [T * H, D]
     k_cache, v_cache = k_cache[:, :, : step.kv_len], v_cache[:, :, : step.kv_len]
     outputs = []
     for tiles in step.tiles:
         block_mask = tiles.block_masks[window]
-        # Heads of a group share their keys: as rows of one query block they read each page once.
-        grouped = query[0].transpose(0, 1)[tiles.tokens].view(-1, tiles.tile_len, num_kv_heads, group_size, head_dim)
         output = flex(
-            grouped.transpose(1, 2).reshape(-1, num_kv_heads, tiles.tile_len * group_size, head_dim),
+            rows[tiles.query_rows],  # [tiles, K, L * G, D]
             k_cache,  # for all tiles: a batch of 1 is broadcast
             v_cache,
             score_mod=None if cap is None else softcap_mod(cap),
@@ -94,18 +101,30 @@ def paged_attend(
             scale=scale,
             kernel_options=kernel_options(query.device, *block_mask.BLOCK_SIZE),
         )
-        ungrouped = output.view(-1, num_kv_heads, tiles.tile_len, group_size, head_dim).transpose(1, 2)
-        outputs.append(ungrouped.reshape(-1, num_heads, head_dim))  # [tiles * L, H, D]
+        outputs.append(output.reshape(-1, head_dim))
     together = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return together[step.tile_slot][None]
+    return together[step.output_rows][None]
+
+
+def write_kv_op(key: Tensor, value: Tensor, finite: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+    step, _ = _step(num_tokens=key.shape[2])
+    write_kv(step, key, value, finite, k_cache, v_cache)
+
+
+def attend_op(
+    query: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None, scale: float, cap: float | None, ends: bool
+) -> Tensor:
+    """`ends`: the queries are those of the chunks' ends only (see `patching.pruned_forward`)."""
+    step, flex = _step(query.shape[2], ends)
+    return attend(step, flex, query, k_cache, v_cache, window, scale, cap)
 
 
 OPS = torch.library.Library("flex_nano_vllm", "DEF")
-OPS.define("write_kv" + torch.library.infer_schema(write_kv, mutates_args=("k_cache", "v_cache")))
-OPS.define("paged_attend" + torch.library.infer_schema(paged_attend, mutates_args=()))
+OPS.define("write_kv" + torch.library.infer_schema(write_kv_op, mutates_args=("k_cache", "v_cache")))
+OPS.define("attend" + torch.library.infer_schema(attend_op, mutates_args=()))
 for _dispatch_key in ("CPU", "CUDA", "MPS", "XPU"):  # not for all at once, that would include fake tensors
-    OPS.impl("write_kv", write_kv, _dispatch_key)
-    OPS.impl("paged_attend", paged_attend, _dispatch_key)
+    OPS.impl("write_kv", write_kv_op, _dispatch_key)
+    OPS.impl("attend", attend_op, _dispatch_key)
 
 
 @torch.library.register_fake("flex_nano_vllm::write_kv")
@@ -113,7 +132,7 @@ def _(*args: object) -> None:
     return None
 
 
-@torch.library.register_fake("flex_nano_vllm::paged_attend")
+@torch.library.register_fake("flex_nano_vllm::attend")
 def _(query: Tensor, *args: object) -> Tensor:
     batch, num_heads, num_tokens, head_dim = query.shape
     return query.new_empty(batch, num_tokens, num_heads, head_dim)
@@ -133,8 +152,8 @@ class PagedKVCache(nn.Module):
         self.register_buffer("k_cache", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
         self.register_buffer("v_cache", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
 
-    def update(self, key: Tensor, value: Tensor) -> None:
-        """Write the step's keys and values, [1, K, T, D], into their slots.
+    def update(self, key: Tensor, value: Tensor, step: StepBatch | None = None) -> None:
+        """Write the step's keys and values, [1, K, T, D], into their slots. No step: the one in progress.
 
         Only finite numbers enter the pool. A NaN there would reach every query whose kernel passes by, since a masked
         slot still counts as 0 * V, and the CPU kernel's running maximum may lose one that should be seen. So a token
@@ -143,11 +162,29 @@ class PagedKVCache(nn.Module):
         """
         finite = (key.isfinite() & value.isfinite()).all(dim=-1, keepdim=True).all(dim=1, keepdim=True)  # [1, 1, T, 1]
         key, value = torch.where(finite, key, 0), torch.where(finite, value, 0)
-        torch.ops.flex_nano_vllm.write_kv(key, value, finite.flatten(), self.k_cache, self.v_cache)
+        arguments = (key, value, finite.flatten(), self.k_cache, self.v_cache)
+        if step is None:
+            torch.ops.flex_nano_vllm.write_kv(*arguments)
+        else:
+            write_kv(step, *arguments)
 
-    def attend(self, query: Tensor, window: int | None, scale: float, cap: float | None, ends: bool) -> Tensor:
-        """Attention of the step's queries, [1, H, T, D], over the pool. Returns [1, T, H, D]."""
-        return torch.ops.flex_nano_vllm.paged_attend(query, self.k_cache, self.v_cache, window, scale, cap, ends)
+    def attend(
+        self,
+        query: Tensor,
+        window: int | None,
+        scale: float,
+        cap: float | None,
+        ends: bool = False,
+        step: StepBatch | None = None,
+    ) -> Tensor:
+        """Attention of the step's queries, [1, H, T, D], over the pool. Returns [1, T, H, D].
+
+        No step: the one in progress, or (`ends`) only the ends of its chunks, see `patching.pruned_forward`.
+        """
+        arguments = (query, self.k_cache, self.v_cache, window, scale, cap)
+        if step is None:
+            return torch.ops.flex_nano_vllm.attend(*arguments, ends)
+        return attend(step, functools.partial(flex_in_graph, window), *arguments)
 
 
 def kernel_options(device: torch.device, q_block: int, page_size: int) -> dict[str, object] | None:
@@ -178,6 +215,7 @@ def paged_flex_attention(
     softcap: float | None = None,
     sliding_window: int | None = None,
     phase: str | None = None,
+    step: StepBatch | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls in every layer: query [1, H, T, D], key and value [1, K, T, D],
@@ -185,10 +223,11 @@ def paged_flex_attention(
 
     `phase`, see `patching.pruned_forward`: "keys" writes keys and values and returns nothing of interest, "ends"
     attends only.
+    `step`: given where attention is compiled with the model around it, else it is the one in progress.
     Raises RuntimeError when the model was called by anybody but the engine, whose step says where and what.
     """
     if phase != "ends":
-        module.kv_cache.update(key, value)
+        module.kv_cache.update(key, value, step)
     if phase == "keys":
         return query.transpose(1, 2), None
-    return module.kv_cache.attend(query, sliding_window, scaling, softcap, ends=phase == "ends"), None
+    return module.kv_cache.attend(query, sliding_window, scaling, softcap, phase == "ends", step), None

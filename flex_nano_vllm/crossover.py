@@ -63,7 +63,7 @@ def measure_crossover(
         for pool in (cache.k_cache, cache.v_cache):
             pool.normal_(generator=torch.Generator(device).manual_seed(0))
         kinds = tile_kinds(group_size, largest, longest, device.type)
-        layout = TileLayout(kinds, group_size, windows=(None,), whole_pool=True)
+        layout = TileLayout(kinds, NUM_KV_HEADS, group_size, windows=(None,), whole_pool=True)
         for kv_len, batch_size in itertools.product(kv_lens, batch_sizes):
             page_table = PageTable(n_pages, page_size, largest, max_pages, device)
             rows = [page_table.allocate() for _ in range(batch_size)]

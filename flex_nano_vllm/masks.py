@@ -38,7 +38,6 @@ def layer_mask(window: int | None) -> MaskMod:
     return causal if window is None else sliding_window(window)
 
 
-@functools.cache
 def softcap(cap: float) -> ScoreMod:
     """Gemma-2's soft cap: squashes the (already scaled) attention scores into (-cap, cap)."""
 

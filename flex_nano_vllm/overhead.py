@@ -90,7 +90,7 @@ def measure_decode_step(engine: Inference, batch_size: int, num_waiting: int = 0
         n_pages = engine.page_table.n_pages
         return StepTime(batch_size, n_pages, num_waiting, statistics.median(seconds), statistics.median(model_seconds))
     finally:
-        engine.runner.call_model = call_model
+        vars(engine.runner).pop("call_model", None)  # the method again
         for request_id in request_ids:
             engine.abort(request_id)
 

@@ -91,9 +91,11 @@ def pruned_forward(layer: nn.Module) -> Callable[..., Tensor]:
     def forward(
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
-        chunk_ends: Tensor | None = None,  # None only for a caller that the first operator refuses
+        chunk_ends: Tensor | None = None,
         **kwargs: object,
     ) -> Tensor:
+        if chunk_ends is None:  # every token is one
+            return unpruned(hidden_states, position_embeddings=position_embeddings, **kwargs)
         normed = layer.input_layernorm(hidden_states)
         layer.self_attn(normed, position_embeddings=position_embeddings, attention_mask=None, phase="keys")
         at_ends = tuple(x[:, chunk_ends] for x in position_embeddings)

@@ -1,11 +1,13 @@
 """Running the model on a step: compilation, shape buckets, warm-up. Does not know which sequence is which."""
 
+import functools
 import gc
 import math
 import os
 import shutil
 import sysconfig
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -57,10 +59,12 @@ def why_not_compiled(device: torch.device, dtype: torch.dtype, page_size: int) -
 
 
 class ModelRunner:
-    """Owns the patched model, compiled in two parts.
+    """Owns the patched model, compiled twice.
 
-    The model is compiled for any number of tokens, as one graph. FlexAttention, which its layers call through an
-    operator, is compiled with static shapes, one graph per (bucket of a kind of tile, distinct mask).
+    A step of decodes, every chunk one token, is padded to a bucket of them and runs a graph of the whole model, its
+    attention included, with static shapes: nothing is left for the host to do between layers, and a GPU replays it as a
+    CUDA graph. All other steps share one graph for any number of tokens. In it FlexAttention is called through an
+    operator and compiled by itself, with static shapes, one graph per (bucket of a kind of tile, distinct mask).
     All are made by `warmup()`, or by the first steps that need them; there are at most `max_graphs`, and a step whose
     shape is in no bucket cannot be built.
 
@@ -71,26 +75,34 @@ class ModelRunner:
     def __init__(self, model: PreTrainedModel, page_table: PageTable, max_num_batched_tokens: int, compiled: bool):
         self.model, self.page_table, self.compiled = model, page_table, compiled
         config = model.config
-        group_size = config.num_attention_heads // config.num_key_value_heads
+        num_kv_heads = config.num_key_value_heads
+        group_size = config.num_attention_heads // num_kv_heads
         if compiled:
             kinds = tile_kinds(group_size, page_table.max_batch_size, max_num_batched_tokens, model.device.type)
         else:
             kinds = (TileKind(tile_len=1, buckets=None),)
-        self.layout = TileLayout(kinds, group_size, tuple(layer_windows(model)), whole_pool=compiled)
+        self.layout = TileLayout(kinds, num_kv_heads, group_size, tuple(layer_windows(model)), whole_pool=compiled)
+        decodes = TileKind(kinds[0].tile_len, decode_buckets(page_table.max_batch_size))
+        self.decode_layout = replace(self.layout, kinds=(decodes,)) if compiled else None
         self.flex = compile_flex_attention(model.device.type, compiled)
-        self.call_model = model
+        self.model_of_any_length, self.model_of_decodes = model, None
         if compiled:
-            self.call_model = torch.compile(model, fullgraph=True, dynamic=True, backend=inductor(model.device.type))
+            make = functools.partial(torch.compile, model, fullgraph=True, backend=inductor(model.device.type))
+            unguarded = {"guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe}  # code of torch, transformers
+            self.model_of_any_length = make(dynamic=True, options=dict(unguarded))
+            cuda_graphs = {"triton.cudagraphs": True} if model.device.type == "cuda" else {}
+            self.model_of_decodes = make(dynamic=False, options=unguarded | cuda_graphs)
         patch_model(model, page_table.n_pages * page_table.page_size)  # last: nobody would undo it here
 
     @property
     def max_graphs(self) -> int:
         """The most graphs that serving can ever compile."""
+        if not self.compiled:
+            return 0
         masks = [effective_window(window, self.page_table) for window in self.layout.windows]
-        small, *larger = (len(kind.buckets or ()) for kind in self.layout.kinds)
+        small, *larger = (len(kind.buckets) for kind in self.layout.kinds)
         of_attention = len(set(masks)) * small + len(set(masks[:-1])) * sum(larger)  # the last layer attends for ends
-        # Two of the model: if the first step has as many tokens as chunks, dynamo takes that for a rule.
-        return of_attention + 2 * self.compiled
+        return len(self.decode_layout.kinds[0].buckets) + 1 + of_attention
 
     # Not set for good: it is the user's setting as well, and one of each thread.
     @torch._dynamo.config.patch(DYNAMO_CONFIG)
@@ -106,38 +118,51 @@ class ModelRunner:
         """
         if self.model.config._attn_implementation != ATTN_IMPLEMENTATION:
             raise RuntimeError("set_attn_implementation was called on the engine's model: close the engine first")
-        # A dimension of size 1 would be a graph of its own: a lone chunk gets the company of a padding token.
-        padding = [padding_chunk(1)] * (2 - len(chunks))
-        batch = StepBatch.build(chunks + padding, self.page_table, self.layout)
-        with step_in_progress(batch, self.flex):
-            output = self.call_model(
-                batch.input_ids,
-                position_ids=batch.position_ids,
-                use_cache=False,  # the default would concatenate everything into a cache of its own
-                chunk_ends=batch.chunk_ends,
-            )
-        logits = output.logits[0, : len(chunks)]
+        if decodes := self.compiled and all(chunk.length == 1 for chunk in chunks):
+            layout = self.decode_layout
+            num_padding = layout.kinds[0].num_padded_tiles(len(chunks)) - len(chunks)
+        else:
+            # A dimension of size 1 would be a graph of its own: a lone chunk gets the company of a padding token.
+            layout, num_padding = self.layout, 2 - len(chunks)
+        batch = StepBatch.build(chunks + [padding_chunk(1)] * num_padding, self.page_table, layout)
+        logits = self.call_model(batch, decodes)[: len(chunks)]
         chunk_of_token = torch.searchsorted(batch.chunk_ends, torch.arange(len(batch.slots), device=logits.device))
         failed = torch.zeros_like(batch.chunk_ends).index_add_(0, chunk_of_token, (~batch.finite).long()) > 0
         logits[:, 0].masked_fill_(failed[: len(chunks)], torch.nan)
         return logits
 
+    def call_model(self, batch: StepBatch, decodes: bool) -> Tensor:
+        """The logits at the ends of a step's chunks, [C, V]. `decodes`: each chunk is one token."""
+        arguments = dict(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,  # the default would concatenate everything into a cache of its own
+        )
+        if decodes:
+            return self.model_of_decodes(**arguments, step=batch).logits[0]
+        with step_in_progress(batch, self.flex):
+            return self.model_of_any_length(**arguments, chunk_ends=batch.chunk_ends).logits[0]
+
     def warmup(self) -> None:
         """Compile every graph by running each bucket once, on padding: row 0 sees nothing and writes to page 0."""
+        if not self.compiled:
+            return
+        for bucket in self.decode_layout.kinds[0].buckets:
+            self.forward([padding_chunk(1)] * min(bucket, self.page_table.max_batch_size))
         longest = self.page_table.max_pages_per_row * self.page_table.page_size
-        # More tokens than chunks: from a first step without, dynamo would learn that they are always the same.
-        self.forward([padding_chunk(min(2, longest))])
-        shortest = 1  # chunk that goes into tiles of the kind
-        for kind in self.layout.kinds:
+        if longest == 1:
+            return
+        self.forward([padding_chunk(1), padding_chunk(2)][-self.page_table.max_batch_size :])
+        shortest = self.layout.kinds[0].tile_len + 1  # chunk that goes into large tiles
+        for kind in self.layout.kinds[1:] if shortest <= longest else ():
             num_tiles_reached = 0
-            for bucket in kind.buckets or () if shortest <= longest else ():
+            for bucket in kind.buckets:
                 num_tiles = cdiv(bucket, self.page_table.max_batch_size)  # of each chunk
                 length = min(longest, (num_tiles - 1) * kind.tile_len + shortest)
                 num_chunks = min(bucket // cdiv(length, kind.tile_len), self.page_table.max_batch_size)
                 if num_chunks * cdiv(length, kind.tile_len) > num_tiles_reached:
                     self.forward([padding_chunk(length)] * num_chunks)
                 num_tiles_reached = bucket
-            shortest = kind.tile_len + 1
         gc.collect()  # compiling leaves so much behind that a step of serving would soon pause for it, 0.3 s
 
 
@@ -156,7 +181,15 @@ def compile_flex_attention(device_type: str, compiled: bool) -> Callable[..., Te
         # Symbolic sizes break the C++ template (its kernel text is rewritten by name, and ks1 is part of ks17).
         dynamic=False if compiled else None,
         backend=inductor(device_type) if compiled else "eager",
+        options={"guard_filter_fn": guards_of_attention} if compiled else None,
     )
+
+
+def guards_of_attention(guards: list) -> list[bool]:
+    """Which guards on FlexAttention (`GuardFilterEntry`s of dynamo) each call checks: those on tensors, numbers and
+    masks. The others, half of the time, would see to it that nobody has exchanged the code of torch."""
+    kinds = ("TENSOR_MATCH", "CONSTANT_MATCH", "EQUALS_MATCH", "CLOSURE_MATCH", "FUNCTION_MATCH", "SHAPE_ENV")
+    return [not guard.is_global and guard.guard_type in kinds for guard in guards]
 
 
 def inductor(device_type: str) -> str | Callable[..., object]:
@@ -202,9 +235,9 @@ def tile_kinds(
     large = max(small * 2, LARGE_TILE_ROWS[device_type] // group_size)
     large = 1 << (large.bit_length() - 1)  # a power of two, so that a power of two of rows divides the block
     bound = max_num_batched_tokens // large + max_batch_size
-    return TileKind(small, buckets(max_batch_size)), TileKind(large, buckets(bound))
+    return TileKind(small, (max(2, max_batch_size),)), TileKind(large, tuple(sorted({cdiv(bound, 4), bound})))
 
 
-def buckets(bound: int) -> tuple[int, ...]:
-    """Two sizes, the larger one being `bound`: padding is cheap (a tile that sees nothing), graphs are not."""
-    return tuple(sorted({cdiv(bound, 4), bound}))
+def decode_buckets(max_batch_size: int) -> tuple[int, ...]:
+    """Numbers of decodes that a step is padded to. The linear layers compute the padding as well."""
+    return tuple(sorted({cdiv(max_batch_size, 4), cdiv(max_batch_size, 2), max_batch_size}))

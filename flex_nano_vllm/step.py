@@ -50,6 +50,7 @@ class TileLayout:
 
     Args:
         kinds: by ascending `tile_len`.
+        num_kv_heads: K.
         group_size: G; the heads of a group share their keys, so they are folded into the rows of a query block.
         windows: the sliding window of each layer, None for full attention.
         whole_pool: attention is always handed the whole pool, so that its shape never changes; otherwise only the
@@ -57,6 +58,7 @@ class TileLayout:
     """
 
     kinds: tuple[TileKind, ...]
+    num_kv_heads: int
     group_size: int
     windows: tuple[int | None, ...]
     whole_pool: bool
@@ -70,8 +72,7 @@ class TileLayout:
 class Tiles:
     """All tiles of one kind in a step."""
 
-    tile_len: int
-    tokens: Tensor  # [tiles * L] index into the step's tokens; 0 where padded
+    query_rows: Tensor  # [tiles, K, L * G] int64, token * H + head of each query; token 0 where padded
     block_masks: dict[int | None, BlockMask]  # physical, by the sliding window of the layer
 
 
@@ -85,7 +86,7 @@ class StepBatch:
     chunk_ends: Tensor  # [C] int64, the last token of each chunk: its logits are wanted
     finite: Tensor  # [T] bool, cleared by the layers where keys or values are not; nothing else is ever changed
     tiles: tuple[Tiles, ...]
-    tile_slot: Tensor  # [T] int64, where each token's output stands in the concatenated tiles
+    output_rows: Tensor  # [T, H] int64, where each head's output stands in the concatenated rows of the tiles
     kv_len: int  # slots of the pool that attention is handed
     ends: "StepBatch | None"  # the ends of the chunks as a step of their own, for the last layer; None if it is one
 
@@ -106,31 +107,51 @@ class StepBatch:
         for kind in kinds_used:
             mine = kind_of_chunk == kind
             cuts.append(_cut_into_tiles(layout.kinds[kind], rows[mine], firsts[mine], lengths[mine]))
-        tokens_of_tiles = np.concatenate([tokens.reshape(-1) for tokens, _ in cuts])
-        tile_slot = np.zeros(len(positions), dtype=np.int64)
-        tile_slot[tokens_of_tiles[tokens_of_tiles >= 0]] = np.flatnonzero(tokens_of_tiles >= 0)
+        query_rows, output_rows = _rows([tokens for tokens, _ in cuts], len(positions), layout)
 
-        q_positions = [np.where(tokens < 0, -1, positions[tokens]) for tokens, _ in cuts]
         slots = page_table.slots(np.repeat(rows, lengths), positions)
-        token_arrays = [np.array(input_ids), positions, slots, firsts + lengths - 1, tile_slot]
-        tile_arrays = [array for tokens, tile_rows in cuts for array in (tokens.clip(min=0), tile_rows)]
+        token_arrays = [np.array(input_ids), positions, slots, firsts + lengths - 1, output_rows]
+        tile_arrays = [array for i, (_, tile_rows) in enumerate(cuts) for array in (query_rows[i], tile_rows)]
         uploaded = iter(_upload([*token_arrays, *tile_arrays], page_table.table.device))
-        input_ids, positions, slots, chunk_ends, tile_slot = (next(uploaded) for _ in token_arrays)
+        input_ids, position_ids, slots, chunk_ends, output_rows = (next(uploaded) for _ in token_arrays)
         kv_len = (page_table.n_pages if layout.whole_pool else page_table.num_live_pages) * page_table.page_size
         effective = {window: effective_window(window, page_table) for window in layout.windows}
         tiles = []
-        for q_pos in q_positions:
-            tokens, tile_rows, masks = next(uploaded), next(uploaded).int(), {}
+        for tokens, _ in cuts:
+            q_pos = np.where(tokens < 0, -1, positions[tokens])
+            query_rows, tile_rows, masks = next(uploaded), next(uploaded).int(), {}
             for window in set(effective.values()):
                 logical = logical_block_mask(q_pos, window, layout.group_size, page_table)
                 masks[window] = page_table.convert_logical_block_mask(logical, tile_rows, kv_len)
-            tiles.append(Tiles(q_pos.shape[1], tokens, {window: masks[effective[window]] for window in effective}))
+            tiles.append(Tiles(query_rows, {window: masks[effective[window]] for window in effective}))
         finite = torch.ones_like(slots, dtype=torch.bool)
         ends = None
         if len(slots) > len(chunks):
             last_tokens = [Chunk(c.sequence, c.start + c.length - 1, 1) for c in chunks]
             ends = cls.build(last_tokens, page_table, replace(layout, windows=layout.windows[-1:]))
-        return cls(input_ids[None], positions[None], slots, chunk_ends, finite, tuple(tiles), tile_slot, kv_len, ends)
+        input_ids, position_ids = input_ids[None], position_ids[None]
+        return cls(input_ids, position_ids, slots, chunk_ends, finite, tuple(tiles), output_rows, kv_len, ends)
+
+
+def _rows(tiles: list[np.ndarray], num_tokens: int, layout: TileLayout) -> tuple[list[np.ndarray], np.ndarray]:
+    """The way of queries into tiles and of outputs back.
+
+    Args:
+        tiles: for each kind, the tokens of its tiles, [tiles, L] with -1 where padded.
+    Returns:
+        For each kind `query_rows` [tiles, K, L * G], rows of the step's queries seen as [T * H, D]; and `output_rows`
+        [T, H], rows of the outputs of all tiles, each kind's [tiles, K, L * G, D] seen as [tiles * K * L * G, D].
+    """
+    heads = np.arange(layout.num_kv_heads * layout.group_size).reshape(layout.num_kv_heads, 1, layout.group_size)
+    query_rows, output_rows, num_rows = [], np.zeros((num_tokens, heads.size), dtype=np.int64), 0
+    for tokens in tiles:
+        rows = tokens.clip(min=0)[:, None, :, None] * heads.size + heads  # [tiles, K, L, G]
+        query_rows.append(rows.reshape(len(tokens), len(heads), -1))
+        by_token = (num_rows + np.arange(rows.size)).reshape(rows.shape).transpose(0, 2, 1, 3).reshape(-1, heads.size)
+        used = tokens.ravel() >= 0
+        output_rows[tokens.ravel()[used]] = by_token[used]
+        num_rows += rows.size
+    return query_rows, output_rows
 
 
 def _cut_into_tiles(
@@ -184,7 +205,7 @@ def logical_block_mask(q_pos: np.ndarray, window: int | None, group_size: int, p
     last_page = max_pages - 1  # past its end a list is never visited, but translated
     arrays = [num_pages - num_whole, partial_pages.clip(max=last_page), num_whole, whole_pages.clip(max=last_page)]
     uploaded = _upload([*arrays, q_pos], page_table.table.device, np.int32)
-    num_partial, partial_pages, num_whole, whole_pages, q_pos = (part.view(len(first), -1) for part in uploaded)
+    num_partial, partial_pages, num_whole, whole_pages, q_pos = uploaded
     mask = layer_mask(window)
 
     def mask_of_queries(tile: Tensor, h: Tensor, q_idx: Tensor, kv_pos: Tensor) -> Tensor:
@@ -210,6 +231,9 @@ def effective_window(window: int | None, page_table: PageTable) -> int | None:
 
 
 def _upload(arrays: list[np.ndarray], device: torch.device, dtype: type = np.int64) -> list[Tensor]:
-    """Copy integer arrays of any shapes to the device in one transfer. Returns them flat."""
+    """Copy integer arrays of any shapes to the device in one transfer.
+
+    The parts are copied once more: a compiled region takes no two tensors that share memory."""
     packed = np.concatenate([array.ravel() for array in arrays], dtype=dtype, casting="same_kind")
-    return list(upload(packed, device).split([array.size for array in arrays]))
+    parts = upload(packed, device).split([array.size for array in arrays])
+    return [part.view(array.shape).clone() for part, array in zip(parts, arrays)]

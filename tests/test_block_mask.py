@@ -8,6 +8,8 @@ read in both ways that FlexAttention reads it: `mask_mod` at every (query, slot)
 function knows, and the pages listed for each tile combined with `mask_mod`, which is what the kernels visit.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -112,12 +114,12 @@ def layouts(draw, tile_lens: tuple[int, ...], group_size: int) -> TileLayout:
     windows = draw(st.sampled_from([(None,), (1,), (None, 2), (3, None), (2, 7), (5, 100)]))
     buckets = draw(st.sampled_from([None, (2, 64), (1, 3, 5, 64)]))
     kinds = tuple(TileKind(tile_len, buckets) for tile_len in tile_lens)
-    return TileLayout(kinds, group_size, windows, whole_pool=draw(st.booleans()))
+    return TileLayout(kinds, 1, group_size, windows, whole_pool=draw(st.booleans()))
 
 
 def tiles_of(batch: StepBatch, layout: TileLayout):
-    """(tiles, their length, the token of each query of the step that is not padding), one for each kind in use."""
-    token_at = {slot: token for token, slot in enumerate(batch.tile_slot.tolist())}
+    """(tiles, their length, the token of each query or None where padded), for each kind in use. One kv head."""
+    token_at = {row // layout.group_size: token for token, (row, *_) in enumerate(batch.output_rows.tolist())}
     lengths = {kind.tile_len for kind in layout.kinds}
     before = 0
     for tiles in batch.tiles:
@@ -125,7 +127,7 @@ def tiles_of(batch: StepBatch, layout: TileLayout):
         assert q_block % layout.group_size == 0
         tile_len = q_block // layout.group_size
         assert tile_len in lengths
-        queries = len(tiles.tokens)
+        queries = len(tiles.query_rows) * tile_len
         yield tiles, tile_len, [token_at.get(before + query) for query in range(queries)]
         before += queries
 
@@ -207,20 +209,28 @@ def test_a_step_says_of_each_token_what_it_is_where_it_stands_and_where_it_goes(
     last_tokens = [(chunk.sequence.row, chunk.start + chunk.length - 1) for chunk in scene.chunks]
     assert [tokens[i] for i in batch.chunk_ends.tolist()] == last_tokens
     assert batch.finite.tolist() == [True] * len(tokens), "nothing is known to be broken yet"
-    for ints in (batch.input_ids, batch.position_ids, batch.slots, batch.chunk_ends, batch.tile_slot):
+    for ints in (batch.input_ids, batch.position_ids, batch.slots, batch.chunk_ends, batch.output_rows):
         assert ints.dtype == torch.int64
 
 
 @settings(max_examples=60, deadline=None, database=None)
 @given(data=st.data())
-def test_going_into_the_tiles_and_back_is_the_identity_on_tokens(data):
+def test_going_into_the_tiles_and_back_is_the_identity_on_tokens_and_heads(data):
     scene = data.draw(st.sampled_from([1, 2, 4]).flatmap(scenes))
-    layout = data.draw(st.sampled_from([(1,), (4,), (1, 4), (2, 3)]).flatmap(lambda lens: layouts(lens, 1)))
+    num_kv_heads, group_size = data.draw(st.sampled_from([(1, 1), (1, 3), (2, 1), (2, 3)]))
+    layout = data.draw(st.sampled_from([(1,), (4,), (1, 4), (2, 3)]).flatmap(lambda lens: layouts(lens, group_size)))
+    layout = replace(layout, num_kv_heads=num_kv_heads)
     batch = StepBatch.build(scene.chunks, scene.page_table, layout)
-    values = torch.randn(len(scene.tokens()))
-    in_tiles = torch.cat([values[tiles.tokens] for tiles in batch.tiles])
-    assert torch.equal(in_tiles[batch.tile_slot], values)
-    assert batch.tile_slot.unique().numel() == len(values)
+    values = torch.randn(len(scene.tokens()), num_kv_heads * group_size)
+    in_tiles = [values.flatten()[tiles.query_rows] for tiles in batch.tiles]
+    assert torch.equal(torch.cat([part.flatten() for part in in_tiles])[batch.output_rows], values)
+    assert batch.output_rows.unique().numel() == values.numel()
+    # In a tile, a kv head has the queries of its own group, token by token.
+    for tiles in batch.tiles:
+        head = tiles.query_rows % values.shape[1]
+        assert torch.equal(head // group_size, torch.arange(num_kv_heads)[:, None].expand_as(head[0]).expand_as(head))
+        rows_of_tokens = (tiles.query_rows // values.shape[1]).unflatten(-1, (-1, group_size))
+        assert (rows_of_tokens == rows_of_tokens[:, :1, :, :1]).all()
 
 
 @settings(max_examples=60, deadline=None, database=None)
@@ -239,8 +249,8 @@ def test_a_chunk_goes_into_the_smallest_tile_that_holds_it_and_tiles_are_padded_
     for tiles, (tile_len, used) in zip(batch.tiles, sorted(num_tiles.items())):
         buckets = layout.kinds[0].buckets
         padded = used if buckets is None else min(bucket for bucket in buckets if bucket >= used)
-        assert len(tiles.tokens) == padded * tile_len
-        assert min(tiles.tokens.tolist()) >= 0, "padding reads a token that exists"
+        assert tiles.query_rows.shape == (padded, 1, tile_len)
+        assert tiles.query_rows.min() >= 0, "padding reads a token that exists"
 
 
 @pytest.mark.parametrize("whole_pool", [True, False])
@@ -251,7 +261,7 @@ def test_attention_is_handed_the_whole_pool_or_the_part_in_use_and_lists_as_wide
 ):
     scene = data.draw(st.sampled_from([1, 2, 4]).flatmap(scenes))
     kinds = (TileKind(1, (2, 64)), TileKind(4, (2, 64)))
-    batch = StepBatch.build(scene.chunks, scene.page_table, TileLayout(kinds, 2, (None, 3), whole_pool))
+    batch = StepBatch.build(scene.chunks, scene.page_table, TileLayout(kinds, 1, 2, (None, 3), whole_pool))
     highest = max(page for pages in scene.pages.values() for page in pages)
     assert batch.kv_len == (N_PAGES if whole_pool else highest + 1) * scene.page_size
     for tiles in batch.tiles:
@@ -272,15 +282,18 @@ def test_the_drawing_in_the_docstring_of_step_holds():
         Chunk(make_sequence(b, 8), 7, 1),
         Chunk(make_sequence(c, 6), 0, 5),  # the last token of c's prompt does not run in this step
     ]
-    layout = TileLayout((TileKind(1, (4, 8)), TileKind(4, (2, 8))), group_size=2, windows=(None,), whole_pool=True)
+    layout = TileLayout(
+        (TileKind(1, (4, 8)), TileKind(4, (2, 8))), num_kv_heads=1, group_size=2, windows=(None,), whole_pool=True
+    )
     batch = StepBatch.build(scene.chunks, scene.page_table, layout)
     c_ids = [token_id(c, position) for position in range(5)]
     assert batch.input_ids.tolist() == [[token_id(a, 0), token_id(b, 7), *c_ids]]
     assert batch.chunk_ends.tolist() == [0, 1, 6]
     small, large = batch.tiles
-    assert small.tokens.tolist() == [0, 1, 0, 0]
-    assert large.tokens.tolist() == [2, 3, 4, 5, 6, 0, 0, 0]
-    assert batch.tile_slot.tolist() == [0, 1, 4, 5, 6, 7, 8]
+    # Two heads, so two rows a token.
+    assert small.query_rows.flatten().tolist() == [0, 1, 2, 3, 0, 1, 0, 1]
+    assert large.query_rows.flatten().tolist() == [4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 0, 1, 0, 1, 0, 1]
+    assert batch.output_rows.tolist() == [[0, 1], [2, 3], [8, 9], [10, 11], [12, 13], [14, 15], [16, 17]]
     # The one token of a sees a quarter of its page; that of b sees both of its pages whole, and so does c4 the first
     # page of c, of which c0 to c2 do not see all.
     assert small.block_masks[None].kv_num_blocks.flatten().tolist() == [1, 0, 0, 0]
@@ -296,7 +309,9 @@ def test_padding_on_row_0_sees_nothing_and_writes_to_page_0():
     row = scene.page_table.allocate()
     for _ in range(4):
         scene.grow(row)  # somebody's pages, for padding to see if it could
-    layout = TileLayout((TileKind(1, (4,)), TileKind(4, (4,))), group_size=2, windows=(None, 2), whole_pool=True)
+    layout = TileLayout(
+        (TileKind(1, (4,)), TileKind(4, (4,))), num_kv_heads=1, group_size=2, windows=(None, 2), whole_pool=True
+    )
     chunks = [Chunk(make_sequence(0, 3), 0, 3), Chunk(make_sequence(0, 1), 0, 1)]
     batch = StepBatch.build(chunks, scene.page_table, layout)
     assert all(0 <= slot < scene.page_size for slot in batch.slots.tolist())
@@ -308,7 +323,7 @@ def test_padding_on_row_0_sees_nothing_and_writes_to_page_0():
 def test_a_row_sees_nothing_of_the_sequence_that_had_its_pages_before():
     scene = Scene(page_size=2)
     old, new = scene.page_table.allocate(), scene.page_table.allocate()
-    layout = TileLayout((TileKind(1, None),), group_size=1, windows=(None, 3), whole_pool=False)
+    layout = TileLayout((TileKind(1, None),), num_kv_heads=1, group_size=1, windows=(None, 3), whole_pool=False)
     for row in (old, new, old, old, new):
         scene.grow(row)
     scene.chunks = [Chunk(make_sequence(old, 6), 0, 6), Chunk(make_sequence(new, 4), 0, 4)]

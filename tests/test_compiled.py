@@ -37,8 +37,9 @@ def test_compiled_engine_equals_generate_and_never_compiles_after_warmup():
         torch._dynamo.reset()  # other tests' graphs
         before = num_graphs()
         engine.warmup()
-        # Attention: 2 masks in tiles of one token, 1 in larger ones (the last layer attends for ends alone), 2 buckets.
-        assert num_graphs() - before == 6 + 1 and engine.runner.max_graphs == 6 + 2
+        # Decodes in 3 buckets, and the model of any length. Its attention: 2 masks in tiles of one token, and 1 in
+        # larger ones (the last layer attends for ends alone), which have 2 buckets.
+        assert num_graphs() - before == engine.runner.max_graphs == 3 + 1 + 2 + 2
         after_warmup = num_graphs()
         outputs = engine.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
         assert [output.outputs[0].token_ids for output in outputs] == expected
@@ -46,6 +47,41 @@ def test_compiled_engine_equals_generate_and_never_compiles_after_warmup():
         for size in range(1, len(PROMPTS)):
             engine.generate(PROMPTS[:size], SamplingParams(temperature=0.7, max_tokens=2), use_tqdm=False)
         assert num_graphs() == after_warmup, "a step met a shape that the warm-up had not"
+
+
+@pytest.mark.compiled
+def test_layers_with_other_windows_keep_their_own_masks_in_one_graph_and_one_request_is_a_batch():
+    """Without a softcap, torch took the second layer's attention for the first one's."""
+    model = tiny_model("gemma3_text", torch.float32)
+    expected = [hf_generate(model, prompt, 24) for prompt in PROMPTS[:3]]
+    with Inference(model, None, 1, page_size=16, n_pages=16, max_num_batched_tokens=64) as engine:
+        assert len(set(engine.runner.layout.windows)) == 2
+        for prompt, tokens in zip(PROMPTS, expected):
+            (output,) = engine.generate([prompt], SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)
+            assert output.outputs[0].token_ids == tokens
+        assert engine.runner.max_graphs == 1 + 1 + 2 + 2
+
+
+@pytest.mark.compiled
+def test_a_broken_number_ends_its_own_request_among_compiled_decodes():
+    model = tiny_model("gemma2", torch.float32)
+    greedy = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    expected = [hf_generate(model, prompt, 6, ignore_eos=True) for prompt in PROMPTS[:3]]
+    with Inference(model, None, 5, page_size=16, n_pages=16, max_num_batched_tokens=80) as engine:
+        ids = [engine.add_request(prompt, greedy) for prompt in PROMPTS[:3]]
+        engine.run_one_step()
+        broken = engine.scheduler.running[1]
+        with torch.no_grad():
+            row = model.get_input_embeddings().weight[broken.token_ids[-1]]
+            good, _ = row.clone(), row.fill_(torch.nan)
+            outputs = {output.request_id: output for output in engine.run_one_step()}
+            row.copy_(good)
+        while engine.has_unfinished_requests():
+            outputs |= {output.request_id: output for output in engine.run_one_step()}
+        assert outputs[ids[1]].outputs[0].finish_reason == "error"
+        for index in (0, 2):
+            assert outputs[ids[index]].outputs[0].token_ids == expected[index]
+        assert all(buffer.isfinite().all() for buffer in model.buffers())
 
 
 @pytest.mark.compiled
@@ -84,7 +120,7 @@ def test_compiled_attention_equals_uncompiled(page_size, num_heads, num_kv_heads
     k_pool, v_pool = (random_tensor(1, num_kv_heads, table.n_pages * page_size, head_dim) for _ in range(2))
     outputs = {}
     for compiled, kinds in ((True, tile_kinds(group_size, 4, 32, "cpu")), (False, (TileKind(1, None),))):
-        layout = TileLayout(kinds, group_size, (window,), whole_pool=compiled)
+        layout = TileLayout(kinds, num_kv_heads, group_size, (window,), whole_pool=compiled)
         cache = PagedKVCache(table.n_pages * page_size, num_kv_heads, head_dim, dtype, torch.device("cpu"))
         cache.k_cache.copy_(k_pool)
         cache.v_cache.copy_(v_pool)
@@ -143,8 +179,10 @@ def test_a_window_that_nobody_can_notice_needs_no_kernel_of_its_own(max_seq_leng
     with Inference(model, None, 2, max_seq_length, page_size=1, max_num_batched_tokens=8, compile=False) as engine:
         (output,) = engine.generate([prompt], SamplingParams(temperature=0, max_tokens=99), use_tqdm=False)
         small, large = kinds = tile_kinds(2, 2, 8, "cpu")
-        engine.runner.layout = replace(engine.runner.layout, kinds=kinds)
-        assert engine.runner.max_graphs == num_masks * len(small.buckets) + len(large.buckets)
+        runner = engine.runner
+        runner.compiled, runner.layout = True, replace(runner.layout, kinds=kinds)
+        runner.decode_layout = replace(runner.layout, kinds=(TileKind(1, (1, 2)),))
+        assert runner.max_graphs == 2 + 1 + num_masks * len(small.buckets) + len(large.buckets)
     num_tokens = max_seq_length - len(prompt)
     assert output.outputs[0].token_ids == hf_generate(model, prompt, num_tokens)
 
@@ -216,7 +254,7 @@ def test_a_cuda_tile_divides_the_blocks_of_the_mask(group_size, page_size):
 def test_every_step_fits_a_bucket(device_type, group_size, max_batch_size, budget):
     """The worst steps: all chunks of one token, all of one more than a tile, one chunk of everything."""
     kinds = tile_kinds(group_size, max_batch_size, budget, device_type)
-    layout = TileLayout(kinds, group_size, (None,), whole_pool=True)
+    layout = TileLayout(kinds, 1, group_size, (None,), whole_pool=True)
     assert [kind.tile_len for kind in kinds] == sorted(kind.tile_len for kind in kinds)
     for chunk_len in {1, *(kind.tile_len + 1 for kind in kinds), budget}:
         num_chunks = min(max_batch_size, budget // chunk_len)

@@ -28,7 +28,9 @@ from flex_nano_vllm.step import StepBatch, TileKind, TileLayout
 
 EOS, NOT_FINITE = 0, -1
 FAILED = "written by a step that failed"
-LAYOUT = TileLayout((TileKind(1, None), TileKind(3, (1, 2, 9))), group_size=1, windows=(None, 3), whole_pool=True)
+LAYOUT = TileLayout(
+    (TileKind(1, None), TileKind(3, (1, 2, 9))), num_kv_heads=1, group_size=1, windows=(None, 3), whole_pool=True
+)
 
 PROMPTS = st.tuples(
     st.one_of(st.integers(0, 3), st.integers(0, 99)),  # gives the length, see `submit`
@@ -342,15 +344,15 @@ class Engine(RuleBasedStateMachine):
         seen: list[list[int]] = []
         zero = torch.zeros((), dtype=torch.int32)
         all_slots = torch.arange(batch.kv_len, dtype=torch.int32)
-        in_tiles = batch.tile_slot.tolist()
+        in_tiles = batch.output_rows[:, 0].tolist()  # one head: a row of a tile is a token
         for tiles in batch.tiles:
             mask = tiles.block_masks[window]
             tile_len = mask.BLOCK_SIZE[0]
-            queries = torch.arange(len(tiles.tokens), dtype=torch.int32)[:, None]
+            queries = torch.arange(tiles.query_rows.numel(), dtype=torch.int32)[:, None]
             allowed = mask.mask_mod(queries // tile_len, zero, queries % tile_len, all_slots[None]).tolist()
             masked = (mask.kv_num_blocks, mask.kv_indices)
             whole = (mask.full_kv_num_blocks, mask.full_kv_indices)
-            for query in range(len(tiles.tokens)):
+            for query in range(tiles.query_rows.numel()):
                 slots = []
                 for counts, lists in (masked, whole):
                     pages = lists[query // tile_len, 0, 0, : counts[query // tile_len, 0, 0]].tolist()
