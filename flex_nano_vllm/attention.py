@@ -65,16 +65,6 @@ def _step(num_tokens: int, ends: bool = False) -> tuple[StepBatch, Callable[...,
     return step, flex
 
 
-def write_kv(step: StepBatch, key: Tensor, value: Tensor, finite: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
-    """Put the step's keys and values, [1, K, T, D], into their slots of the pool, [1, K, slots, D].
-
-    `finite` [T] says which tokens had finite ones. The step keeps count.
-    """
-    step.finite.logical_and_(finite)
-    k_cache.index_copy_(2, step.slots, key)
-    v_cache.index_copy_(2, step.slots, value)
-
-
 def attend(
     step: StepBatch,
     flex: Callable[..., Tensor],
@@ -106,9 +96,17 @@ def attend(
     return together[step.output_rows][None]
 
 
+def write_kv(step: StepBatch, key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+    """Put the step's keys and values, [1, K, T, D], into their slots of the pool, [1, K, slots, D]."""
+    k_cache.index_copy_(2, step.slots, key)
+    v_cache.index_copy_(2, step.slots, value)
+
+
 def write_kv_op(key: Tensor, value: Tensor, finite: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+    """`finite` [T] says which tokens had finite keys and values. The step keeps count."""
     step, _ = _step(num_tokens=key.shape[2])
-    write_kv(step, key, value, finite, k_cache, v_cache)
+    step.finite.logical_and_(finite)
+    write_kv(step, key, value, k_cache, v_cache)
 
 
 def attend_op(
@@ -152,21 +150,22 @@ class PagedKVCache(nn.Module):
         self.register_buffer("k_cache", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
         self.register_buffer("v_cache", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
 
-    def update(self, key: Tensor, value: Tensor, step: StepBatch | None = None) -> None:
+    def update(self, key: Tensor, value: Tensor, step: StepBatch | None = None) -> Tensor:
         """Write the step's keys and values, [1, K, T, D], into their slots. No step: the one in progress.
 
         Only finite numbers enter the pool. A NaN there would reach every query whose kernel passes by, since a masked
         slot still counts as 0 * V, and the CPU kernel's running maximum may lose one that should be seen. So a token
-        whose numbers are not finite is written as zeros and marked in `step.finite`: its request fails, alone and at
-        once, and its pages can be used again by anybody.
+        whose numbers are not finite is written as zeros and marked in the `finite` of the step in progress: its request
+        fails, alone and at once, and its pages can be used again by anybody.
+        Returns which tokens had finite numbers, [T] bool; a step that was given is left as it is.
         """
         finite = (key.isfinite() & value.isfinite()).all(dim=-1, keepdim=True).all(dim=1, keepdim=True)  # [1, 1, T, 1]
         key, value = torch.where(finite, key, 0), torch.where(finite, value, 0)
-        arguments = (key, value, finite.flatten(), self.k_cache, self.v_cache)
         if step is None:
-            torch.ops.flex_nano_vllm.write_kv(*arguments)
+            torch.ops.flex_nano_vllm.write_kv(key, value, finite.flatten(), self.k_cache, self.v_cache)
         else:
-            write_kv(step, *arguments)
+            write_kv(step, key, value, self.k_cache, self.v_cache)
+        return finite.flatten()
 
     def attend(
         self,
@@ -223,11 +222,17 @@ def paged_flex_attention(
 
     `phase`, see `patching.pruned_forward`: "keys" writes keys and values and returns nothing of interest, "ends"
     attends only.
-    `step`: given where attention is compiled with the model around it, else it is the one in progress.
+    `step`: given for a step of decodes, which is compiled with its attention; else it is the one in progress.
     Raises RuntimeError when the model was called by anybody but the engine, whose step says where and what.
     """
+    cache = module.kv_cache
+    if step is not None:
+        finite = cache.update(key, value, step)
+        output = cache.attend(query, sliding_window, scaling, softcap, step=step)
+        # Each token is the end of its chunk: from here the NaN gets into the logits that its request fails by.
+        return output.masked_fill(~finite[:, None, None], torch.nan), None
     if phase != "ends":
-        module.kv_cache.update(key, value, step)
+        cache.update(key, value)
     if phase == "keys":
         return query.transpose(1, 2), None
-    return module.kv_cache.attend(query, sliding_window, scaling, softcap, phase == "ends", step), None
+    return cache.attend(query, sliding_window, scaling, softcap, ends=phase == "ends"), None

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from flex_nano_vllm.inference import Inference
@@ -60,22 +61,31 @@ class StepCost:
 
 def step_cost(model: PreTrainedModel, chunks: list[tuple[int, int]]) -> StepCost:
     """The cost of a step of (start, length) chunks: every weight read once; every key and value that a chunk's queries
-    may see read once for the chunk, and the chunk's own written; logits for the end of each chunk."""
+    may see read once for the chunk, and the chunk's own written; logits for the end of each chunk. The last layer takes
+    of the other tokens nothing but their keys and values (see `patching.pruned_forward`)."""
     layers = model.get_decoder().layers
-    in_layers = sum(weight.numel() for weight in layers.parameters())
+    in_layers, in_last = num_weights(layers), num_weights(layers[-1])
+    keys_in_last = num_weights(layers[-1].self_attn.k_proj) + num_weights(layers[-1].self_attn.v_proj)
     head = model.get_output_embeddings().weight.numel()
     num_kv_heads, head_dim = kv_shape(model)
-    num_tokens = sum(length for _, length in chunks)
+    num_tokens, num_ends = sum(length for _, length in chunks), len(chunks)
     num_bytes = (in_layers + head) * model.dtype.itemsize
-    num_operations = 2 * (in_layers * num_tokens + head * len(chunks))
-    for window in layer_windows(model):
-        for start, length in chunks:
-            seen = start + length if window is None else min(start + length, window - 1 + length)
-            num_bytes += 2 * (seen + length) * num_kv_heads * head_dim * model.dtype.itemsize
-            positions = range(start + 1, start + length + 1)
-            scores = sum(position if window is None else min(position, window) for position in positions)
-            num_operations += 4 * scores * model.config.num_attention_heads * head_dim
+    num_operations = 2 * (in_layers - in_last + keys_in_last) * num_tokens
+    num_operations += 2 * (in_last - keys_in_last + head) * num_ends
+    *windows, last_window = layer_windows(model)
+    layer_chunks = [(window, chunk, chunk) for window in windows for chunk in chunks]
+    layer_chunks += [(last_window, (start, length), (start + length - 1, 1)) for start, length in chunks]
+    for window, (_, num_written), (start, length) in layer_chunks:
+        seen = start + length if window is None else min(start + length, window - 1 + length)
+        num_bytes += 2 * (seen + num_written) * num_kv_heads * head_dim * model.dtype.itemsize
+        positions = range(start + 1, start + length + 1)
+        scores = sum(position if window is None else min(position, window) for position in positions)
+        num_operations += 4 * scores * model.config.num_attention_heads * head_dim
     return StepCost(num_bytes, num_operations)
+
+
+def num_weights(module: nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())
 
 
 @dataclass(frozen=True)
@@ -102,7 +112,10 @@ def measure_shares(
     """
     shares = []
     for batch_size in batch_sizes:
-        params = SamplingParams(temperature=0, max_tokens=num_decode_steps + batch_size, ignore_eos=True)
+        # The first one decodes while the prompts of the others come in.
+        budget = engine.scheduler.max_num_batched_tokens - batch_size
+        num_prefill_steps = batch_size * prompt_len // max(1, budget) + batch_size
+        params = SamplingParams(temperature=0, max_tokens=num_decode_steps + num_prefill_steps, ignore_eos=True)
         prompts = [[5 + (i + j) % 250 for j in range(prompt_len)] for i in range(batch_size)]
         request_ids = []
         try:

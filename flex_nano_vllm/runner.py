@@ -118,14 +118,14 @@ class ModelRunner:
         """
         if self.model.config._attn_implementation != ATTN_IMPLEMENTATION:
             raise RuntimeError("set_attn_implementation was called on the engine's model: close the engine first")
-        if decodes := self.compiled and all(chunk.length == 1 for chunk in chunks):
+        if self.compiled and all(chunk.length == 1 for chunk in chunks):
             layout = self.decode_layout
             num_padding = layout.kinds[0].num_padded_tiles(len(chunks)) - len(chunks)
-        else:
-            # A dimension of size 1 would be a graph of its own: a lone chunk gets the company of a padding token.
-            layout, num_padding = self.layout, 2 - len(chunks)
-        batch = StepBatch.build(chunks + [padding_chunk(1)] * num_padding, self.page_table, layout)
-        logits = self.call_model(batch, decodes)[: len(chunks)]
+            batch = StepBatch.build(chunks + [padding_chunk(1)] * num_padding, self.page_table, layout)
+            return self.call_model(batch, decodes=True)[: len(chunks)]
+        # A dimension of size 1 would be a graph of its own: a lone chunk gets the company of a padding token.
+        batch = StepBatch.build(chunks + [padding_chunk(1)] * (2 - len(chunks)), self.page_table, self.layout)
+        logits = self.call_model(batch, decodes=False)[: len(chunks)]
         chunk_of_token = torch.searchsorted(batch.chunk_ends, torch.arange(len(batch.slots), device=logits.device))
         failed = torch.zeros_like(batch.chunk_ends).index_add_(0, chunk_of_token, (~batch.finite).long()) > 0
         logits[:, 0].masked_fill_(failed[: len(chunks)], torch.nan)

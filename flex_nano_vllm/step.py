@@ -84,7 +84,7 @@ class StepBatch:
     position_ids: Tensor  # [1, T] int64, 0-based
     slots: Tensor  # [T] int64, where each token's keys and values go
     chunk_ends: Tensor  # [C] int64, the last token of each chunk: its logits are wanted
-    finite: Tensor  # [T] bool, cleared by the layers where keys or values are not; nothing else is ever changed
+    finite: Tensor  # [T] bool, cleared by the operators where keys or values are not; nothing else is ever changed
     tiles: tuple[Tiles, ...]
     output_rows: Tensor  # [T, H] int64, where each head's output stands in the concatenated rows of the tiles
     kv_len: int  # slots of the pool that attention is handed

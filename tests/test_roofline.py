@@ -22,7 +22,10 @@ def test_cost_of_a_decode_and_of_a_prompt():
     assert decode.num_operations == 2 * (LINEAR + NORMS + HEAD) + 4 * 12 * scores
     prompt = step_cost(model, [(0, 10)])
     assert prompt.num_bytes == 4 * (LINEAR + NORMS + HEAD + (10 + 10) * kv_of_token)
-    assert prompt.num_operations == 2 * (10 * (LINEAR + NORMS) + HEAD) + 4 * 12 * 2 * 4 * 55
+    # In the last layer: keys and values of all tokens, everything else of the end.
+    layer, keys = (LINEAR + NORMS) // 2, 2 * 48 * 24
+    linear = 10 * (layer + keys) + layer - keys + HEAD
+    assert prompt.num_operations == 2 * linear + 4 * 12 * 4 * (55 + 10)
 
 
 def test_a_window_saves_what_lies_before_it():
@@ -30,6 +33,14 @@ def test_a_window_saves_what_lies_before_it():
     near, far = step_cost(model, [(WINDOW - 1, 1)]), step_cost(model, [(WINDOW + 40, 1)])
     assert near == far
     assert step_cost(model, [(WINDOW - 2, 1)]).num_operations < near.num_operations
+    near, far = step_cost(model, [(WINDOW - 1, 9)]), step_cost(model, [(WINDOW + 40, 9)])
+    assert near == far
+
+
+def test_a_step_of_few_tokens_takes_many_steps_of_prefill():
+    with Inference(tiny_model("llama"), None, 4, 128, page_size=16, max_num_batched_tokens=4, compile=False) as engine:
+        shares = measure_shares(engine, Machine(1e9, 1e9), [4], prompt_len=9, num_decode_steps=5)
+    assert [(share.phase, share.num_tokens) for share in shares][-1] == ("decode", 20)
 
 
 def test_the_slower_of_memory_and_arithmetic_is_the_limit():
