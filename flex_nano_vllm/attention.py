@@ -183,7 +183,9 @@ class PagedKVCache(nn.Module):
         arguments = (query, self.k_cache, self.v_cache, window, scale, cap)
         if step is None:
             return torch.ops.flex_nano_vllm.attend(*arguments, ends)
-        return attend(step, functools.partial(flex_in_graph, window), *arguments)
+        masks = step.tiles[0].block_masks
+        effective = next(other for other in masks if masks[other] is masks[window])  # windows may share a mask
+        return attend(step, functools.partial(flex_in_graph, effective), *arguments)
 
 
 def kernel_options(device: torch.device, q_block: int, page_size: int) -> dict[str, object] | None:

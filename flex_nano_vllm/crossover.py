@@ -21,9 +21,9 @@ from torch.profiler import ProfilerActivity, profile
 from flex_nano_vllm.attention import PagedKVCache, step_in_progress
 from flex_nano_vllm.page_table import PageTable, cdiv
 from flex_nano_vllm.report import device_name
-from flex_nano_vllm.runner import compile_flex_attention, padding_chunk, tile_kinds, why_not_compiled
+from flex_nano_vllm.runner import compile_flex_attention, decode_buckets, padding_chunk, tile_kinds, why_not_compiled
 from flex_nano_vllm.scheduler import Chunk
-from flex_nano_vllm.step import StepBatch, TileLayout
+from flex_nano_vllm.step import StepBatch, TileKind, TileLayout
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 4, 128  # as gemma2-small
 KV_LENS, BATCH_SIZES, PAGE_SIZES = [128, 512, 2048], [1, 8, 32], [16, 64, 128]
@@ -64,6 +64,7 @@ def measure_crossover(
             pool.normal_(generator=torch.Generator(device).manual_seed(0))
         kinds = tile_kinds(group_size, largest, longest, device.type)
         layout = TileLayout(kinds, NUM_KV_HEADS, group_size, windows=(None,), whole_pool=True)
+        decode_layout = replace(layout, kinds=(TileKind(kinds[0].tile_len, decode_buckets(largest)),))
         for kv_len, batch_size in itertools.product(kv_lens, batch_sizes):
             page_table = PageTable(n_pages, page_size, largest, max_pages, device)
             rows = [page_table.allocate() for _ in range(batch_size)]
@@ -75,7 +76,7 @@ def measure_crossover(
                     continue
                 sequences = [replace(padding_chunk(kv_len).sequence, row=row) for row in rows]
                 chunks = [Chunk(sequence, kv_len - num_queries, num_queries) for sequence in sequences]
-                step = StepBatch.build(chunks, page_table, layout)
+                step = StepBatch.build(chunks, page_table, decode_layout if phase == "decode" else layout)
                 ways = _ways(cache, page_table, rows, kv_len, num_queries, step, flex)
                 outputs = {way: attend() for way, attend in ways.items()}
                 for way, output in outputs.items():

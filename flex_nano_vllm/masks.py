@@ -38,7 +38,7 @@ def layer_mask(window: int | None) -> MaskMod:
     return causal if window is None else sliding_window(window)
 
 
-def softcap(cap: float) -> ScoreMod:
+def softcap(cap: float) -> ScoreMod:  # not cached: it is called within a compiled graph, and dynamo knows no cache
     """Gemma-2's soft cap: squashes the (already scaled) attention scores into (-cap, cap)."""
 
     def softcap_score(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:

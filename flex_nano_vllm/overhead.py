@@ -1,4 +1,4 @@
-"""What a decode step takes besides the model, and whether it grows with anything but the tokens in it."""
+"""What a decode step takes besides the model, and whether it grows with anything but the bucket of its decodes."""
 
 import json
 import statistics

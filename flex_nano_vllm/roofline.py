@@ -115,7 +115,8 @@ def measure_shares(
         # The first one decodes while the prompts of the others come in.
         budget = engine.scheduler.max_num_batched_tokens - batch_size
         num_prefill_steps = batch_size * prompt_len // max(1, budget) + batch_size
-        params = SamplingParams(temperature=0, max_tokens=num_decode_steps + num_prefill_steps, ignore_eos=True)
+        max_tokens = num_prefill_steps + num_decode_steps + 1
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
         prompts = [[5 + (i + j) % 250 for j in range(prompt_len)] for i in range(batch_size)]
         request_ids = []
         try:
@@ -126,7 +127,8 @@ def measure_shares(
                 sequences = [*engine.scheduler.running, *engine.scheduler.waiting]
                 before = [sequence.num_computed_tokens for sequence in sequences]
                 started = time.perf_counter()
-                engine.run_one_step()
+                if engine.run_one_step():
+                    raise RuntimeError(f"a request ended before {batch_size} had decoded {num_decode_steps} tokens")
                 seconds = time.perf_counter() - started
                 after = [sequence.num_computed_tokens for sequence in sequences]
                 chunks = [(start, end - start) for start, end in zip(before, after) if end > start]

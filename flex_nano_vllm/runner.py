@@ -34,6 +34,9 @@ DYNAMO_CONFIG = {
     "specialize_float": True,
 }
 
+# Nobody exchanges the code of torch and transformers while it serves: to check that takes half the time of a lookup.
+UNGUARDED = {"guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe}
+
 
 def why_not_compiled(device: torch.device, dtype: torch.dtype, page_size: int) -> str | None:
     """The reason why FlexAttention cannot be compiled here, or None if it can."""
@@ -68,8 +71,9 @@ class ModelRunner:
     All are made by `warmup()`, or by the first steps that need them; there are at most `max_graphs`, and a step whose
     shape is in no bucket cannot be built.
 
-    Uncompiled, the same function runs operator by operator. It needs no compiler and computes in any dtype, but looks
-    at every slot between the first page and the last one in use: for tests, small models, and machines without one.
+    Uncompiled, model and FlexAttention run operator by operator. That needs no compiler and computes in any dtype, but
+    looks at every slot between the first page and the last one in use: for tests, small models, and machines without
+    one.
     """
 
     def __init__(self, model: PreTrainedModel, page_table: PageTable, max_num_batched_tokens: int, compiled: bool):
@@ -82,16 +86,15 @@ class ModelRunner:
         else:
             kinds = (TileKind(tile_len=1, buckets=None),)
         self.layout = TileLayout(kinds, num_kv_heads, group_size, tuple(layer_windows(model)), whole_pool=compiled)
-        decodes = TileKind(kinds[0].tile_len, decode_buckets(page_table.max_batch_size))
+        decodes = TileKind(kinds[0].tile_len, decode_buckets(min(page_table.max_batch_size, max_num_batched_tokens)))
         self.decode_layout = replace(self.layout, kinds=(decodes,)) if compiled else None
         self.flex = compile_flex_attention(model.device.type, compiled)
         self.model_of_any_length, self.model_of_decodes = model, None
         if compiled:
             make = functools.partial(torch.compile, model, fullgraph=True, backend=inductor(model.device.type))
-            unguarded = {"guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe}  # code of torch, transformers
-            self.model_of_any_length = make(dynamic=True, options=dict(unguarded))
+            self.model_of_any_length = make(dynamic=True, options=dict(UNGUARDED))
             cuda_graphs = {"triton.cudagraphs": True} if model.device.type == "cuda" else {}
-            self.model_of_decodes = make(dynamic=False, options=unguarded | cuda_graphs)
+            self.model_of_decodes = make(dynamic=False, options=UNGUARDED | cuda_graphs)
         patch_model(model, page_table.n_pages * page_table.page_size)  # last: nobody would undo it here
 
     @property
@@ -112,7 +115,7 @@ class ModelRunner:
     @torch.inference_mode(False)
     @torch.no_grad()
     def forward(self, chunks: list[Chunk]) -> Tensor:
-        """Compute the chunks and return the logits at the end of each, [C, V].
+        """Compute the chunks and return the logits at the end of each, [C, V]; valid until the next call.
 
         A row has a NaN where the chunk has met numbers that are not finite, at its end or anywhere before.
         """
@@ -144,15 +147,15 @@ class ModelRunner:
             return self.model_of_any_length(**arguments, chunk_ends=batch.chunk_ends).logits[0]
 
     def warmup(self) -> None:
-        """Compile every graph by running each bucket once, on padding: row 0 sees nothing and writes to page 0."""
+        """Compile every graph by running each bucket, on padding: row 0 sees nothing and writes to page 0."""
         if not self.compiled:
             return
         for bucket in self.decode_layout.kinds[0].buckets:
-            self.forward([padding_chunk(1)] * min(bucket, self.page_table.max_batch_size))
+            for _ in range(2 if self.model.device.type == "cuda" else 1):  # the second run records the CUDA graph
+                self.forward([padding_chunk(1)] * bucket)
         longest = self.page_table.max_pages_per_row * self.page_table.page_size
-        if longest == 1:
-            return
-        self.forward([padding_chunk(1), padding_chunk(2)][-self.page_table.max_batch_size :])
+        # Two tokens and one of padding. More tokens than chunks: else dynamo would learn that they are always the same.
+        self.forward([padding_chunk(2)])
         shortest = self.layout.kinds[0].tile_len + 1  # chunk that goes into large tiles
         for kind in self.layout.kinds[1:] if shortest <= longest else ():
             num_tiles_reached = 0
@@ -181,15 +184,8 @@ def compile_flex_attention(device_type: str, compiled: bool) -> Callable[..., Te
         # Symbolic sizes break the C++ template (its kernel text is rewritten by name, and ks1 is part of ks17).
         dynamic=False if compiled else None,
         backend=inductor(device_type) if compiled else "eager",
-        options={"guard_filter_fn": guards_of_attention} if compiled else None,
+        options=dict(UNGUARDED) if compiled else None,
     )
-
-
-def guards_of_attention(guards: list) -> list[bool]:
-    """Which guards on FlexAttention (`GuardFilterEntry`s of dynamo) each call checks: those on tensors, numbers and
-    masks. The others, half of the time, would see to it that nobody has exchanged the code of torch."""
-    kinds = ("TENSOR_MATCH", "CONSTANT_MATCH", "EQUALS_MATCH", "CLOSURE_MATCH", "FUNCTION_MATCH", "SHAPE_ENV")
-    return [not guard.is_global and guard.guard_type in kinds for guard in guards]
 
 
 def inductor(device_type: str) -> str | Callable[..., object]:
@@ -225,7 +221,8 @@ def inductor_on_cpu(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callab
 def tile_kinds(
     group_size: int, max_batch_size: int, max_num_batched_tokens: int, device_type: str
 ) -> tuple[TileKind, ...]:
-    """Small tiles for decodes and large ones for prompts, with buckets up to the most that a step can hold.
+    """Small tiles for decodes and large ones for prompts, with buckets up to the most that a step can hold. Of the
+    small ones there is one bucket: beside a prompt, tiles that see nothing are nothing.
 
     A chunk ends in at most one unfilled tile, and a step has at most `max_batch_size` chunks; that bounds the numbers.
     A CUDA tile has at least 16 rows, what its matrix instruction takes; a CPU is best off with a decode's G rows. (But

@@ -1,6 +1,6 @@
 """One step, packed: the chunks of the scheduler as tensors and block masks. Does not know why these chunks.
 
-The model sees the tokens of all chunks in one row, `input_ids` [1, T], with no padding. Attention cannot: a
+The model sees the tokens of all chunks in one row, `input_ids` [1, T], with nothing between them. Attention cannot: a
 FlexAttention query block walks one list of pages, so a block must not mix sequences. Hence *tiles*: a tile is up
 to `tile_len` consecutive tokens of one chunk, and a chunk goes into the smallest kind of tile that holds it, or is
 cut into tiles of the largest kind. To FlexAttention every tile is a batch entry of one query block:

@@ -84,6 +84,76 @@ def test_a_broken_number_ends_its_own_request_among_compiled_decodes():
         assert all(buffer.isfinite().all() for buffer in model.buffers())
 
 
+class Scene:
+    """Four sequences whose pages lie interleaved, a random pool, and the queries of the last tokens of each."""
+
+    def __init__(self, page_size, num_heads, num_kv_heads, head_dim, dtype, lengths):
+        self.num_kv_heads, self.group_size = num_kv_heads, num_heads // num_kv_heads
+        self.table = table = PageTable(1 + 4 * -(-64 // page_size), page_size, max_batch_size=4, max_pages_per_row=64)
+        sequences = []
+        for length in (40, 1, 9, 23):
+            row = table.allocate()
+            sequence = Sequence(row, None, [0] * length, length, SamplingParams(), 0, frozenset(), length, row=row)
+            sequences.append(sequence)
+        for end in range(1, 41):  # token by token, so that no sequence's pages are neighbours
+            for sequence in sequences:
+                table.reserve(sequence.row, min(end, sequence.num_tokens))
+        self.chunks = [Chunk(s, s.num_tokens - n, n) for s, n in zip(sequences, lengths)]
+        self.cache = PagedKVCache(table.n_pages * page_size, num_kv_heads, head_dim, dtype, torch.device("cpu"))
+        generator = torch.Generator().manual_seed(0)
+        self.query = torch.randn(1, num_heads, sum(lengths), head_dim, generator=generator).to(dtype)
+        for pool in (self.cache.k_cache, self.cache.v_cache):
+            pool.copy_(torch.randn(pool.shape, generator=generator))
+
+    def step(self, kinds: tuple[TileKind, ...], window: int | None, whole_pool: bool) -> StepBatch:
+        layout = TileLayout(kinds, self.num_kv_heads, self.group_size, (window,), whole_pool)
+        return StepBatch.build(self.chunks, self.table, layout)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(
+    ("page_size", "num_heads", "num_kv_heads", "head_dim", "window", "dtype"),
+    [
+        (1, 4, 4, 16, None, torch.float32),
+        (4, 6, 2, 16, 7, torch.float32),
+        (16, 4, 1, 128, 7, torch.bfloat16),
+    ],
+)
+def test_attention_of_decodes_compiled_with_what_is_around_it_equals_uncompiled(
+    page_size, num_heads, num_kv_heads, head_dim, window, dtype
+):
+    scene = Scene(page_size, num_heads, num_kv_heads, head_dim, dtype, lengths=(1, 1, 1, 1))
+    small, _ = tile_kinds(scene.group_size, 4, 32, "cpu")
+    step, reference = scene.step((small,), window, True), scene.step((TileKind(1, None),), window, False)
+
+    def around(query: torch.Tensor, step: StepBatch) -> torch.Tensor:
+        return scene.cache.attend(query * 2, window, scale=0.3, cap=None, step=step) / 2
+
+    with torch.no_grad(), torch._dynamo.config.patch(DYNAMO_CONFIG):
+        compiled = torch.compile(around, fullgraph=True, dynamic=False, backend=inductor("cpu"))(scene.query, step)
+        with step_in_progress(reference, compile_flex_attention("cpu", compiled=False)):
+            expected = scene.cache.attend(scene.query * 2, window, scale=0.3, cap=None) / 2
+    assert (compiled - expected).abs().max() < (1e-5 if dtype == torch.float32 else 2e-2)
+    assert expected.abs().max() > 0.5
+
+
+@pytest.mark.compiled
+def test_a_kernel_made_for_other_threads_is_not_run():
+    """It has buffers for so many."""
+    scene = Scene(16, 4, 2, 16, torch.float32, lengths=(1, 1, 1, 1))
+    step, flex = scene.step(tile_kinds(2, 4, 32, "cpu"), None, True), compile_flex_attention("cpu", compiled=True)
+    num_threads = torch.get_num_threads()
+    try:
+        for threads in (num_threads, num_threads, num_threads + 1):
+            torch.set_num_threads(threads)
+            before = num_graphs()
+            with torch.no_grad(), torch._dynamo.config.patch(DYNAMO_CONFIG), step_in_progress(step, flex):
+                scene.cache.attend(scene.query, None, scale=0.3, cap=None)
+        assert num_graphs() == before + 1
+    finally:
+        torch.set_num_threads(num_threads)
+
+
 @pytest.mark.compiled
 @pytest.mark.parametrize(
     ("page_size", "num_heads", "num_kv_heads", "head_dim", "window", "dtype"),
@@ -99,38 +169,12 @@ def test_a_broken_number_ends_its_own_request_among_compiled_decodes():
 )
 def test_compiled_attention_equals_uncompiled(page_size, num_heads, num_kv_heads, head_dim, window, dtype):
     """One layer, random queries and pool, small and large tiles in one step, pages of four rows interleaved."""
-    group_size = num_heads // num_kv_heads
-    table = PageTable(n_pages=1 + 4 * -(-64 // page_size), page_size=page_size, max_batch_size=4, max_pages_per_row=64)
-    sequences = []
-    for length in (40, 1, 9, 23):
-        row = table.allocate()
-        sequences.append(Sequence(row, None, [0] * length, length, SamplingParams(), 0, frozenset(), length, row=row))
-    for end in range(1, 41):  # token by token, so that no sequence's pages are neighbours
-        for sequence in sequences:
-            table.reserve(sequence.row, min(end, sequence.num_tokens))
-    chunks = [Chunk(s, s.num_tokens - n, n) for s, n in zip(sequences, (1, 1, 9, 20))]
-
-    generator = torch.Generator().manual_seed(0)
-
-    def random_tensor(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
-
-    num_tokens = sum(chunk.length for chunk in chunks)
-    query = random_tensor(1, num_heads, num_tokens, head_dim)
-    k_pool, v_pool = (random_tensor(1, num_kv_heads, table.n_pages * page_size, head_dim) for _ in range(2))
+    scene = Scene(page_size, num_heads, num_kv_heads, head_dim, dtype, lengths=(1, 1, 9, 20))
     outputs = {}
-    for compiled, kinds in ((True, tile_kinds(group_size, 4, 32, "cpu")), (False, (TileKind(1, None),))):
-        layout = TileLayout(kinds, num_kv_heads, group_size, (window,), whole_pool=compiled)
-        cache = PagedKVCache(table.n_pages * page_size, num_kv_heads, head_dim, dtype, torch.device("cpu"))
-        cache.k_cache.copy_(k_pool)
-        cache.v_cache.copy_(v_pool)
-        step = StepBatch.build(chunks, table, layout)
-        with (
-            torch.no_grad(),
-            torch._dynamo.config.patch(DYNAMO_CONFIG),
-            step_in_progress(step, compile_flex_attention("cpu", compiled)),
-        ):
-            outputs[compiled] = cache.attend(query, window, scale=0.3, cap=5.0, ends=False).double()
+    for compiled, kinds in ((True, tile_kinds(scene.group_size, 4, 32, "cpu")), (False, (TileKind(1, None),))):
+        step, flex = scene.step(kinds, window, compiled), compile_flex_attention("cpu", compiled)
+        with torch.no_grad(), torch._dynamo.config.patch(DYNAMO_CONFIG), step_in_progress(step, flex):
+            outputs[compiled] = scene.cache.attend(scene.query, window, scale=0.3, cap=5.0).double()
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     assert (outputs[True] - outputs[False]).abs().max() < tolerance
     assert outputs[False].abs().max() > 0.5, "attention over nothing would also be equal"

@@ -86,3 +86,4 @@ def test_nothing_compiles_after_warmup(on_gpu):
         for size in range(1, len(PROMPTS) + 1):
             engine.generate(PROMPTS[:size], GREEDY, use_tqdm=False)
         assert counters["stats"]["unique_graphs"] == before
+        assert not counters["inductor"]["cudagraph_skips"], "decodes are no CUDA graphs"
