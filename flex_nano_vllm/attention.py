@@ -19,18 +19,19 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 
 from flex_nano_vllm.masks import softcap as softcap_mod
-from flex_nano_vllm.step import StepBatch
+from flex_nano_vllm.step import StepBatch, TiledQueries
 
 # Must not contain the name of one of transformers' own implementations: it tests names by prefix and substring.
 ATTN_IMPLEMENTATION = "paged_flex"
 
-_in_progress: ContextVar[tuple[StepBatch, Callable[..., Tensor]] | None] = ContextVar("step_in_progress", default=None)
+_in_progress: ContextVar["StepInProgress | None"] = ContextVar("step_in_progress", default=None)
 
 
 @torch.compiler.nested_compile_region
@@ -43,30 +44,38 @@ def flex_in_graph(window: int | None, *args: object, **kwargs: object) -> Tensor
     return flex_attention(*args, **kwargs)
 
 
+@dataclass(frozen=True)
+class StepInProgress:
+    """What the operators work on while the model is called."""
+
+    step: StepBatch
+    flex: Callable[..., Tensor]  # a compiled `flex_attention`
+    finite: Tensor  # [T] bool, cleared by the operators where a token's keys or values are not
+
+
 @contextmanager
-def step_in_progress(step: StepBatch, flex: Callable[..., Tensor]) -> Iterator[None]:
-    """What the operators below work on while the model is called. `flex` is a compiled `flex_attention`."""
-    token = _in_progress.set((step, flex))
+def step_in_progress(step: StepBatch, flex: Callable[..., Tensor]) -> Iterator[Tensor]:
+    """Let the operators work on `step`. Gives `finite`, which is complete when the model has returned."""
+    finite = torch.ones_like(step.slots, dtype=torch.bool)
+    token = _in_progress.set(StepInProgress(step, flex, finite))
     try:
-        yield
+        yield finite
     finally:
         _in_progress.reset(token)
 
 
-def _step(num_tokens: int, ends: bool = False) -> tuple[StepBatch, Callable[..., Tensor]]:
-    step, flex = _in_progress.get() or (None, None)
-    if ends and step is not None:
-        step = step.ends or step
-    if step is None or len(step.slots) != num_tokens:
+def _current(num_tokens: int, ends: bool) -> StepInProgress:
+    current = _in_progress.get()
+    if current is None or num_tokens != len(current.step.chunk_ends if ends else current.step.slots):
         raise RuntimeError(
             "this model is patched for paged attention and belongs to an Inference engine: it cannot be called "
             "directly. Use the engine, or give the model back first with engine.close()"
         )
-    return step, flex
+    return current
 
 
 def attend(
-    step: StepBatch,
+    queries: TiledQueries,
     flex: Callable[..., Tensor],
     query: Tensor,
     k_cache: Tensor,
@@ -75,17 +84,17 @@ def attend(
     scale: float,
     cap: float | None,
 ) -> Tensor:
-    """Attention of the step's queries, [1, H, T, D], over the pool. Returns [1, T, H, D]."""
+    """Attention of queries, [1, H, T, D], over the pool. Returns [1, T, H, D]."""
     head_dim = query.shape[-1]
     rows = query.transpose(1, 2).reshape(-1, head_dim)  # [T * H, D]
-    k_cache, v_cache = k_cache[:, :, : step.kv_len], v_cache[:, :, : step.kv_len]
     outputs = []
-    for tiles in step.tiles:
+    for tiles in queries.tiles:
         block_mask = tiles.block_masks[window]
+        kv_len = block_mask.seq_lengths[1]
         output = flex(
             rows[tiles.query_rows],  # [tiles, K, L * G, D]
-            k_cache,  # for all tiles: a batch of 1 is broadcast
-            v_cache,
+            k_cache[:, :, :kv_len],  # for all tiles: a batch of 1 is broadcast
+            v_cache[:, :, :kv_len],
             score_mod=None if cap is None else softcap_mod(cap),
             block_mask=block_mask,
             scale=scale,
@@ -93,7 +102,7 @@ def attend(
         )
         outputs.append(output.reshape(-1, head_dim))
     together = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return together[step.output_rows][None]
+    return together[queries.output_rows][None]
 
 
 def write_kv(step: StepBatch, key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
@@ -103,18 +112,19 @@ def write_kv(step: StepBatch, key: Tensor, value: Tensor, k_cache: Tensor, v_cac
 
 
 def write_kv_op(key: Tensor, value: Tensor, finite: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
-    """`finite` [T] says which tokens had finite keys and values. The step keeps count."""
-    step, _ = _step(num_tokens=key.shape[2])
-    step.finite.logical_and_(finite)
-    write_kv(step, key, value, k_cache, v_cache)
+    """`finite` [T] says which tokens had finite keys and values."""
+    current = _current(num_tokens=key.shape[2], ends=False)
+    current.finite.logical_and_(finite)
+    write_kv(current.step, key, value, k_cache, v_cache)
 
 
 def attend_op(
     query: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None, scale: float, cap: float | None, ends: bool
 ) -> Tensor:
     """`ends`: the queries are those of the chunks' ends only (see `patching.pruned_forward`)."""
-    step, flex = _step(query.shape[2], ends)
-    return attend(step, flex, query, k_cache, v_cache, window, scale, cap)
+    current = _current(query.shape[2], ends)
+    queries = current.step.end_queries if ends else current.step.queries
+    return attend(queries, current.flex, query, k_cache, v_cache, window, scale, cap)
 
 
 OPS = torch.library.Library("flex_nano_vllm", "DEF")
@@ -150,42 +160,46 @@ class PagedKVCache(nn.Module):
         self.register_buffer("k_cache", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
         self.register_buffer("v_cache", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
 
-    def update(self, key: Tensor, value: Tensor, step: StepBatch | None = None) -> Tensor:
-        """Write the step's keys and values, [1, K, T, D], into their slots. No step: the one in progress.
+    def update(self, key: Tensor, value: Tensor) -> None:
+        """Write keys and values of the step in progress, [1, K, T, D], into their slots."""
+        key, value, finite = _only_finite(key, value)
+        torch.ops.flex_nano_vllm.write_kv(key, value, finite, self.k_cache, self.v_cache)
 
-        Only finite numbers enter the pool. A NaN there would reach every query whose kernel passes by, since a masked
-        slot still counts as 0 * V, and the CPU kernel's running maximum may lose one that should be seen. So a token
-        whose numbers are not finite is written as zeros and marked in the `finite` of the step in progress: its request
-        fails, alone and at once, and its pages can be used again by anybody.
-        Returns which tokens had finite numbers, [T] bool; a step that was given is left as it is.
-        """
-        finite = (key.isfinite() & value.isfinite()).all(dim=-1, keepdim=True).all(dim=1, keepdim=True)  # [1, 1, T, 1]
-        key, value = torch.where(finite, key, 0), torch.where(finite, value, 0)
-        if step is None:
-            torch.ops.flex_nano_vllm.write_kv(key, value, finite.flatten(), self.k_cache, self.v_cache)
-        else:
-            write_kv(step, key, value, self.k_cache, self.v_cache)
-        return finite.flatten()
+    def attend(self, query: Tensor, window: int | None, scale: float, cap: float | None, ends: bool = False) -> Tensor:
+        """Attention of the queries of the step in progress, [1, H, T, D], over the pool; of the chunks' `ends` only,
+        if so (see `patching.pruned_forward`). Returns [1, T, H, D]."""
+        return torch.ops.flex_nano_vllm.attend(query, self.k_cache, self.v_cache, window, scale, cap, ends)
 
-    def attend(
+    def update_and_attend(
         self,
+        decodes: StepBatch,
         query: Tensor,
+        key: Tensor,
+        value: Tensor,
         window: int | None,
         scale: float,
         cap: float | None,
-        ends: bool = False,
-        step: StepBatch | None = None,
     ) -> Tensor:
-        """Attention of the step's queries, [1, H, T, D], over the pool. Returns [1, T, H, D].
-
-        No step: the one in progress, or (`ends`) only the ends of its chunks, see `patching.pruned_forward`.
-        """
-        arguments = (query, self.k_cache, self.v_cache, window, scale, cap)
-        if step is None:
-            return torch.ops.flex_nano_vllm.attend(*arguments, ends)
-        masks = step.tiles[0].block_masks
+        """Both for a step of decodes, compiled into the graph of the model. Where keys or values are not finite, the
+        output is NaN, and so are then the logits: each token is the end of its chunk."""
+        key, value, finite = _only_finite(key, value)
+        write_kv(decodes, key, value, self.k_cache, self.v_cache)
+        masks = decodes.queries.tiles[0].block_masks
         effective = next(other for other in masks if masks[other] is masks[window])  # windows may share a mask
-        return attend(step, functools.partial(flex_in_graph, effective), *arguments)
+        flex = functools.partial(flex_in_graph, effective)
+        output = attend(decodes.queries, flex, query, self.k_cache, self.v_cache, window, scale, cap)
+        return output.masked_fill(~finite[:, None, None], torch.nan)
+
+
+def _only_finite(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values, [1, K, T, D], as they may enter the pool, and which tokens had only finite ones, [T] bool.
+
+    A NaN in the pool would reach every query whose kernel passes by, since a masked slot still counts as 0 * V, and the
+    CPU kernel's running maximum may lose one that should be seen. So a token whose numbers are not finite is written as
+    zeros: its request fails, alone and at once, and its pages can be used again by anybody.
+    """
+    finite = (key.isfinite() & value.isfinite()).all(dim=-1, keepdim=True).all(dim=1, keepdim=True)  # [1, 1, T, 1]
+    return torch.where(finite, key, 0), torch.where(finite, value, 0), finite.flatten()
 
 
 def kernel_options(device: torch.device, q_block: int, page_size: int) -> dict[str, object] | None:
@@ -229,10 +243,7 @@ def paged_flex_attention(
     """
     cache = module.kv_cache
     if step is not None:
-        finite = cache.update(key, value, step)
-        output = cache.attend(query, sliding_window, scaling, softcap, step=step)
-        # Each token is the end of its chunk: from here the NaN gets into the logits that its request fails by.
-        return output.masked_fill(~finite[:, None, None], torch.nan), None
+        return cache.update_and_attend(step, query, key, value, sliding_window, scaling, softcap), None
     if phase != "ends":
         cache.update(key, value)
     if phase == "keys":

@@ -3,6 +3,8 @@
 import json
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -35,37 +37,28 @@ class StepTime:
         return 1 - self.model_seconds / self.seconds
 
 
-def measure_decode_step(engine: Inference, batch_size: int, num_waiting: int = 0, num_steps: int = 32) -> StepTime:
-    """Let `batch_size` requests decode while others wait.
+@contextmanager
+def decoding_together(
+    engine: Inference, batch_size: int, prompt_len: int, num_steps: int, num_waiting: int = 0
+) -> Iterator[Callable[[], None]]:
+    """`batch_size` requests that come in and then decode `num_steps` times together, while others wait.
 
-    The engine must have nothing to do; afterwards it has nothing to do again. Raises ValueError for requests that would
-    not fit, and for a queue where a row is free (`batch_size` is less than the engine's `max_batch_size`).
+    Gives the function that runs a step. The engine must have nothing to do; afterwards it has nothing to do again.
+    Raises ValueError for requests that would not fit.
     """
-    max_batch_size = engine.page_table.max_batch_size
-    if num_waiting and batch_size != max_batch_size:
-        raise ValueError(f"requests wait behind max_batch_size={max_batch_size} others, not behind {batch_size}")
     # The first request decodes while the prompts of the others come in, with what decodes leave of the budget.
     budget = engine.scheduler.max_num_batched_tokens - batch_size
-    num_prefill_steps = batch_size * PROMPT_LEN // max(1, budget) + batch_size
-    params = SamplingParams(temperature=0, max_tokens=num_prefill_steps + num_steps + 8, ignore_eos=True)
-    num_tokens = PROMPT_LEN + params.max_tokens
+    num_prefill_steps = batch_size * prompt_len // max(1, budget) + batch_size
+    params = SamplingParams(temperature=0, max_tokens=num_prefill_steps + num_steps + 1, ignore_eos=True)
+    num_tokens = prompt_len + params.max_tokens
     needed = batch_size * engine.page_table.pages_for(num_tokens)
     if num_tokens > engine.max_request_tokens or needed > engine.page_table.num_usable_pages:
         raise ValueError(
             f"{batch_size} requests of {num_tokens} tokens do not fit: max_seq_length is {engine.max_seq_length}, and "
             f"the pool has {engine.page_table.num_usable_pages} pages of the {needed} needed"
         )
-    prompts = [[5 + (i + j) % 200 for j in range(PROMPT_LEN)] for i in range(batch_size)]
+    prompts = [[5 + (i + j) % 200 for j in range(prompt_len)] for i in range(batch_size)]
     prompts += [[5 + i % 200] for i in range(num_waiting)]
-    call_model, model_seconds = engine.runner.call_model, []
-
-    def timed_call(*args: object, **kwargs: object) -> object:
-        _finish(engine)
-        started = time.perf_counter()
-        output = call_model(*args, **kwargs)
-        _finish(engine)
-        model_seconds.append(time.perf_counter() - started)
-        return output
 
     def step() -> None:
         if engine.run_one_step():
@@ -75,24 +68,48 @@ def measure_decode_step(engine: Inference, batch_size: int, num_waiting: int = 0
     try:
         for prompt in prompts:
             request_ids.append(engine.add_request(prompt, params))
-        engine.runner.call_model = timed_call
-        while len(engine.scheduler.running) < batch_size or any(
-            sequence.num_computed_tokens < PROMPT_LEN for sequence in engine.scheduler.running
-        ):
-            step()
-        step()  # the first one of its shape
-        model_seconds.clear()
-        seconds = []
-        for _ in range(num_steps):
-            started = time.perf_counter()
-            step()
-            seconds.append(time.perf_counter() - started)
-        n_pages = engine.page_table.n_pages
-        return StepTime(batch_size, n_pages, num_waiting, statistics.median(seconds), statistics.median(model_seconds))
+        yield step
     finally:
-        vars(engine.runner).pop("call_model", None)  # the method again
         for request_id in request_ids:
             engine.abort(request_id)
+
+
+def measure_decode_step(engine: Inference, batch_size: int, num_waiting: int = 0, num_steps: int = 32) -> StepTime:
+    """Let `batch_size` requests decode while others wait.
+
+    Raises ValueError as `decoding_together` does, and for a queue where a row is free (`batch_size` is less than the
+    engine's `max_batch_size`).
+    """
+    max_batch_size = engine.page_table.max_batch_size
+    if num_waiting and batch_size != max_batch_size:
+        raise ValueError(f"requests wait behind max_batch_size={max_batch_size} others, not behind {batch_size}")
+    call_model, model_seconds, seconds = engine.runner.call_model, [], []
+
+    def timed_call(*args: object) -> object:
+        _finish(engine)
+        started = time.perf_counter()
+        output = call_model(*args)
+        _finish(engine)
+        model_seconds.append(time.perf_counter() - started)
+        return output
+
+    with decoding_together(engine, batch_size, PROMPT_LEN, num_steps + 1, num_waiting) as step:
+        try:
+            engine.runner.call_model = timed_call
+            while len(engine.scheduler.running) < batch_size or any(
+                sequence.num_computed_tokens < PROMPT_LEN for sequence in engine.scheduler.running
+            ):
+                step()
+            step()  # the first one of its shape
+            model_seconds.clear()
+            for _ in range(num_steps):
+                started = time.perf_counter()
+                step()
+                seconds.append(time.perf_counter() - started)
+        finally:
+            vars(engine.runner).pop("call_model", None)  # the method again
+    n_pages = engine.page_table.n_pages
+    return StepTime(batch_size, n_pages, num_waiting, statistics.median(seconds), statistics.median(model_seconds))
 
 
 def _finish(engine: Inference) -> None:

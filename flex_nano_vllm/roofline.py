@@ -13,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from flex_nano_vllm.inference import Inference
+from flex_nano_vllm.overhead import decoding_together
 from flex_nano_vllm.patching import kv_shape, layer_windows
-from flex_nano_vllm.sequence import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -108,36 +108,24 @@ def measure_shares(
 ) -> list[Share]:
     """For each batch size, the prefill of so many prompts, and some steps in which all of them decode.
 
-    The engine must have nothing to do; afterwards it has nothing to do again.
+    The engine must have nothing to do; afterwards it has nothing to do again. Raises ValueError for requests that would
+    not fit.
     """
     shares = []
     for batch_size in batch_sizes:
-        # The first one decodes while the prompts of the others come in.
-        budget = engine.scheduler.max_num_batched_tokens - batch_size
-        num_prefill_steps = batch_size * prompt_len // max(1, budget) + batch_size
-        max_tokens = num_prefill_steps + num_decode_steps + 1
-        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-        prompts = [[5 + (i + j) % 250 for j in range(prompt_len)] for i in range(batch_size)]
-        request_ids = []
-        try:
-            for prompt in prompts:
-                request_ids.append(engine.add_request(prompt, params))
-            phases: dict[str, list[tuple[int, float, float]]] = {"prefill": [], "decode": []}
+        phases: dict[str, list[tuple[int, float, float]]] = {"prefill": [], "decode": []}
+        with decoding_together(engine, batch_size, prompt_len, num_decode_steps) as step:
             while len(phases["decode"]) < num_decode_steps:
                 sequences = [*engine.scheduler.running, *engine.scheduler.waiting]
                 before = [sequence.num_computed_tokens for sequence in sequences]
                 started = time.perf_counter()
-                if engine.run_one_step():
-                    raise RuntimeError(f"a request ended before {batch_size} had decoded {num_decode_steps} tokens")
+                step()
                 seconds = time.perf_counter() - started
                 after = [sequence.num_computed_tokens for sequence in sequences]
                 chunks = [(start, end - start) for start, end in zip(before, after) if end > start]
                 limit = step_cost(engine.model, chunks).seconds(machine)
                 phase = "decode" if min(before) >= prompt_len else "prefill"
                 phases[phase].append((sum(length for _, length in chunks), seconds, limit))
-        finally:
-            for request_id in request_ids:
-                engine.abort(request_id)
         for phase, steps in phases.items():
             num_tokens, seconds, limit = (sum(column) for column in zip(*steps))
             shares.append(Share(phase, batch_size, num_tokens, seconds, limit))

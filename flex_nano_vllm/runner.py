@@ -23,9 +23,9 @@ from flex_nano_vllm.scheduler import Chunk
 from flex_nano_vllm.sequence import SamplingParams, Sequence
 from flex_nano_vllm.step import StepBatch, TileKind, TileLayout, effective_window
 
-# Rows of a large tile, tokens times G. On a GPU a full tile of matrix-multiply work. On a CPU fewer than 64: from there
-# on torch's bfloat16 kernel first transposes the whole pool, on CPUs that multiply bfloat16 in hardware.
-LARGE_TILE_ROWS = {"cuda": 128, "cpu": 32}
+# Rows of a large tile, tokens times G. On a GPU a full tile of matrix-multiply work; on a CPU what was fastest. (With
+# 64 and more, torch's bfloat16 kernel first transposes the whole pool on CPUs that multiply bfloat16 in hardware.)
+LARGE_TILE_ROWS = {"cuda": 128, "cpu": 16}
 DYNAMO_CONFIG = {
     # The engines of a process share one table of graphs, and torch's default limit of 8 is for one model.
     "recompile_limit": 4096,
@@ -34,7 +34,7 @@ DYNAMO_CONFIG = {
     "specialize_float": True,
 }
 
-# Nobody exchanges the code of torch and transformers while it serves: to check that takes half the time of a lookup.
+# Nobody exchanges the code of torch and transformers while it serves: to check that takes a fifth of a lookup's time.
 UNGUARDED = {"guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe}
 
 
@@ -121,30 +121,31 @@ class ModelRunner:
         """
         if self.model.config._attn_implementation != ATTN_IMPLEMENTATION:
             raise RuntimeError("set_attn_implementation was called on the engine's model: close the engine first")
+        num_chunks = len(chunks)
         if self.compiled and all(chunk.length == 1 for chunk in chunks):
             layout = self.decode_layout
-            num_padding = layout.kinds[0].num_padded_tiles(len(chunks)) - len(chunks)
-            batch = StepBatch.build(chunks + [padding_chunk(1)] * num_padding, self.page_table, layout)
-            return self.call_model(batch, decodes=True)[: len(chunks)]
-        # A dimension of size 1 would be a graph of its own: a lone chunk gets the company of a padding token.
-        batch = StepBatch.build(chunks + [padding_chunk(1)] * (2 - len(chunks)), self.page_table, self.layout)
-        logits = self.call_model(batch, decodes=False)[: len(chunks)]
-        chunk_of_token = torch.searchsorted(batch.chunk_ends, torch.arange(len(batch.slots), device=logits.device))
-        failed = torch.zeros_like(batch.chunk_ends).index_add_(0, chunk_of_token, (~batch.finite).long()) > 0
-        logits[:, 0].masked_fill_(failed[: len(chunks)], torch.nan)
-        return logits
+            num_padding = layout.kinds[0].num_padded_tiles(num_chunks) - num_chunks
+        else:
+            layout = self.layout
+            num_padding = max(0, 2 - num_chunks)  # a dimension of size 1 would be a graph of its own
+        batch = StepBatch.build(chunks + [padding_chunk(1)] * num_padding, self.page_table, layout)
+        return self.call_model(batch)[:num_chunks]
 
-    def call_model(self, batch: StepBatch, decodes: bool) -> Tensor:
-        """The logits at the ends of a step's chunks, [C, V]. `decodes`: each chunk is one token."""
+    def call_model(self, batch: StepBatch) -> Tensor:
+        """The logits at the ends of a step's chunks, [C, V], padding included."""
         arguments = dict(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             use_cache=False,  # the default would concatenate everything into a cache of its own
         )
-        if decodes:
+        if self.compiled and len(batch.chunk_ends) == len(batch.slots):
             return self.model_of_decodes(**arguments, step=batch).logits[0]
-        with step_in_progress(batch, self.flex):
-            return self.model_of_any_length(**arguments, chunk_ends=batch.chunk_ends).logits[0]
+        with step_in_progress(batch, self.flex) as finite:
+            logits = self.model_of_any_length(**arguments, chunk_ends=batch.chunk_ends).logits[0]
+        chunk_of_token = torch.searchsorted(batch.chunk_ends, torch.arange(len(finite), device=logits.device))
+        failed = torch.zeros_like(batch.chunk_ends).index_add_(0, chunk_of_token, (~finite).long()) > 0
+        logits[:, 0].masked_fill_(failed, torch.nan)
+        return logits
 
     def warmup(self) -> None:
         """Compile every graph by running each bucket, on padding: row 0 sees nothing and writes to page 0."""

@@ -21,7 +21,7 @@ heads, K kv heads, G = H / K query heads per kv head, D head dim, V vocabulary, 
 a row, L tile_len.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -77,60 +77,80 @@ class Tiles:
 
 
 @dataclass(frozen=True)
+class TiledQueries:
+    """Queries on their way into FlexAttention and back."""
+
+    tiles: tuple[Tiles, ...]  # of each kind in use
+    output_rows: Tensor  # [T, H] int64, where each head's output stands in the concatenated rows of the tiles
+
+    @classmethod
+    def build(
+        cls,
+        chunk_rows: np.ndarray,
+        positions: np.ndarray,
+        lengths: np.ndarray,
+        windows: tuple[int | None, ...],
+        page_table: PageTable,
+        layout: TileLayout,
+    ) -> "TiledQueries":
+        """Cut the queries of chunks into tiles, with a mask for each of the windows.
+
+        Args:
+            chunk_rows: [C], the page-table row of each chunk.
+            positions: [T], of the chunks' tokens, one chunk after the other.
+            lengths: [C], of the chunks.
+        """
+        firsts = np.cumsum(lengths) - lengths  # each chunk's first token
+        kind_of_chunk = np.array([layout.kind_index(length) for length in lengths])
+        cuts = []
+        for kind in np.unique(kind_of_chunk):
+            mine = kind_of_chunk == kind
+            cuts.append(_cut_into_tiles(layout.kinds[kind], chunk_rows[mine], firsts[mine], lengths[mine]))
+        query_rows, output_rows = _rows([tokens for tokens, _ in cuts], len(positions), layout)
+        tile_rows = [rows for _, rows in cuts]
+        output_rows, *uploaded = _upload([output_rows, *query_rows, *tile_rows], page_table.table.device)
+        query_rows, tile_rows = uploaded[: len(cuts)], uploaded[len(cuts) :]
+
+        kv_len = (page_table.n_pages if layout.whole_pool else page_table.num_live_pages) * page_table.page_size
+        effective = {window: effective_window(window, page_table) for window in windows}
+        tiles = []
+        for (tokens, _), rows_of_queries, rows_of_tiles in zip(cuts, query_rows, tile_rows):
+            q_pos, masks = np.where(tokens < 0, -1, positions[tokens]), {}
+            for window in set(effective.values()):
+                logical = logical_block_mask(q_pos, window, layout.group_size, page_table)
+                masks[window] = page_table.convert_logical_block_mask(logical, rows_of_tiles.int(), kv_len)
+            tiles.append(Tiles(rows_of_queries, {window: masks[effective[window]] for window in effective}))
+        return cls(tuple(tiles), output_rows)
+
+
+@dataclass(frozen=True)
 class StepBatch:
-    """One step as tensors on the device, complete when built."""
+    """One step as tensors on the device, complete when built, and never changed."""
 
     input_ids: Tensor  # [1, T] int64
     position_ids: Tensor  # [1, T] int64, 0-based
     slots: Tensor  # [T] int64, where each token's keys and values go
     chunk_ends: Tensor  # [C] int64, the last token of each chunk: its logits are wanted
-    finite: Tensor  # [T] bool, cleared by the operators where keys or values are not; nothing else is ever changed
-    tiles: tuple[Tiles, ...]
-    output_rows: Tensor  # [T, H] int64, where each head's output stands in the concatenated rows of the tiles
-    kv_len: int  # slots of the pool that attention is handed
-    ends: "StepBatch | None"  # the ends of the chunks as a step of their own, for the last layer; None if it is one
+    queries: TiledQueries
+    end_queries: TiledQueries  # those of the chunks' ends, all that the last layer attends with
 
     @classmethod
     def build(cls, chunks: list[Chunk], page_table: PageTable, layout: TileLayout) -> "StepBatch":
-        """Pack chunks whose pages are reserved. Host work is numpy over whole arrays: one upload carries the tokens,
-        one each mask, and so for the ends."""
+        """Pack chunks whose pages are reserved. Host work is numpy over whole arrays, uploaded in a few transfers."""
         page_table.sync()
         starts, lengths = np.array([(chunk.start, chunk.length) for chunk in chunks]).T
         rows = np.array([chunk.sequence.row for chunk in chunks])
-        firsts = np.cumsum(lengths) - lengths  # each chunk's first token in the step
-        positions = np.arange(lengths.sum()) + np.repeat(starts - firsts, lengths)
+        ends = np.cumsum(lengths) - 1
+        positions = np.arange(lengths.sum()) + np.repeat(starts - (ends + 1 - lengths), lengths)
         input_ids = [i for chunk in chunks for i in chunk.sequence.token_ids[chunk.start : chunk.start + chunk.length]]
-
-        kind_of_chunk = np.array([layout.kind_index(length) for length in lengths])
-        kinds_used = np.unique(kind_of_chunk)
-        cuts = []
-        for kind in kinds_used:
-            mine = kind_of_chunk == kind
-            cuts.append(_cut_into_tiles(layout.kinds[kind], rows[mine], firsts[mine], lengths[mine]))
-        query_rows, output_rows = _rows([tokens for tokens, _ in cuts], len(positions), layout)
-
         slots = page_table.slots(np.repeat(rows, lengths), positions)
-        token_arrays = [np.array(input_ids), positions, slots, firsts + lengths - 1, output_rows]
-        tile_arrays = [array for i, (_, tile_rows) in enumerate(cuts) for array in (query_rows[i], tile_rows)]
-        uploaded = iter(_upload([*token_arrays, *tile_arrays], page_table.table.device))
-        input_ids, position_ids, slots, chunk_ends, output_rows = (next(uploaded) for _ in token_arrays)
-        kv_len = (page_table.n_pages if layout.whole_pool else page_table.num_live_pages) * page_table.page_size
-        effective = {window: effective_window(window, page_table) for window in layout.windows}
-        tiles = []
-        for tokens, _ in cuts:
-            q_pos = np.where(tokens < 0, -1, positions[tokens])
-            query_rows, tile_rows, masks = next(uploaded), next(uploaded).int(), {}
-            for window in set(effective.values()):
-                logical = logical_block_mask(q_pos, window, layout.group_size, page_table)
-                masks[window] = page_table.convert_logical_block_mask(logical, tile_rows, kv_len)
-            tiles.append(Tiles(query_rows, {window: masks[effective[window]] for window in effective}))
-        finite = torch.ones_like(slots, dtype=torch.bool)
-        ends = None
-        if len(slots) > len(chunks):
-            last_tokens = [Chunk(c.sequence, c.start + c.length - 1, 1) for c in chunks]
-            ends = cls.build(last_tokens, page_table, replace(layout, windows=layout.windows[-1:]))
-        input_ids, position_ids = input_ids[None], position_ids[None]
-        return cls(input_ids, position_ids, slots, chunk_ends, finite, tuple(tiles), output_rows, kv_len, ends)
+        arrays = [np.array(input_ids), positions, slots, ends]
+        input_ids, position_ids, slots, chunk_ends = _upload(arrays, page_table.table.device)
+        queries = end_queries = TiledQueries.build(rows, positions, lengths, layout.windows, page_table, layout)
+        if len(positions) > len(chunks):
+            one = np.ones_like(lengths)
+            end_queries = TiledQueries.build(rows, positions[ends], one, layout.windows[-1:], page_table, layout)
+        return cls(input_ids[None], position_ids[None], slots, chunk_ends, queries, end_queries)
 
 
 def _rows(tiles: list[np.ndarray], num_tokens: int, layout: TileLayout) -> tuple[list[np.ndarray], np.ndarray]:

@@ -119,10 +119,10 @@ def layouts(draw, tile_lens: tuple[int, ...], group_size: int) -> TileLayout:
 
 def tiles_of(batch: StepBatch, layout: TileLayout):
     """(tiles, their length, the token of each query or None where padded), for each kind in use. One kv head."""
-    token_at = {row // layout.group_size: token for token, (row, *_) in enumerate(batch.output_rows.tolist())}
+    token_at = {row // layout.group_size: token for token, (row, *_) in enumerate(batch.queries.output_rows.tolist())}
     lengths = {kind.tile_len for kind in layout.kinds}
     before = 0
-    for tiles in batch.tiles:
+    for tiles in batch.queries.tiles:
         q_block = next(iter(tiles.block_masks.values())).BLOCK_SIZE[0]
         assert q_block % layout.group_size == 0
         tile_len = q_block // layout.group_size
@@ -130,6 +130,11 @@ def tiles_of(batch: StepBatch, layout: TileLayout):
         queries = len(tiles.query_rows) * tile_len
         yield tiles, tile_len, [token_at.get(before + query) for query in range(queries)]
         before += queries
+
+
+def kv_len(batch: StepBatch) -> int:
+    """Slots of the pool that attention is handed."""
+    return next(iter(batch.queries.tiles[0].block_masks.values())).seq_lengths[1]
 
 
 def evaluate(block_mask, kv_len: int) -> np.ndarray:
@@ -158,8 +163,8 @@ def assert_isolated(scene: Scene, batch: StepBatch, layout: TileLayout) -> None:
         assert list(tiles.block_masks) == list(layout.windows)
         for window, block_mask in tiles.block_masks.items():
             assert tuple(block_mask.BLOCK_SIZE) == (rows_per_tile, page_size)
-            assert tuple(block_mask.seq_lengths) == (rows_per_tile, batch.kv_len)
-            allowed = evaluate(block_mask, batch.kv_len)
+            assert tuple(block_mask.seq_lengths) == (rows_per_tile, kv_len(batch))
+            allowed = evaluate(block_mask, kv_len(batch))
             partial = listed(block_mask.kv_num_blocks, block_mask.kv_indices)
             whole = listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
             assert len(partial) == len(whole) == num_q_rows // rows_per_tile
@@ -208,8 +213,7 @@ def test_a_step_says_of_each_token_what_it_is_where_it_stands_and_where_it_goes(
     assert batch.slots.tolist() == [scene.slot(row, position) for row, position in tokens]
     last_tokens = [(chunk.sequence.row, chunk.start + chunk.length - 1) for chunk in scene.chunks]
     assert [tokens[i] for i in batch.chunk_ends.tolist()] == last_tokens
-    assert batch.finite.tolist() == [True] * len(tokens), "nothing is known to be broken yet"
-    for ints in (batch.input_ids, batch.position_ids, batch.slots, batch.chunk_ends, batch.output_rows):
+    for ints in (batch.input_ids, batch.position_ids, batch.slots, batch.chunk_ends, batch.queries.output_rows):
         assert ints.dtype == torch.int64
 
 
@@ -222,15 +226,33 @@ def test_going_into_the_tiles_and_back_is_the_identity_on_tokens_and_heads(data)
     layout = replace(layout, num_kv_heads=num_kv_heads)
     batch = StepBatch.build(scene.chunks, scene.page_table, layout)
     values = torch.randn(len(scene.tokens()), num_kv_heads * group_size)
-    in_tiles = [values.flatten()[tiles.query_rows] for tiles in batch.tiles]
-    assert torch.equal(torch.cat([part.flatten() for part in in_tiles])[batch.output_rows], values)
-    assert batch.output_rows.unique().numel() == values.numel()
+    in_tiles = [values.flatten()[tiles.query_rows] for tiles in batch.queries.tiles]
+    assert torch.equal(torch.cat([part.flatten() for part in in_tiles])[batch.queries.output_rows], values)
+    assert batch.queries.output_rows.unique().numel() == values.numel()
     # In a tile, a kv head has the queries of its own group, token by token.
-    for tiles in batch.tiles:
+    for tiles in batch.queries.tiles:
         head = tiles.query_rows % values.shape[1]
         assert torch.equal(head // group_size, torch.arange(num_kv_heads)[:, None].expand_as(head[0]).expand_as(head))
         rows_of_tokens = (tiles.query_rows // values.shape[1]).unflatten(-1, (-1, group_size))
         assert (rows_of_tokens == rows_of_tokens[:, :1, :, :1]).all()
+
+
+@settings(max_examples=60, deadline=None, database=None)
+@given(data=st.data())
+def test_the_ends_of_chunks_attend_in_the_last_layer_as_if_they_were_a_step_of_their_own(data):
+    scene = data.draw(st.sampled_from([1, 2, 4]).flatmap(scenes))
+    layout = data.draw(st.sampled_from([(1,), (4,), (1, 4), (2, 3)]).flatmap(lambda lens: layouts(lens, 2)))
+    batch = StepBatch.build(scene.chunks, scene.page_table, layout)
+    last_tokens = [Chunk(chunk.sequence, chunk.start + chunk.length - 1, 1) for chunk in scene.chunks]
+    alone = StepBatch.build(last_tokens, scene.page_table, layout).queries
+    assert torch.equal(batch.end_queries.output_rows, alone.output_rows)
+    window = layout.windows[-1]
+    for tiles, tiles_alone in zip(batch.end_queries.tiles, alone.tiles, strict=True):
+        assert torch.equal(tiles.query_rows, tiles_alone.query_rows)
+        mask, expected = tiles.block_masks[window], tiles_alone.block_masks[window]
+        for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"):
+            assert torch.equal(getattr(mask, name), getattr(expected, name))
+        assert np.array_equal(evaluate(mask, kv_len(batch)), evaluate(expected, kv_len(batch)))
 
 
 @settings(max_examples=60, deadline=None, database=None)
@@ -245,8 +267,8 @@ def test_a_chunk_goes_into_the_smallest_tile_that_holds_it_and_tiles_are_padded_
         tile_len = min(fitting) if fitting else max(kind.tile_len for kind in layout.kinds)
         full, rest = divmod(chunk.length, tile_len)
         num_tiles[tile_len] = num_tiles.get(tile_len, 0) + full + (rest > 0)
-    assert len(batch.tiles) == len(num_tiles)
-    for tiles, (tile_len, used) in zip(batch.tiles, sorted(num_tiles.items())):
+    assert len(batch.queries.tiles) == len(num_tiles)
+    for tiles, (tile_len, used) in zip(batch.queries.tiles, sorted(num_tiles.items())):
         buckets = layout.kinds[0].buckets
         padded = used if buckets is None else min(bucket for bucket in buckets if bucket >= used)
         assert tiles.query_rows.shape == (padded, 1, tile_len)
@@ -263,11 +285,11 @@ def test_attention_is_handed_the_whole_pool_or_the_part_in_use_and_lists_as_wide
     kinds = (TileKind(1, (2, 64)), TileKind(4, (2, 64)))
     batch = StepBatch.build(scene.chunks, scene.page_table, TileLayout(kinds, 1, 2, (None, 3), whole_pool))
     highest = max(page for pages in scene.pages.values() for page in pages)
-    assert batch.kv_len == (N_PAGES if whole_pool else highest + 1) * scene.page_size
-    for tiles in batch.tiles:
+    assert kv_len(batch) == (N_PAGES if whole_pool else highest + 1) * scene.page_size
+    for tiles in batch.queries.tiles:
         for block_mask in tiles.block_masks.values():
             for pages in (block_mask.kv_indices, block_mask.full_kv_indices):
-                assert pages.shape[-1] >= batch.kv_len // scene.page_size
+                assert pages.shape[-1] >= kv_len(batch) // scene.page_size
                 assert pages.dtype == block_mask.kv_num_blocks.dtype == torch.int32
                 assert pages.min() >= 0 and pages.max() < N_PAGES, "past the list's end, too, stand pages that exist"
 
@@ -289,11 +311,11 @@ def test_the_drawing_in_the_docstring_of_step_holds():
     c_ids = [token_id(c, position) for position in range(5)]
     assert batch.input_ids.tolist() == [[token_id(a, 0), token_id(b, 7), *c_ids]]
     assert batch.chunk_ends.tolist() == [0, 1, 6]
-    small, large = batch.tiles
+    small, large = batch.queries.tiles
     # Two heads, so two rows a token.
     assert small.query_rows.flatten().tolist() == [0, 1, 2, 3, 0, 1, 0, 1]
     assert large.query_rows.flatten().tolist() == [4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 0, 1, 0, 1, 0, 1]
-    assert batch.output_rows.tolist() == [[0, 1], [2, 3], [8, 9], [10, 11], [12, 13], [14, 15], [16, 17]]
+    assert batch.queries.output_rows.tolist() == [[0, 1], [2, 3], [8, 9], [10, 11], [12, 13], [14, 15], [16, 17]]
     # The one token of a sees a quarter of its page; that of b sees both of its pages whole, and so does c4 the first
     # page of c, of which c0 to c2 do not see all.
     assert small.block_masks[None].kv_num_blocks.flatten().tolist() == [1, 0, 0, 0]
@@ -315,9 +337,9 @@ def test_padding_on_row_0_sees_nothing_and_writes_to_page_0():
     chunks = [Chunk(make_sequence(0, 3), 0, 3), Chunk(make_sequence(0, 1), 0, 1)]
     batch = StepBatch.build(chunks, scene.page_table, layout)
     assert all(0 <= slot < scene.page_size for slot in batch.slots.tolist())
-    for tiles in batch.tiles:
+    for tiles in batch.queries.tiles:
         for block_mask in tiles.block_masks.values():
-            assert not evaluate(block_mask, batch.kv_len).any()
+            assert not evaluate(block_mask, kv_len(batch)).any()
 
 
 def test_a_row_sees_nothing_of_the_sequence_that_had_its_pages_before():

@@ -12,7 +12,14 @@ from torch._dynamo.utils import counters
 
 from flex_nano_vllm import Inference, PageTable, SamplingParams, inference
 from flex_nano_vllm.attention import PagedKVCache, kernel_options, step_in_progress
-from flex_nano_vllm.runner import DYNAMO_CONFIG, compile_flex_attention, inductor, tile_kinds, why_not_compiled
+from flex_nano_vllm.runner import (
+    DYNAMO_CONFIG,
+    compile_flex_attention,
+    decode_buckets,
+    inductor,
+    tile_kinds,
+    why_not_compiled,
+)
 from flex_nano_vllm.scheduler import Chunk
 from flex_nano_vllm.sequence import Sequence
 from flex_nano_vllm.step import StepBatch, TileKind, TileLayout
@@ -110,15 +117,12 @@ class Scene:
         return StepBatch.build(self.chunks, self.table, layout)
 
 
+SHAPE = ("page_size", "num_heads", "num_kv_heads", "head_dim", "window", "dtype")
+SMALL_SHAPES = [(1, 4, 4, 16, None, torch.float32), (4, 6, 2, 16, 7, torch.float32)]
+
+
 @pytest.mark.compiled
-@pytest.mark.parametrize(
-    ("page_size", "num_heads", "num_kv_heads", "head_dim", "window", "dtype"),
-    [
-        (1, 4, 4, 16, None, torch.float32),
-        (4, 6, 2, 16, 7, torch.float32),
-        (16, 4, 1, 128, 7, torch.bfloat16),
-    ],
-)
+@pytest.mark.parametrize(SHAPE, [*SMALL_SHAPES, (16, 4, 1, 128, 7, torch.bfloat16)])
 def test_attention_of_decodes_compiled_with_what_is_around_it_equals_uncompiled(
     page_size, num_heads, num_kv_heads, head_dim, window, dtype
 ):
@@ -126,13 +130,23 @@ def test_attention_of_decodes_compiled_with_what_is_around_it_equals_uncompiled(
     small, _ = tile_kinds(scene.group_size, 4, 32, "cpu")
     step, reference = scene.step((small,), window, True), scene.step((TileKind(1, None),), window, False)
 
+    query, cache = scene.query, scene.cache
+    key, value = query[:, :num_kv_heads] + 1, query[:, -num_kv_heads:] - 1
+    value[:, :, 2] = torch.inf
+
     def around(query: torch.Tensor, step: StepBatch) -> torch.Tensor:
-        return scene.cache.attend(query * 2, window, scale=0.3, cap=None, step=step) / 2
+        return cache.update_and_attend(step, query * 2, key, value, window, scale=0.3, cap=None) / 2
 
     with torch.no_grad(), torch._dynamo.config.patch(DYNAMO_CONFIG):
-        compiled = torch.compile(around, fullgraph=True, dynamic=False, backend=inductor("cpu"))(scene.query, step)
-        with step_in_progress(reference, compile_flex_attention("cpu", compiled=False)):
-            expected = scene.cache.attend(scene.query * 2, window, scale=0.3, cap=None) / 2
+        compiled = torch.compile(around, fullgraph=True, dynamic=False, backend=inductor("cpu"))(query, step)
+        with step_in_progress(reference, compile_flex_attention("cpu", compiled=False)) as finite:
+            written = cache.k_cache.clone(), cache.v_cache.clone()
+            cache.update(key, value)
+            expected = cache.attend(query * 2, window, scale=0.3, cap=None) / 2
+    assert torch.equal(written[0], cache.k_cache) and torch.equal(written[1], cache.v_cache)
+    assert cache.v_cache.isfinite().all() and finite.tolist() == [True, True, False, True]
+    assert compiled[0, 2].isnan().all()
+    compiled, expected = compiled[:, finite], expected[:, finite]
     assert (compiled - expected).abs().max() < (1e-5 if dtype == torch.float32 else 2e-2)
     assert expected.abs().max() > 0.5
 
@@ -156,10 +170,9 @@ def test_a_kernel_made_for_other_threads_is_not_run():
 
 @pytest.mark.compiled
 @pytest.mark.parametrize(
-    ("page_size", "num_heads", "num_kv_heads", "head_dim", "window", "dtype"),
+    SHAPE,
     [
-        (1, 4, 4, 16, None, torch.float32),
-        (4, 6, 2, 16, 7, torch.float32),
+        *SMALL_SHAPES,
         (16, 4, 1, 16, 7, torch.bfloat16),
         (128, 4, 2, 16, None, torch.bfloat16),
         # The kernel's product of 6 rows has one algorithm up to a head dim of 144, and that of its last 2 another.
@@ -298,6 +311,9 @@ def test_a_cuda_tile_divides_the_blocks_of_the_mask(group_size, page_size):
 def test_every_step_fits_a_bucket(device_type, group_size, max_batch_size, budget):
     """The worst steps: all chunks of one token, all of one more than a tile, one chunk of everything."""
     kinds = tile_kinds(group_size, max_batch_size, budget, device_type)
+    most = min(max_batch_size, budget)
+    decodes = TileKind(kinds[0].tile_len, decode_buckets(most))
+    assert [decodes.num_padded_tiles(num) for num in (1, most)] == [decodes.buckets[0], most]
     layout = TileLayout(kinds, 1, group_size, (None,), whole_pool=True)
     assert [kind.tile_len for kind in kinds] == sorted(kind.tile_len for kind in kinds)
     for chunk_len in {1, *(kind.tile_len + 1 for kind in kinds), budget}:

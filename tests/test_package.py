@@ -19,7 +19,8 @@ ORDER = [
     ["memory", "runner"],
     ["inference", "crossover"],
     ["exactness", "__init__"],
-    ["baselines", "roofline", "overhead"],
+    ["baselines", "overhead"],
+    ["roofline"],
 ]
 
 

@@ -343,11 +343,11 @@ class Engine(RuleBasedStateMachine):
         """The slots that the kernel visits for each token of the step, and does not mask."""
         seen: list[list[int]] = []
         zero = torch.zeros((), dtype=torch.int32)
-        all_slots = torch.arange(batch.kv_len, dtype=torch.int32)
-        in_tiles = batch.output_rows[:, 0].tolist()  # one head: a row of a tile is a token
-        for tiles in batch.tiles:
+        in_tiles = batch.queries.output_rows[:, 0].tolist()  # one head: a row of a tile is a token
+        for tiles in batch.queries.tiles:
             mask = tiles.block_masks[window]
             tile_len = mask.BLOCK_SIZE[0]
+            all_slots = torch.arange(mask.seq_lengths[1], dtype=torch.int32)
             queries = torch.arange(tiles.query_rows.numel(), dtype=torch.int32)[:, None]
             allowed = mask.mask_mod(queries // tile_len, zero, queries % tile_len, all_slots[None]).tolist()
             masked = (mask.kv_num_blocks, mask.kv_indices)
