@@ -175,7 +175,7 @@ def test_a_kernel_made_for_other_threads_is_not_run():
         *SMALL_SHAPES,
         (16, 4, 1, 16, 7, torch.bfloat16),
         (128, 4, 2, 16, None, torch.bfloat16),
-        # The kernel's product of 6 rows has one algorithm up to a head dim of 144, and that of its last 2 another.
+        # The kernel's product of 8 rows has one algorithm up to a head dim of 191, and another beyond.
         (16, 4, 2, 128, None, torch.float32),
         (16, 4, 2, 256, 7, torch.float32),
     ],
@@ -219,7 +219,7 @@ def test_the_backend_for_a_cpu_widens_the_products_for_its_own_graphs_and_starts
                 compiled(torch.ones(2))
         else:
             assert compiled(torch.ones(2)).tolist() == [2, 2]
-        assert seen.pop() == (blocking(6, 16, 1), f"{tag} register tile 6 x 16")
+        assert seen.pop() == (blocking(8, 16, 1), f"{tag} register tile 8 x 16")
         assert template.GemmBlocking is blocking and torch.compiler.config.cache_key_tag == tag
 
 
