@@ -442,7 +442,7 @@ def _warn_uncompiled(reason: str) -> None:
 
 
 def _is_int(value: object) -> bool:
-    return type(value) is int or isinstance(value, Integral) and not isinstance(value, bool)
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
 def _check_size(name: str, value: int, least: int, reason: str = "") -> None:
