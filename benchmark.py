@@ -42,9 +42,8 @@ from flex_nano_vllm.report import (
 )
 from flex_nano_vllm.roofline import measure_machine, measure_shares
 from flex_nano_vllm.tasks import TASKS, held_out_questions, is_right, prompt_text
-from flex_nano_vllm.workload import TOKEN_IDS, RunOptions, digest, make_workload
+from flex_nano_vllm.workload import DEFAULT_MODELS, TOKEN_IDS, RunOptions, digest, make_workload
 
-GEMMA_2_2B = "google/gemma-2-2b"
 TINY_GEMMA2 = "tiny-gemma2"
 TEXTS = (
     "The 12 months of the year are: January, February, March,",
@@ -102,7 +101,10 @@ def main() -> int:
     (options,) = HfArgumentParser(Options, description=__doc__.split("\n")[0]).parse_args_into_dataclasses()
     console = Console()
     if options.compare:
-        compare_runs(options.compare, console)
+        try:
+            compare_runs(options.compare, console)
+        except (ValueError, OSError) as error:
+            raise SystemExit(str(error)) from None
         return 0
     if options.plot:
         from flex_nano_vllm.plots import plot_steps  # matplotlib is an extra
@@ -236,11 +238,10 @@ def load(
     name: str | None, dtype: torch.dtype, device: torch.device, console: Console
 ) -> tuple[PreTrainedModel, transformers.PreTrainedTokenizerBase, str]:
     """The model asked for, or the device's default: on a GPU its shape with random weights where it cannot be had."""
-    if name is None and device.type == "cpu":
-        name = TINY_GEMMA2
-    if name in SHAPES:
-        return random_model(name, dtype, device), byte_tokenizer(), name
-    path = str(EMBEDDED_MODELS.get(name, name or GEMMA_2_2B))
+    wanted = name or DEFAULT_MODELS[device.type]
+    if wanted in SHAPES:
+        return random_model(wanted, dtype, device), byte_tokenizer(), wanted
+    path = str(EMBEDDED_MODELS.get(wanted, wanted))
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path,
@@ -249,7 +250,7 @@ def load(
             use_safetensors=True,
             attn_implementation="eager",  # for the oracle: older transformers would choose sdpa, which has no softcap
         )
-        return model, AutoTokenizer.from_pretrained(path), name or path
+        return model, AutoTokenizer.from_pretrained(path), wanted
     except OSError as error:
         if name is not None:
             raise

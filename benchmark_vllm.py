@@ -25,7 +25,7 @@ from flex_nano_vllm.inference import EMBEDDED_MODELS
 from flex_nano_vllm.metrics import StepMetrics
 from flex_nano_vllm.random_models import SHAPES, random_model
 from flex_nano_vllm.report import FinishedRequest, device_name, json_line, print_results, summarize
-from flex_nano_vllm.workload import RunOptions, WorkloadRequest, digest
+from flex_nano_vllm.workload import DEFAULT_MODELS, RunOptions, WorkloadRequest, digest
 
 # Read by vLLM when it is imported: its scheduler in this process, where its steps can be counted; threads as torch has
 # them, not bound to cores; no statistics sent home.
@@ -47,6 +47,7 @@ def main() -> int:
     console = Console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options.fill_in(device.type)
+    options.model = options.model or DEFAULT_MODELS[device.type]
     requests = options.requests()
     os.environ.update(SETTINGS | os.environ)
     started = time.perf_counter()
@@ -55,7 +56,8 @@ def main() -> int:
 
         llm = load(vllm, options)
     except (ImportError, RuntimeError, ValueError, OSError) as error:
-        print(f"vLLM cannot run here, the README says how to install it: {str(error).splitlines()[0]}", file=sys.stderr)
+        reason = (str(error) or repr(error)).splitlines()[0]
+        print(f"vLLM cannot run here, the README says how to install it: {reason}", file=sys.stderr)
         return 2
     generate(vllm, llm, requests[:1])  # the first call of all kernels
     warmup_seconds = time.perf_counter() - started

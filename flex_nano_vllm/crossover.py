@@ -56,7 +56,7 @@ def measure_crossover(
     longest, largest, group_size = max(kv_lens), max(batch_sizes), NUM_HEADS // NUM_KV_HEADS
     flex = compile_flex_attention(device.type, compiled=True)
     for page_size in page_sizes:
-        torch._dynamo.reset()  # another pool, other graphs
+        torch.compiler.reset()  # another pool, other graphs
         max_pages = cdiv(longest, page_size)
         n_pages = 1 + largest * max_pages
         cache = PagedKVCache(n_pages * page_size, NUM_KV_HEADS, HEAD_DIM, dtype, device)
@@ -111,7 +111,7 @@ def _ways(
 
     def paged() -> Tensor:
         with step_in_progress(step, flex):
-            return cache.attend(query, None, HEAD_DIM**-0.5, None, ends=False)
+            return cache.attend(query, None, HEAD_DIM**-0.5, None)
 
     return {
         "flex, paged": paged,

@@ -442,6 +442,7 @@ def _warn_uncompiled(reason: str) -> None:
 
 
 def _is_int(value: object) -> bool:
+    # First the plain case: prompts are checked token by token, and to look an abstract class up takes a microsecond.
     return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 

@@ -19,6 +19,7 @@ from rich.table import Table
 from flex_nano_vllm.workload import RunOptions, WorkloadRequest, digest
 
 # What must be the same in two runs before one may be divided by the other.
+SIZES = ("max_batch_size", "max_seq_length", "n_pages", "page_size", "max_num_batched_tokens")
 SAME_WORK = ("model", "workload digest", "prompt tokens", "output tokens")
 
 
@@ -124,9 +125,13 @@ def compare_runs(paths: list[str], console: Console) -> None:
         if frame[name].nunique() > 1:
             raise ValueError(f"no ratio: the runs differ in {name}: {', '.join(map(str, frame[name].unique()))}")
     table = Table("run", "runs", "output tok/s", "ratio", "TTFT p50, ms", "TPOT p50, ms", "peak memory, GB")
-    groups = frame.groupby(["run", "machine"], sort=False)
+    sizes = pd.DataFrame([run["settings"] for run in runs], columns=SIZES).astype(str)
+    for _, group in frame.groupby("run"):
+        for size in SIZES:
+            if sizes.loc[group.index, size].nunique() > 1:
+                frame.loc[group.index, "run"] += f", {size} " + sizes.loc[group.index, size]
     first = None
-    for (name, machine), group in groups:
+    for (name, machine), group in frame.groupby(["run", "machine"], sort=False):
         rate = group["tok/s"].median()
         first = first or rate
         medians = [f"{group[column].median():,.1f}" for column in ("TTFT", "TPOT", "memory")]

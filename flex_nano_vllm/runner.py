@@ -138,7 +138,7 @@ class ModelRunner:
             position_ids=batch.position_ids,
             use_cache=False,  # the default would concatenate everything into a cache of its own
         )
-        if self.compiled and len(batch.chunk_ends) == len(batch.slots):
+        if self.compiled and len(batch.chunk_ends) == len(batch.slots):  # then `forward` has built it for this graph
             return self.model_of_decodes(**arguments, step=batch).logits[0]
         with step_in_progress(batch, self.flex) as finite:
             logits = self.model_of_any_length(**arguments, chunk_ends=batch.chunk_ends).logits[0]

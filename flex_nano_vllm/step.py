@@ -78,7 +78,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class TiledQueries:
-    """Queries on their way into FlexAttention and back."""
+    """Queries on their way into FlexAttention and back: T of them, all tokens of a step or the C ends of its chunks."""
 
     tiles: tuple[Tiles, ...]  # of each kind in use
     output_rows: Tensor  # [T, H] int64, where each head's output stands in the concatenated rows of the tiles

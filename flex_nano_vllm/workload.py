@@ -44,6 +44,9 @@ def digest(requests: list[WorkloadRequest]) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
+DEFAULT_MODELS = {"cuda": "google/gemma-2-2b", "cpu": "tiny-gemma2"}
+
+
 @dataclass
 class RunOptions:
     """What the benchmarks of all engines take. Sizes left at None depend on the device: see `fill_in`."""

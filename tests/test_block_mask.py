@@ -163,7 +163,8 @@ def assert_isolated(scene: Scene, batch: StepBatch, layout: TileLayout) -> None:
         assert list(tiles.block_masks) == list(layout.windows)
         for window, block_mask in tiles.block_masks.items():
             assert tuple(block_mask.BLOCK_SIZE) == (rows_per_tile, page_size)
-            assert tuple(block_mask.seq_lengths) == (rows_per_tile, kv_len(batch))
+            in_use = scene.page_table.n_pages if layout.whole_pool else scene.page_table.num_live_pages
+            assert tuple(block_mask.seq_lengths) == (rows_per_tile, in_use * page_size)
             allowed = evaluate(block_mask, kv_len(batch))
             partial = listed(block_mask.kv_num_blocks, block_mask.kv_indices)
             whole = listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
@@ -250,6 +251,7 @@ def test_the_ends_of_chunks_attend_in_the_last_layer_as_if_they_were_a_step_of_t
     for tiles, tiles_alone in zip(batch.end_queries.tiles, alone.tiles, strict=True):
         assert torch.equal(tiles.query_rows, tiles_alone.query_rows)
         mask, expected = tiles.block_masks[window], tiles_alone.block_masks[window]
+        assert mask.seq_lengths == expected.seq_lengths and mask.BLOCK_SIZE == expected.BLOCK_SIZE
         for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"):
             assert torch.equal(getattr(mask, name), getattr(expected, name))
         assert np.array_equal(evaluate(mask, kv_len(batch)), evaluate(expected, kv_len(batch)))

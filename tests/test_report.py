@@ -19,9 +19,11 @@ from flex_nano_vllm.workload import RunOptions, make_workload
 CPU = torch.device("cpu")
 
 
-def a_run(engine="flex-nano-vllm", seconds=2.0, seed=0, model="m", dtype="float32", tokens=20) -> str:
+def a_run(engine="flex-nano-vllm", seconds=2.0, seed=0, model="m", dtype="float32", tokens=20, **sizes) -> str:
     """The JSON line of a run of one request, of 10 prompt tokens."""
-    options = RunOptions(model=model, dtype=dtype, num_requests=1, min_new_tokens=20, max_new_tokens=20, seed=seed)
+    options = RunOptions(
+        model=model, dtype=dtype, num_requests=1, min_new_tokens=20, max_new_tokens=20, seed=seed, **sizes
+    )
     results = summarize([FinishedRequest(10, tokens, 0.5, 0.1)], seconds, CPU)
     return json_line(engine, "1.0", "compiled", model, CPU, options, options.requests(), 3.0, results)
 
@@ -64,6 +66,13 @@ def test_runs_are_compared_by_their_medians(tmp_path):
     assert first[0].startswith("flex-nano-vllm 1.0 compiled, float32") and second[0].startswith("vllm 1.0")
     assert first[1:4] == ["3", "10", "1.00"]
     assert second[1:4] == ["3", "5", "0.50"]
+
+
+def test_runs_of_other_sizes_are_rows_of_their_own(tmp_path):
+    runs = [a_run(seconds=2.0, n_pages=513), a_run(seconds=4.0, n_pages=257), a_run("vllm", seconds=1.0)]
+    full, half, vllm = compared(tmp_path, *runs)
+    assert "n_pages 513" in full[0] and "n_pages 257" in half[0] and "n_pages" not in vllm[0]
+    assert [row[1] for row in (full, half, vllm)] == ["1"] * 3 and [half[3], vllm[3]] == ["0.50", "2.00"]
 
 
 @pytest.mark.parametrize(
@@ -125,3 +134,18 @@ def test_where_vllm_cannot_run_one_line_says_so():
     run = subprocess.run([sys.executable, "-c", program + "sys.exit(b.main())"], capture_output=True, text=True)
     assert run.returncode == 2 and run.stdout == ""
     assert len(run.stderr.splitlines()) == 1 and "vLLM cannot run here" in run.stderr
+
+
+def test_vllm_is_handed_the_default_model_and_an_error_without_words_is_still_said():
+    program = """
+import sys, types
+def llm(path, **settings):
+    assert path.endswith("tiny_gemma2") and settings["max_num_seqs"] == 32, path
+    raise RuntimeError
+sys.modules["vllm"] = types.SimpleNamespace(LLM=llm)
+sys.argv = ["benchmark_vllm.py"]
+import benchmark_vllm as b
+sys.exit(b.main())
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.splitlines()[-1].endswith("RuntimeError()"), run.stderr
