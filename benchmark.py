@@ -335,8 +335,13 @@ def check_answers(engine: Inference, model: PreTrainedModel, console: Console) -
 def report_roofline(engine: Inference, options: Options, console: Console) -> dict:
     """Prefill and decode steps at some batch sizes beside what this machine could do at best."""
     machine = measure_machine(engine.model.device, engine.model.dtype)
-    sizes = [size for size in ROOFLINE_BATCHES if size <= options.max_batch_size]
-    shares = measure_shares(engine, machine, sizes, min(ROOFLINE_PROMPT_LEN, options.max_prompt_len))
+    shares = []
+    for size in ROOFLINE_BATCHES:
+        if size <= options.max_batch_size:
+            try:
+                shares += measure_shares(engine, machine, [size], min(ROOFLINE_PROMPT_LEN, options.max_prompt_len))
+            except ValueError as error:  # a small pool is no reason to lose the other figures
+                console.print(f"no roofline at batch size {size}: {error}")
     table = Table("step", "batch", "tokens/s", "share of the limit")
     table.title = f"limits: {machine.copy_bandwidth / 1e9:,.0f} GB/s, {machine.matmul_rate / 1e9:,.0f} GFLOP/s"
     for share in shares:

@@ -163,7 +163,8 @@ def assert_isolated(scene: Scene, batch: StepBatch, layout: TileLayout) -> None:
         assert list(tiles.block_masks) == list(layout.windows)
         for window, block_mask in tiles.block_masks.items():
             assert tuple(block_mask.BLOCK_SIZE) == (rows_per_tile, page_size)
-            in_use = scene.page_table.n_pages if layout.whole_pool else scene.page_table.num_live_pages
+            highest = max(page for pages in scene.pages.values() for page in pages)
+            in_use = N_PAGES if layout.whole_pool else highest + 1
             assert tuple(block_mask.seq_lengths) == (rows_per_tile, in_use * page_size)
             allowed = evaluate(block_mask, kv_len(batch))
             partial = listed(block_mask.kv_num_blocks, block_mask.kv_indices)

@@ -138,7 +138,8 @@ def test_where_vllm_cannot_run_one_line_says_so():
 
 def test_vllm_is_handed_the_default_model_and_an_error_without_words_is_still_said():
     program = """
-import sys, types
+import sys, types, torch
+torch.cuda.is_available = lambda: False
 def llm(path, **settings):
     assert path.endswith("tiny_gemma2") and settings["max_num_seqs"] == 32, path
     raise RuntimeError

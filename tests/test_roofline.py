@@ -1,9 +1,13 @@
 """What a step costs at least, counted by hand; shares of the limit are of the steps that were run."""
 
+import io
+
 import pytest
 import torch
+from rich.console import Console
 from tiny_models import WINDOW, tiny_model
 
+from benchmark import Options, report_roofline
 from flex_nano_vllm import Inference
 from flex_nano_vllm.roofline import Machine, StepCost, measure_machine, measure_shares, step_cost
 
@@ -41,6 +45,16 @@ def test_a_step_of_few_tokens_takes_many_steps_of_prefill():
     with Inference(tiny_model("llama"), None, 4, 128, page_size=16, max_num_batched_tokens=4, compile=False) as engine:
         shares = measure_shares(engine, Machine(1e9, 1e9), [4], prompt_len=9, num_decode_steps=5)
     assert [(share.phase, share.num_tokens) for share in shares][-1] == ("decode", 20)
+
+
+def test_a_pool_too_small_for_a_batch_costs_its_line_of_the_roofline_and_no_other():
+    console = Console(width=200, file=io.StringIO())
+    with Inference(tiny_model("llama"), None, 32, 128, 6, page_size=16, compile=False) as engine:
+        roofline = report_roofline(engine, Options(max_batch_size=32, max_prompt_len=20), console)
+        assert not engine.has_unfinished_requests()
+        engine.check_invariants()
+    assert [step["batch_size"] for step in roofline["steps"]] == [1, 1]
+    assert "no roofline at batch size 32: 32 requests" in console.file.getvalue()
 
 
 def test_the_slower_of_memory_and_arithmetic_is_the_limit():
