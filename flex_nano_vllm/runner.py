@@ -7,6 +7,7 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -201,21 +202,22 @@ def inductor_on_cpu(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callab
     - Torch 2.11 to 2.15 multiply in the kernel of FlexAttention with register tiles of 1 x 16: every sum waits for
       the one before, and keys are read again for each query. With tiles of 8 x 16, attention of a prompt takes three
       fifths of the time in float32, nine tenths in bfloat16. Where a later torch chooses no size in this place,
-      nothing is changed. Kernels with these tiles have a tag of their own in torch's cache.
+      nothing is changed.
+
+    And without what makes it crash: a kernel has buffers for so many threads, but torch 2.11 takes one that was made
+    for fewer out of its cache. Hence both are part of the cache's key.
     """
     # In this order: the template cannot be imported first.
     import torch._inductor.lowering
     from torch._inductor.codegen import cpp_flex_attention_template as template
     from torch._inductor.compile_fx import compile_fx
 
-    if not hasattr(template, "GemmBlocking"):
-        return compile_fx(graph, inputs)
-    tile = template.GemmBlocking(8, 16, 1)
-    tag = f"{torch.compiler.config.cache_key_tag} register tile 8 x 16"
-    with (
-        mock.patch.object(template, "GemmBlocking", lambda *_: tile),
-        torch.compiler.config.patch(cache_key_tag=tag),
-    ):
+    tag = f"{torch.compiler.config.cache_key_tag} register tile 8 x 16, {torch.get_num_threads()} threads"
+    widened = nullcontext()
+    if hasattr(template, "GemmBlocking"):
+        tile = template.GemmBlocking(8, 16, 1)
+        widened = mock.patch.object(template, "GemmBlocking", lambda *_: tile)
+    with widened, torch.compiler.config.patch(cache_key_tag=tag):
         return compile_fx(graph, inputs)
 
 
