@@ -57,7 +57,7 @@ def main() -> int:
         llm = load(vllm, options)
     except (ImportError, RuntimeError, ValueError, OSError) as error:
         reason = (str(error) or repr(error)).splitlines()[0]
-        print(f"vLLM cannot run here, the README says how to install it: {reason}", file=sys.stderr)
+        print(f"vLLM cannot run here (README says how to install it): {reason}", file=sys.stderr)
         return 2
     generate(vllm, llm, requests[:1])  # the first call of all kernels
     warmup_seconds = time.perf_counter() - started
