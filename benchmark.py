@@ -339,7 +339,7 @@ def report_roofline(engine: Inference, options: Options, console: Console) -> di
     for size in ROOFLINE_BATCHES:
         if size <= options.max_batch_size:
             try:
-                shares += measure_shares(engine, machine, [size], min(ROOFLINE_PROMPT_LEN, options.max_prompt_len))
+                shares += measure_shares(engine, machine, size, min(ROOFLINE_PROMPT_LEN, options.max_prompt_len))
             except ValueError as error:  # a small pool is no reason to lose the other figures
                 console.print(f"no roofline at batch size {size}: {error}")
     table = Table("step", "batch", "tokens/s", "share of the limit")

@@ -104,29 +104,24 @@ class Share:
 
 
 def measure_shares(
-    engine: Inference, machine: Machine, batch_sizes: list[int], prompt_len: int, num_decode_steps: int = 16
+    engine: Inference, machine: Machine, batch_size: int, prompt_len: int, num_decode_steps: int = 16
 ) -> list[Share]:
-    """For each batch size, the prefill of so many prompts, and some steps in which all of them decode.
+    """The prefill of `batch_size` prompts, and some steps in which all of them decode.
 
     The engine must have nothing to do; afterwards it has nothing to do again. Raises ValueError for requests that would
     not fit.
     """
-    shares = []
-    for batch_size in batch_sizes:
-        phases: dict[str, list[tuple[int, float, float]]] = {"prefill": [], "decode": []}
-        with decoding_together(engine, batch_size, prompt_len, num_decode_steps) as step:
-            while len(phases["decode"]) < num_decode_steps:
-                sequences = [*engine.scheduler.running, *engine.scheduler.waiting]
-                before = [sequence.num_computed_tokens for sequence in sequences]
-                started = time.perf_counter()
-                step()
-                seconds = time.perf_counter() - started
-                after = [sequence.num_computed_tokens for sequence in sequences]
-                chunks = [(start, end - start) for start, end in zip(before, after) if end > start]
-                limit = step_cost(engine.model, chunks).seconds(machine)
-                phase = "decode" if min(before) >= prompt_len else "prefill"
-                phases[phase].append((sum(length for _, length in chunks), seconds, limit))
-        for phase, steps in phases.items():
-            num_tokens, seconds, limit = (sum(column) for column in zip(*steps))
-            shares.append(Share(phase, batch_size, num_tokens, seconds, limit))
-    return shares
+    phases: dict[str, list[tuple[int, float, float]]] = {"prefill": [], "decode": []}
+    with decoding_together(engine, batch_size, prompt_len, num_decode_steps) as step:
+        while len(phases["decode"]) < num_decode_steps:
+            sequences = [*engine.scheduler.running, *engine.scheduler.waiting]
+            before = [sequence.num_computed_tokens for sequence in sequences]
+            started = time.perf_counter()
+            step()
+            seconds = time.perf_counter() - started
+            after = [sequence.num_computed_tokens for sequence in sequences]
+            chunks = [(start, end - start) for start, end in zip(before, after) if end > start]
+            limit = step_cost(engine.model, chunks).seconds(machine)
+            phase = "decode" if min(before) >= prompt_len else "prefill"
+            phases[phase].append((sum(length for _, length in chunks), seconds, limit))
+    return [Share(phase, batch_size, *map(sum, zip(*steps))) for phase, steps in phases.items()]

@@ -212,11 +212,10 @@ def inductor_on_cpu(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callab
     from torch._inductor.codegen import cpp_flex_attention_template as template
     from torch._inductor.compile_fx import compile_fx
 
-    tag = f"{torch.compiler.config.cache_key_tag} register tile 8 x 16, {torch.get_num_threads()} threads"
-    widened = nullcontext()
+    tag, widened = f"{torch.compiler.config.cache_key_tag} {torch.get_num_threads()} threads", nullcontext()
     if hasattr(template, "GemmBlocking"):
         tile = template.GemmBlocking(8, 16, 1)
-        widened = mock.patch.object(template, "GemmBlocking", lambda *_: tile)
+        tag, widened = f"{tag}, register tile 8 x 16", mock.patch.object(template, "GemmBlocking", lambda *_: tile)
     with widened, torch.compiler.config.patch(cache_key_tag=tag):
         return compile_fx(graph, inputs)
 

@@ -231,7 +231,7 @@ def test_the_backend_for_a_cpu_widens_the_products_for_its_own_graphs_and_starts
                 compiled(torch.ones(2))
         else:
             assert compiled(torch.ones(2)).tolist() == [2, 2]
-        assert seen.pop() == (blocking(8, 16, 1), f"{tag} register tile 8 x 16, {torch.get_num_threads()} threads")
+        assert seen.pop() == (blocking(8, 16, 1), f"{tag} {torch.get_num_threads()} threads, register tile 8 x 16")
         assert template.GemmBlocking is blocking and torch.compiler.config.cache_key_tag == tag
 
 

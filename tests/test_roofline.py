@@ -43,7 +43,7 @@ def test_a_window_saves_what_lies_before_it():
 
 def test_a_step_of_few_tokens_takes_many_steps_of_prefill():
     with Inference(tiny_model("llama"), None, 4, 128, page_size=16, max_num_batched_tokens=4, compile=False) as engine:
-        shares = measure_shares(engine, Machine(1e9, 1e9), [4], prompt_len=9, num_decode_steps=5)
+        shares = measure_shares(engine, Machine(1e9, 1e9), 4, prompt_len=9, num_decode_steps=5)
     assert [(share.phase, share.num_tokens) for share in shares][-1] == ("decode", 20)
 
 
@@ -70,7 +70,9 @@ def test_machine_is_measured():
 
 def test_shares_are_of_all_steps_and_leave_nothing_behind():
     with Inference(tiny_model("llama"), None, 4, 128, page_size=16, max_num_batched_tokens=32, compile=False) as engine:
-        shares = measure_shares(engine, Machine(1e9, 1e9), [1, 3], prompt_len=20, num_decode_steps=5)
+        shares = []
+        for batch_size in (1, 3):
+            shares += measure_shares(engine, Machine(1e9, 1e9), batch_size, prompt_len=20, num_decode_steps=5)
         assert not engine.has_unfinished_requests()
         engine.check_invariants()
     assert [(share.phase, share.batch_size) for share in shares] == [
