@@ -41,6 +41,7 @@ from flex_nano_vllm.report import (
     summarize,
 )
 from flex_nano_vllm.roofline import measure_machine, measure_shares
+from flex_nano_vllm.savings import PARTS, Sizes, report_savings
 from flex_nano_vllm.tasks import TASKS, held_out_questions, is_right, prompt_text
 from flex_nano_vllm.workload import DEFAULT_MODELS, TOKEN_IDS, RunOptions, digest, make_workload
 
@@ -85,6 +86,13 @@ class Options(RunOptions):
             "compiled anew), with the share of the host"
         },
     )
+    savings: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "measure what prefix caching, cascade attention and windows that give pages back save: "
+            f"{', '.join(PARTS)}, or all (fixed numbers of tokens; each kind of engine is compiled anew)"
+        },
+    )
     compare: list[str] = field(
         default_factory=list,
         metadata={
@@ -107,9 +115,12 @@ def main() -> int:
             raise SystemExit(str(error)) from None
         return 0
     if options.plot:
-        from flex_nano_vllm.plots import plot_steps  # matplotlib is an extra
+        from flex_nano_vllm.plots import plot_savings, plot_steps  # matplotlib is an extra
 
-        plot_steps(options.plot, "profile.png")
+        if options.plot[0].endswith(".csv"):
+            plot_steps(options.plot, "profile.png")
+        else:
+            plot_savings(options.plot, "savings.png")
         return 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options.fill_in(device.type)
@@ -120,6 +131,12 @@ def main() -> int:
     console.print(f"{model_name}, {options.dtype}, on {device_name(device)}, torch {torch.__version__}")
     if options.overhead:
         report_overhead(model, options, console)
+        return 0
+    if options.savings:
+        try:
+            report_savings(model, options, Sizes(), options.savings, console)
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
         return 0
     if options.baseline:
         return run_baseline(model, model_name, options, console)
@@ -179,6 +196,7 @@ def run_engine(
     num_compiled = num_graphs() - graphs_before
     mode = f"{num_compiled} of at most {engine.runner.max_graphs} graphs" if engine.runner.compiled else "uncompiled"
     console.print(f"ready in {warmup_seconds:.1f} s: {mode}, {engine.page_table.n_pages} pages of {options.page_size}")
+    console.print(engine.plan(options.max_prompt_len, options.max_new_tokens))
 
     exactness = answers = None
     options.n_pages = engine.page_table.n_pages  # a pool of another size would be compiled anew

@@ -56,7 +56,7 @@ class StepInProgress:
 @contextmanager
 def step_in_progress(step: StepBatch, flex: Callable[..., Tensor]) -> Iterator[Tensor]:
     """Let the operators work on `step`. Gives `finite`, which is complete when the model has returned."""
-    finite = torch.ones_like(step.slots, dtype=torch.bool)
+    finite = torch.ones_like(step.input_ids[0], dtype=torch.bool)
     token = _in_progress.set(StepInProgress(step, flex, finite))
     try:
         yield finite
@@ -66,7 +66,7 @@ def step_in_progress(step: StepBatch, flex: Callable[..., Tensor]) -> Iterator[T
 
 def _current(num_tokens: int, ends: bool) -> StepInProgress:
     current = _in_progress.get()
-    if current is None or num_tokens != len(current.step.chunk_ends if ends else current.step.slots):
+    if current is None or num_tokens != (len(current.step.chunk_ends) if ends else current.step.num_tokens):
         raise RuntimeError(
             "this model is patched for paged attention and belongs to an Inference engine: it cannot be called "
             "directly. Use the engine, or give the model back first with engine.close()"
@@ -105,17 +105,19 @@ def attend(
     return together[queries.output_rows][None]
 
 
-def write_kv(step: StepBatch, key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
-    """Put the step's keys and values, [1, K, T, D], into their slots of the pool, [1, K, slots, D]."""
-    k_cache.index_copy_(2, step.slots, key)
-    v_cache.index_copy_(2, step.slots, value)
+def write_kv(slots: Tensor, key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+    """Put a step's keys and values, [1, K, T, D], into their slots of the pool, [1, K, slots, D]."""
+    k_cache.index_copy_(2, slots, key)
+    v_cache.index_copy_(2, slots, value)
 
 
-def write_kv_op(key: Tensor, value: Tensor, finite: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+def write_kv_op(
+    key: Tensor, value: Tensor, finite: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None
+) -> None:
     """`finite` [T] says which tokens had finite keys and values."""
     current = _current(num_tokens=key.shape[2], ends=False)
     current.finite.logical_and_(finite)
-    write_kv(current.step, key, value, k_cache, v_cache)
+    write_kv(current.step.slots[window], key, value, k_cache, v_cache)
 
 
 def attend_op(
@@ -123,7 +125,7 @@ def attend_op(
 ) -> Tensor:
     """`ends`: the queries are those of the chunks' ends only (see `patching.pruned_forward`)."""
     current = _current(query.shape[2], ends)
-    queries = current.step.end_queries if ends else current.step.queries
+    queries = current.step.end_queries if ends else current.step.queries[window]
     return attend(queries, current.flex, query, k_cache, v_cache, window, scale, cap)
 
 
@@ -147,15 +149,24 @@ def _(query: Tensor, *args: object) -> Tensor:
 
 
 class PagedKVCache(nn.Module):
-    """The KV pool of one attention layer.
+    """The KV pool of one attention layer, whose queries see `window` tokens (None: all before them).
 
     `k_cache` and `v_cache` are two separate buffers [1, K, P * page_size, D]: heads outermost, so that a page of one
     head is contiguous; two buffers, because the CPU template copies a buffer that K and V share (and torch 2.11
     refuses it). They start as zeros, and are finite at all times.
     """
 
-    def __init__(self, num_slots: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        window: int | None,
+        num_slots: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
         super().__init__()
+        self.window = window
         shape = (1, num_kv_heads, num_slots, head_dim)
         self.register_buffer("k_cache", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
         self.register_buffer("v_cache", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
@@ -163,31 +174,28 @@ class PagedKVCache(nn.Module):
     def update(self, key: Tensor, value: Tensor) -> None:
         """Write keys and values of the step in progress, [1, K, T, D], into their slots."""
         key, value, finite = _only_finite(key, value)
-        torch.ops.flex_nano_vllm.write_kv(key, value, finite, self.k_cache, self.v_cache)
+        torch.ops.flex_nano_vllm.write_kv(key, value, finite, self.k_cache, self.v_cache, self.window)
 
-    def attend(self, query: Tensor, window: int | None, scale: float, cap: float | None, ends: bool = False) -> Tensor:
+    def attend(self, query: Tensor, scale: float, cap: float | None, ends: bool = False) -> Tensor:
         """Attention of the queries of the step in progress, [1, H, T, D], over the pool; of the chunks' `ends` only,
         if so (see `patching.pruned_forward`). Returns [1, T, H, D]."""
-        return torch.ops.flex_nano_vllm.attend(query, self.k_cache, self.v_cache, window, scale, cap, ends)
+        return torch.ops.flex_nano_vllm.attend(query, self.k_cache, self.v_cache, self.window, scale, cap, ends)
+
+    def copy_pages(self, sources: list[int], targets: list[int], page_size: int) -> None:
+        """Copy whole pages."""
+        for pool in (self.k_cache, self.v_cache):
+            pages = pool.unflatten(2, (-1, page_size))  # [1, K, P, page_size, D]
+            pages[:, :, targets] = pages[:, :, sources]
 
     def update_and_attend(
-        self,
-        decodes: StepBatch,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        window: int | None,
-        scale: float,
-        cap: float | None,
+        self, decodes: StepBatch, query: Tensor, key: Tensor, value: Tensor, scale: float, cap: float | None
     ) -> Tensor:
         """Both for a step of decodes, compiled into the graph of the model. Where keys or values are not finite, the
         output is NaN, and so are then the logits: each token is the end of its chunk."""
         key, value, finite = _only_finite(key, value)
-        write_kv(decodes, key, value, self.k_cache, self.v_cache)
-        masks = decodes.queries.tiles[0].block_masks
-        effective = next(other for other in masks if masks[other] is masks[window])  # windows may share a mask
-        flex = functools.partial(flex_in_graph, effective)
-        output = attend(decodes.queries, flex, query, self.k_cache, self.v_cache, window, scale, cap)
+        write_kv(decodes.slots[self.window], key, value, self.k_cache, self.v_cache)
+        flex = functools.partial(flex_in_graph, self.window)
+        output = attend(decodes.queries[self.window], flex, query, self.k_cache, self.v_cache, self.window, scale, cap)
         return output.masked_fill(~finite[:, None, None], torch.nan)
 
 
@@ -228,7 +236,6 @@ def paged_flex_attention(
     attention_mask: Tensor | None,
     scaling: float,
     softcap: float | None = None,
-    sliding_window: int | None = None,
     phase: str | None = None,
     step: StepBatch | None = None,
     **kwargs: object,
@@ -243,9 +250,9 @@ def paged_flex_attention(
     """
     cache = module.kv_cache
     if step is not None:
-        return cache.update_and_attend(step, query, key, value, sliding_window, scaling, softcap), None
+        return cache.update_and_attend(step, query, key, value, scaling, softcap), None
     if phase != "ends":
         cache.update(key, value)
     if phase == "keys":
         return query.transpose(1, 2), None
-    return cache.attend(query, sliding_window, scaling, softcap, ends=phase == "ends"), None
+    return cache.attend(query, scaling, softcap, ends=phase == "ends"), None

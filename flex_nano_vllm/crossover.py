@@ -19,7 +19,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
 from flex_nano_vllm.attention import PagedKVCache, step_in_progress
-from flex_nano_vllm.page_table import PageTable, cdiv
+from flex_nano_vllm.geometry import Geometry, cdiv
+from flex_nano_vllm.kv_manager import KVManager
+from flex_nano_vllm.page_table import PageTable
 from flex_nano_vllm.report import device_name
 from flex_nano_vllm.runner import compile_flex_attention, decode_buckets, padding_chunk, tile_kinds, why_not_compiled
 from flex_nano_vllm.scheduler import Chunk
@@ -59,25 +61,25 @@ def measure_crossover(
         torch.compiler.reset()  # another pool, other graphs
         max_pages = cdiv(longest, page_size)
         n_pages = 1 + largest * max_pages
-        cache = PagedKVCache(n_pages * page_size, NUM_KV_HEADS, HEAD_DIM, dtype, device)
+        cache = PagedKVCache(None, n_pages * page_size, NUM_KV_HEADS, HEAD_DIM, dtype, device)
         for pool in (cache.k_cache, cache.v_cache):
             pool.normal_(generator=torch.Generator(device).manual_seed(0))
         kinds = tile_kinds(group_size, largest, longest, device.type)
-        layout = TileLayout(kinds, NUM_KV_HEADS, group_size, windows=(None,), whole_pool=True)
+        layout = TileLayout(kinds, NUM_KV_HEADS, group_size, windows=(None,), last_window=None, whole_pool=True)
         decode_layout = replace(layout, kinds=(TileKind(kinds[0].tile_len, decode_buckets(largest)),))
         for kv_len, batch_size in itertools.product(kv_lens, batch_sizes):
-            page_table = PageTable(n_pages, page_size, largest, max_pages, device)
-            rows = [page_table.allocate() for _ in range(batch_size)]
+            kv = KVManager(Geometry(n_pages, page_size, largest, longest, longest), device, prefix_caching=False)
+            rows = [kv.allocate([]) for _ in range(batch_size)]
             for num_tokens in range(page_size, kv_len + page_size, page_size):  # each row's pages lie scattered
                 for row in rows:
-                    page_table.reserve(row, min(num_tokens, kv_len))
+                    kv.reserve(row, min(num_tokens, kv_len))
             for phase, num_queries in (("decode", 1), ("prefill", kv_len)):
                 if phase == "prefill" and batch_size * kv_len > longest:
                     continue
                 sequences = [replace(padding_chunk(kv_len).sequence, row=row) for row in rows]
                 chunks = [Chunk(sequence, kv_len - num_queries, num_queries) for sequence in sequences]
-                step = StepBatch.build(chunks, page_table, decode_layout if phase == "decode" else layout)
-                ways = _ways(cache, page_table, rows, kv_len, num_queries, step, flex)
+                step = StepBatch.build(chunks, kv, decode_layout if phase == "decode" else layout)
+                ways = _ways(cache, kv.leading, rows, kv_len, num_queries, step, flex)
                 outputs = {way: attend() for way, attend in ways.items()}
                 for way, output in outputs.items():
                     difference = (output - outputs["gather + naive"]).abs().max()
@@ -111,7 +113,7 @@ def _ways(
 
     def paged() -> Tensor:
         with step_in_progress(step, flex):
-            return cache.attend(query, None, HEAD_DIM**-0.5, None)
+            return cache.attend(query, HEAD_DIM**-0.5, None)
 
     return {
         "flex, paged": paged,

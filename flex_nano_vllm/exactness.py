@@ -29,6 +29,7 @@ class Comparison:
 
 
 def greedy_tokens(engine: Inference, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+    engine.reset_prefix_cache()  # what was computed in other company must not stand in for what is computed in this
     greedy = SamplingParams(temperature=0, max_tokens=max_tokens)
     return [output.outputs[0].token_ids for output in engine.generate(prompts, greedy, use_tqdm=False)]
 
@@ -47,7 +48,9 @@ def greedy_in_all_company(
 
 
 def greedy_under_preemption(engine: Inference, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
-    """Greedy tokens when every other step the newest request loses its pages and has to start again."""
+    """Greedy tokens when every other step the newest request loses its pages and has to start again, with what it finds
+    of them if the engine caches prefixes."""
+    engine.reset_prefix_cache()
     greedy = SamplingParams(temperature=0, max_tokens=max_tokens)
     request_ids, tokens = [], {}
     try:

@@ -1,6 +1,7 @@
 """The engine as its user sees it: prompts in, texts out. Knows nothing of page arithmetic or masks."""
 
 import functools
+import itertools
 import logging
 import threading
 import time
@@ -8,6 +9,7 @@ import weakref
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
+from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
 
@@ -15,10 +17,13 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from flex_nano_vllm.geometry import Geometry, cdiv
+from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.memory import check_pool_fits, pool_size
-from flex_nano_vllm.metrics import EngineStats, StepMetrics
-from flex_nano_vllm.page_table import PageTable, cdiv
-from flex_nano_vllm.patching import check_supported, unpatch_model
+from flex_nano_vllm.metrics import EngineStats, RequestMetrics, StepMetrics
+from flex_nano_vllm.page_table import PageTable
+from flex_nano_vllm.patching import check_supported, layer_windows, unpatch_model
+from flex_nano_vllm.planner import Plan, make_plan
 from flex_nano_vllm.runner import ModelRunner, why_not_compiled
 from flex_nano_vllm.sampler import sample, uniform
 from flex_nano_vllm.scheduler import Chunk, Scheduler
@@ -56,6 +61,9 @@ class Inference:
         page_size: tokens per page. Default: 64 on a CPU, 128 on a GPU.
         max_num_batched_tokens: token budget of a step. Default: 1,024 on a CPU, 2,048 on a GPU.
         watermark: tokens by which every running request can still grow when another one is admitted.
+        enable_prefix_caching: compute of a request only what no other one with the same beginning has computed.
+        enable_window_release: give pages back that are out of a layer's sliding window.
+        enable_cascade: let decodes that share many pages read them together.
         compile: whether to compile the model and FlexAttention. Default: where that is possible; otherwise the reason
             is logged once.
         record_steps: keep a `StepMetrics` of every step in `engine.steps`.
@@ -75,6 +83,9 @@ class Inference:
         *,
         max_num_batched_tokens: int | None = None,
         watermark: int = 32,
+        enable_prefix_caching: bool = True,
+        enable_window_release: bool = True,
+        enable_cascade: bool = True,
         compile: bool | None = None,
         record_steps: bool = False,
     ):
@@ -101,33 +112,47 @@ class Inference:
         if compile is None and obstacle:
             _warn_uncompiled(obstacle)
         _release_model(model)  # before memory is looked at
+        geometry = Geometry(
+            1 + max_batch_size * cdiv(max_seq_length, page_size) if n_pages is None else n_pages,
+            page_size,
+            max_batch_size,
+            max_seq_length,
+            max_num_batched_tokens,
+            tuple(layer_windows(model)),
+            enable_window_release,
+        )
         if n_pages is None:
-            n_pages = pool_size(model, page_size, max_batch_size, max_seq_length)
-        max_batch_size = min(max_batch_size, n_pages - 1)  # whoever runs holds a page
-        check_pool_fits(model, n_pages, page_size, max_batch_size)
+            n_pages = pool_size(model, geometry)
+        # Whoever runs holds a page.
+        geometry = replace(geometry, n_pages=n_pages, max_batch_size=min(max_batch_size, n_pages - 1))
+        check_pool_fits(model, geometry)
 
         self.model, self.tokenizer = model, tokenizer
-        max_pages_per_row = min(cdiv(max_seq_length, page_size), n_pages - 1)
         with torch.inference_mode(False):  # buffers of that mode could not be written outside of it
-            self.page_table = PageTable(n_pages, page_size, max_batch_size, max_pages_per_row, model.device)
-        self.max_seq_length = max_seq_length
-        self.max_request_tokens = min(max_seq_length, self.page_table.num_usable_pages * page_size)
+            self.kv = KVManager(geometry, model.device, enable_prefix_caching)
+        self.max_seq_length, self.max_request_tokens = max_seq_length, geometry.max_request_tokens
         if self.max_request_tokens < 2:
             raise ValueError(f"n_pages={n_pages} of page_size={page_size} hold no prompt token and a generated one")
-        self.scheduler = Scheduler(self.page_table, max_num_batched_tokens, watermark)
+        self.scheduler = Scheduler(self.kv, max_num_batched_tokens, watermark)
         self.eos_token_ids = _eos_token_ids(model, tokenizer)
         self.steps: list[StepMetrics] = []
         self._record_steps = record_steps
         self._start_time = time.perf_counter()
         self._num_requests = self._num_finished = self._num_steps = 0
         self._num_computed_tokens = self._num_generated_tokens = 0
-        self._unreported: list[Sequence] = []  # finished, and not yet returned to the caller
+        self._unreported: dict[int, list[Sequence]] = {}  # requests that have ended and were not yet returned
         self._in_use = threading.Lock()
         compiled = obstacle is None if compile is None else compile
         with torch.inference_mode(False):
-            self.runner = ModelRunner(model, self.page_table, max_num_batched_tokens, compiled)
+            self.runner = ModelRunner(model, self.kv, compiled, enable_cascade)
         self._give_back = weakref.finalize(self, unpatch_model, model)
+        logger.info("KV memory for %s", self.plan(self.max_request_tokens - 1, 1))
         _engine_of_model[model] = weakref.ref(self)
+
+    @property
+    def page_table(self) -> PageTable:
+        """Of the layers with the widest window, the one whose pool can run out; `kv` has those of the others."""
+        return self.kv.leading
 
     @classmethod
     def from_pretrained(
@@ -166,6 +191,7 @@ class Inference:
         prompts: Prompt | SequenceOf[Prompt],
         sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        cache_salt: str | None = None,
     ) -> list[RequestOutput]:
         """Complete one prompt or many, and return the outputs in the order of the prompts.
 
@@ -173,6 +199,8 @@ class Inference:
             prompts: a text, a list of token ids, or a list whose entries are either.
             sampling_params: for all prompts, or a list with one for each. Default: `SamplingParams()`.
             use_tqdm: show a progress bar.
+            cache_salt: share computed prefixes only with requests of the same salt. For users who must not learn, from
+                how fast they are answered, what others have asked.
         Raises:
             ValueError: for any prompt that is empty, holds an unknown token id, or can never fit; for lists of
                 different lengths. All prompts are checked before the first one is taken.
@@ -181,37 +209,39 @@ class Inference:
         Whatever goes wrong later, an interrupt included, all pages are free again afterwards and the engine is usable.
         """
         with self._exclusively():
-            sequences = self._sequences(prompts, sampling_params)
+            requests = self._requests(prompts, sampling_params, cache_salt)
             if self.has_unfinished_requests():
                 raise RuntimeError(
                     "the engine has unfinished requests: run_one_step() until it has none, or abort them"
                 )
             outputs: dict[int, RequestOutput] = {}
             try:
-                for sequence in sequences:
+                for sequence in itertools.chain(*requests):
                     self.scheduler.add(sequence)
-                with tqdm(total=len(sequences), unit="req", dynamic_ncols=True, disable=not use_tqdm) as bar:
+                with tqdm(total=len(requests), unit="req", dynamic_ncols=True, disable=not use_tqdm) as bar:
                     started, num_tokens = time.perf_counter(), 0
                     while self.has_unfinished_requests():
                         for output in self._step():
                             outputs[output.request_id] = output
-                            num_tokens += len(output.outputs[0].token_ids)
+                            num_tokens += sum(len(completion.token_ids) for completion in output.outputs)
                             rate = num_tokens / (time.perf_counter() - started)
                             bar.set_postfix_str(f"{rate:.0f} tok/s", refresh=False)
                             bar.update()
             except BaseException:
                 self._forget_requests()
                 raise
-            return [outputs[sequence.request_id] for sequence in sequences]
+            return [outputs[group[0].request_id] for group in requests]
 
-    def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
+    def add_request(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, cache_salt: str | None = None
+    ) -> int:
         """Queue one request and return its id. Raises ValueError, before anything is taken, for what can never run."""
         with self._exclusively():
-            sequence = self._sequence(
-                prompt, SamplingParams() if sampling_params is None else sampling_params, "prompt"
-            )
-            self.scheduler.add(sequence)
-            return sequence.request_id
+            params = SamplingParams() if sampling_params is None else sampling_params
+            group = self._request(prompt, params, cache_salt, "prompt")
+            for sequence in group:
+                self.scheduler.add(sequence)
+            return group[0].request_id
 
     def has_unfinished_requests(self) -> bool:
         """Whether there is a request whose output has not been returned."""
@@ -223,8 +253,8 @@ class Inference:
         None, and no harm, if it has ended already or never was.
         """
         with self._exclusively():
-            sequence = self.scheduler.abort(request_id)
-            return None if sequence is None else self._output(sequence)
+            aborted = self.scheduler.abort(request_id)
+            return self._output(aborted[0].group) if aborted else None
 
     def run_one_step(self) -> list[RequestOutput]:
         """Compute one step and return the requests that finished in it.
@@ -246,10 +276,15 @@ class Inference:
                 [0.0 if sequence.params.greedy else sequence.params.temperature for sequence in sequences],
                 [uniform(sequence.seed, sequence.num_tokens) for sequence in sequences],
             )
-            sampled = [s for chunk, s, token_id in zip(chunks, sequences, token_ids) if chunk.samples and token_id >= 0]
-            self._unreported += self.scheduler.commit(chunks, token_ids)
+            samples = [chunk.samples and token_id >= 0 for chunk, token_id in zip(chunks, token_ids)]
+            finished = self.scheduler.commit(chunks, token_ids)
+            # Who has been sent back, because it had counted on numbers that were not finite, has computed nothing.
+            sampled = [s for s, has_token in zip(sequences, samples) if has_token and s.num_computed_tokens]
+            for sequence in finished:
+                if all(other.finish_reason for other in sequence.group):
+                    self._unreported[sequence.request_id] = sequence.group
             self._measure(chunks, sampled, started)
-        outputs = [self._output(sequence) for sequence in self._unreported]
+        outputs = [self._output(group) for group in self._unreported.values()]
         self._unreported.clear()
         return outputs
 
@@ -257,6 +292,23 @@ class Inference:
         """Compile everything that serving can need, so that no request waits for the compiler."""
         with self._exclusively():
             self.runner.warmup()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what was computed for earlier requests: after a change of the model's weights, or to measure.
+
+        Raises RuntimeError while there are unfinished requests.
+        """
+        with self._exclusively():
+            if self.has_unfinished_requests():
+                raise RuntimeError("the engine has unfinished requests, whose pages are in use")
+            self.kv.reset()
+
+    def plan(self, prompt_len: int, max_tokens: int) -> Plan:
+        """What requests of such lengths would hold of the KV memory, how many of them fit at once, and why one would be
+        refused. Raises ValueError for lengths less than 1."""
+        _check_size("prompt_len", prompt_len, 1)
+        _check_size("max_tokens", max_tokens, 1)
+        return make_plan(self.model, self.kv.geometry, prompt_len, max_tokens, self._refusal(prompt_len))
 
     def stats(self) -> EngineStats:
         """What the engine holds and has done so far."""
@@ -272,6 +324,10 @@ class Inference:
             num_computed_tokens=self._num_computed_tokens,
             num_generated_tokens=self._num_generated_tokens,
             num_finished_requests=self._num_finished,
+            num_idle_pages=table.num_idle_pages,
+            num_prompt_tokens=self.scheduler.num_prompt_tokens,
+            num_cached_tokens=self.scheduler.num_cached_tokens,
+            cache_hit_rate=self.scheduler.num_cached_tokens / max(1, self.scheduler.num_prompt_tokens),
         )
 
     def check_invariants(self) -> None:
@@ -291,12 +347,13 @@ class Inference:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _sequences(
+    def _requests(
         self,
         prompts: Prompt | SequenceOf[Prompt],
         sampling_params: SamplingParams | SequenceOf[SamplingParams] | None,
-    ) -> list[Sequence]:
-        """One sequence per prompt, all of them checked."""
+        cache_salt: str | None,
+    ) -> list[list[Sequence]]:
+        """The samples of each prompt, all of them checked."""
         is_list = isinstance(prompts, list | tuple)
         prompts = [prompts] if isinstance(prompts, str) or (is_list and prompts and _is_int(prompts[0])) else prompts
         if not isinstance(prompts, list | tuple) or not prompts:
@@ -310,12 +367,14 @@ class Inference:
         if len(sampling_params) != len(prompts):
             raise ValueError(f"got {len(prompts)} prompts but {len(sampling_params)} sampling_params")
         return [
-            self._sequence(prompt, params, f"prompt {i}")
+            self._request(prompt, params, cache_salt, f"prompt {i}")
             for i, (prompt, params) in enumerate(zip(prompts, sampling_params))
         ]
 
-    def _sequence(self, prompt: Prompt, params: SamplingParams, name: str) -> Sequence:
-        """Check one request at the door. `name` stands for the prompt in errors."""
+    def _request(self, prompt: Prompt, params: SamplingParams, cache_salt: str | None, name: str) -> list[Sequence]:
+        """Check one request at the door, and give its samples. `name` stands for the prompt in errors."""
+        if cache_salt is not None and not (isinstance(cache_salt, str) and cache_salt):
+            raise ValueError(f"cache_salt must be None or a text that is not empty, got {cache_salt!r}")
         if not isinstance(params, SamplingParams):
             raise ValueError(f"{name}: sampling_params must be SamplingParams, got {params!r}")
         if isinstance(prompt, str | list | tuple) and not prompt:
@@ -323,24 +382,39 @@ class Inference:
         token_ids = self._token_ids(prompt, name)
         if not token_ids:
             raise ValueError(f"{name} has no tokens: the tokenizer makes none of {prompt!r}")
+        refusal = self._refusal(len(token_ids))
+        if refusal is not None:
+            raise ValueError(f"{name} {refusal}")
         room = self.max_request_tokens - len(token_ids)
-        if room < 1:
-            pool = f"{self.page_table.num_usable_pages} usable pages x {self.page_table.page_size}"
-            to_raise = "max_seq_length" if self.max_request_tokens == self.max_seq_length else "n_pages"
-            raise ValueError(
-                f"{name} has {len(token_ids)} tokens, but prompt and output together get {self.max_request_tokens} "
-                f"(max_seq_length={self.max_seq_length}; the pool holds {pool}): shorten it or raise {to_raise}"
-            )
         self._num_requests += 1
-        return Sequence(
-            request_id=self._num_requests - 1,
-            prompt=prompt if isinstance(prompt, str) else None,
-            token_ids=token_ids,
-            num_prompt_tokens=len(token_ids),
-            params=params,
-            seed=_draw_seed(params),
-            eos_token_ids=frozenset() if params.ignore_eos else self.eos_token_ids,
-            max_total_tokens=len(token_ids) + (room if params.max_tokens is None else min(room, params.max_tokens)),
+        seed = _draw_seed(params)
+        group: list[Sequence] = []
+        metrics = RequestMetrics()
+        for index in range(params.n):
+            Sequence(
+                request_id=self._num_requests - 1,
+                prompt=prompt if isinstance(prompt, str) else None,
+                token_ids=list(token_ids),
+                num_prompt_tokens=len(token_ids),
+                params=params,
+                seed=(seed + index) % (MAX_SEED + 1),
+                eos_token_ids=frozenset() if params.ignore_eos else self.eos_token_ids,
+                max_total_tokens=len(token_ids) + (room if params.max_tokens is None else min(room, params.max_tokens)),
+                cache_salt=cache_salt,
+                metrics=metrics,
+                group=group,
+            )
+        return group
+
+    def _refusal(self, prompt_len: int) -> str | None:
+        """Why a prompt of so many tokens is refused, None if it is not."""
+        if prompt_len < self.max_request_tokens:
+            return None
+        pool = f"{self.page_table.num_usable_pages} usable pages x {self.page_table.page_size}"
+        to_raise = "max_seq_length" if self.max_request_tokens == self.max_seq_length else "n_pages"
+        return (
+            f"has {prompt_len} tokens, but prompt and output together get {self.max_request_tokens} "
+            f"(max_seq_length={self.max_seq_length}; the pool holds {pool}): shorten it or raise {to_raise}"
         )
 
     def _token_ids(self, prompt: Prompt, name: str) -> list[int]:
@@ -362,22 +436,27 @@ class Inference:
                 raise ValueError(f"{name} holds {token_id!r}, but the model's token ids are 0 to {vocabulary - 1}")
         return [int(token_id) for token_id in prompt]
 
-    def _output(self, sequence: Sequence) -> RequestOutput:
-        sequence.metrics.finished_time = time.perf_counter()
+    def _output(self, group: list[Sequence]) -> RequestOutput:
+        first = group[0]
+        first.metrics.finished_time = time.perf_counter()
+        self._num_finished += 1
+        return RequestOutput(
+            request_id=first.request_id,
+            prompt=first.prompt,
+            prompt_token_ids=first.token_ids[: first.num_prompt_tokens],
+            outputs=[self._completion(index, sequence) for index, sequence in enumerate(group)],
+            metrics=first.metrics,
+            num_cached_tokens=first.num_cached_tokens or 0,
+        )
+
+    def _completion(self, index: int, sequence: Sequence) -> CompletionOutput:
         token_ids = sequence.output_token_ids
         text = None
         if self.tokenizer is not None:
             # Not every tokenizer calls its EOS a special token.
             spoken = token_ids[:-1] if token_ids and token_ids[-1] in sequence.eos_token_ids else token_ids
             text = self.tokenizer.decode(spoken, skip_special_tokens=True)
-        self._num_finished += 1
-        return RequestOutput(
-            request_id=sequence.request_id,
-            prompt=sequence.prompt,
-            prompt_token_ids=sequence.token_ids[: sequence.num_prompt_tokens],
-            outputs=[CompletionOutput(0, text, token_ids, sequence.finish_reason)],
-            metrics=sequence.metrics,
-        )
+        return CompletionOutput(index, text, token_ids, sequence.finish_reason)
 
     def _measure(self, chunks: list[Chunk], sampled: list[Sequence], started: float) -> None:
         """Stamp the sequences of a step that began at `started`, and count it."""

@@ -38,6 +38,20 @@ def layer_mask(window: int | None) -> MaskMod:
     return causal if window is None else sliding_window(window)
 
 
+def of_queries(mask: MaskMod, q_pos: Tensor, group_size: int) -> MaskMod:
+    """A mask of tiles: the same one, asked by the number of a query in its tile instead of by its position.
+
+    Args:
+        q_pos: [tiles, L], the position of each query in its sequence; -1 where padded, which sees nothing.
+        group_size: G; a tile has L * G rows, G consecutive ones for each token.
+    """
+
+    def mask_of_queries(tile: Tensor, h: Tensor, q_idx: Tensor, kv_pos: Tensor) -> Tensor:
+        return mask(tile, h, q_pos[tile, q_idx // group_size], kv_pos)
+
+    return mask_of_queries
+
+
 def softcap(cap: float) -> ScoreMod:  # not cached: it is called within a compiled graph, and dynamo knows no cache
     """Gemma-2's soft cap: squashes the (already scaled) attention scores into (-cap, cap)."""
 

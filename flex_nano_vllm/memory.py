@@ -1,13 +1,17 @@
 """How many bytes there are, and how many a KV pool takes. Knows nothing of requests."""
 
+import bisect
 import contextlib
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import torch
 from transformers import PreTrainedModel
 
-from flex_nano_vllm.patching import attention_layers, kv_shape
+from flex_nano_vllm.geometry import Geometry
+from flex_nano_vllm.patching import kv_shape
 
 # A pool may fill a GPU; on a CPU the rest of the machine wants to live too.
 DEFAULT_SHARE = {"cuda": 0.9}
@@ -34,35 +38,52 @@ def step_bytes(model: PreTrainedModel, max_batch_size: int) -> int:
     return max_batch_size * model.get_input_embeddings().num_embeddings * 3 * 8
 
 
-def page_bytes(model: PreTrainedModel, page_size: int, num_rows: int) -> int:
-    """Bytes that one page costs: keys and values of every layer, and its column in the inverse page table."""
+def token_bytes(model: PreTrainedModel) -> int:
+    """Bytes of a token's keys and values in one layer."""
     num_kv_heads, head_dim = kv_shape(model)
-    kv_bytes = 2 * len(attention_layers(model)) * num_kv_heads * head_dim * page_size * model.dtype.itemsize
-    return kv_bytes + 4 * num_rows
+    return 2 * num_kv_heads * head_dim * model.dtype.itemsize
 
 
-def pool_size(model: PreTrainedModel, page_size: int, max_batch_size: int, max_seq_length: int) -> int:
-    """Default number of pages: what `max_batch_size` sequences of `max_seq_length` need, as far as memory allows."""
+def kv_bytes(model: PreTrainedModel, geometry: Geometry) -> int:
+    """Bytes of all pools: keys and values of their layers, and a column in the inverse page table for each page."""
+    num_layers = Counter(map(geometry.pool_of, geometry.layer_windows))
+    page_of_layer = geometry.page_size * token_bytes(model)
+    column = 4 * (geometry.max_batch_size + 1)
+    return sum(n_pages * (num_layers[window] * page_of_layer + column) for window, n_pages in geometry.pools.items())
+
+
+def largest_pool(model: PreTrainedModel, geometry: Geometry, num_bytes: int) -> int:
+    """The most pages, no more than `geometry` has, with which all pools fit into `num_bytes`; 1 if not even two do."""
+    sizes = range(2, geometry.n_pages + 1)
+    return 1 + bisect.bisect_right(sizes, num_bytes, key=lambda n: kv_bytes(model, replace(geometry, n_pages=n)))
+
+
+def pool_size(model: PreTrainedModel, geometry: Geometry) -> int:
+    """Default number of pages: what all rows need for sequences of `max_seq_length`, as far as memory allows."""
     device = model.device
+    enough = 1 + geometry.max_batch_size * geometry.most_pages(geometry.max_seq_length)
+    geometry = replace(geometry, n_pages=enough)
     share = DEFAULT_SHARE.get(device.type, DEFAULT_SHARE_ELSEWHERE)
-    free = max(0, free_bytes(device) - step_bytes(model, max_batch_size))
-    per_page = page_bytes(model, page_size, max_batch_size + 1)
-    affordable = int(share * free) // per_page
+    free = max(0, free_bytes(device) - step_bytes(model, geometry.max_batch_size))
+    affordable = largest_pool(model, geometry, int(share * free))
     if affordable < 2:
+        per_page = kv_bytes(model, replace(geometry, n_pages=2)) / 2
         raise ValueError(
-            f"no memory for a KV pool on {device}: a page of {page_size} tokens takes {per_page / 1e9:,.3f} GB, "
-            f"{free / 1e9:,.3f} GB are free for it besides the logits of max_batch_size={max_batch_size} "
+            f"no memory for a KV pool on {device}: a page of {geometry.page_size} tokens takes "
+            f"{per_page / 1e9:,.3f} GB, {free / 1e9:,.3f} GB are free for it besides the logits of "
+            f"max_batch_size={geometry.max_batch_size} "
             f"requests, and the default pool takes {share:.0%} of that"
         )
-    return min(affordable, 1 + max_batch_size * -(-max_seq_length // page_size))
+    return affordable
 
 
-def check_pool_fits(model: PreTrainedModel, n_pages: int, page_size: int, max_batch_size: int) -> None:
-    """Raises ValueError, with the numbers and what would fit, when a pool is larger than free memory."""
-    per_page = page_bytes(model, page_size, max_batch_size + 1)
-    free = max(0, free_bytes(model.device) - step_bytes(model, max_batch_size))
-    if n_pages * per_page > free:
+def check_pool_fits(model: PreTrainedModel, geometry: Geometry) -> None:
+    """Raises ValueError, with the numbers and what would fit, when the pools are larger than free memory."""
+    needed = kv_bytes(model, geometry)
+    free = max(0, free_bytes(model.device) - step_bytes(model, geometry.max_batch_size))
+    if needed > free:
         raise ValueError(
-            f"a KV pool of {n_pages:,} pages of {page_size} tokens needs {n_pages * per_page / 1e9:,.1f} GB, but "
-            f"{free / 1e9:,.1f} GB are free for it on {model.device}: at most n_pages={free // per_page:,} fits"
+            f"a KV pool of {geometry.n_pages:,} pages of {geometry.page_size} tokens needs {needed / 1e9:,.1f} GB, but "
+            f"{free / 1e9:,.1f} GB are free for it on {model.device}: at most "
+            f"n_pages={largest_pool(model, geometry, free):,} fits"
         )

@@ -65,6 +65,7 @@ def decoding_together(
             raise RuntimeError(f"a request ended before {batch_size} of them had decoded {num_steps} tokens together")
 
     request_ids = []
+    engine.reset_prefix_cache()  # or prompts of earlier calls would not be computed
     try:
         for prompt in prompts:
             request_ids.append(engine.add_request(prompt, params))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from flex_nano_vllm.attention import ATTN_IMPLEMENTATION, PagedKVCache, paged_flex_attention
+from flex_nano_vllm.geometry import Geometry
 
 # Every one of these is held to Hugging Face's `generate`, token for token, by tests/test_exactness.py.
 SUPPORTED_MODEL_TYPES = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
@@ -57,8 +58,8 @@ def kv_shape(model: PreTrainedModel) -> tuple[int, int]:
     return config.num_key_value_heads, head_dim
 
 
-def patch_model(model: PreTrainedModel, num_slots: int) -> None:
-    """Give every attention layer a `PagedKVCache` of `num_slots` slots and route attention through it.
+def patch_model(model: PreTrainedModel, geometry: Geometry) -> None:
+    """Give every attention layer a `PagedKVCache` with the slots of its pool and route attention through it.
 
     Undone by `unpatch_model`. Raises ValueError for a model that is patched already.
     """
@@ -67,10 +68,11 @@ def patch_model(model: PreTrainedModel, num_slots: int) -> None:
     AttentionInterface.register(ATTN_IMPLEMENTATION, paged_flex_attention)  # with no mask function: we bring our masks
     num_kv_heads, head_dim = kv_shape(model)
     try:
-        for attention in attention_layers(model):
+        for attention, window in zip(attention_layers(model), geometry.layer_windows, strict=True):
             weight = attention.o_proj.weight
+            num_slots = geometry.pools[geometry.pool_of(window)] * geometry.page_size
             attention.unpatched_implementation = model.config._attn_implementation  # first: it marks what to undo
-            attention.kv_cache = PagedKVCache(num_slots, num_kv_heads, head_dim, model.dtype, weight.device)
+            attention.kv_cache = PagedKVCache(window, num_slots, num_kv_heads, head_dim, model.dtype, weight.device)
         last = model.get_decoder().layers[-1]
         last.unpatched_forward = vars(last).get("forward")  # some wrap a layer by setting it, accelerate for one
         last.forward = pruned_forward(last)

@@ -1,5 +1,6 @@
-"""Pictures of a run, from the CSV of its steps. Needs matplotlib: the `plot` extra."""
+"""Pictures of what was measured, from files. Needs matplotlib: the `plot` extra."""
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -27,4 +28,39 @@ def plot_steps(csvs: list[str], path: str) -> None:
         axes.legend()
         axes.grid(alpha=0.3)
     duration.set_xlabel("seconds")
+    figure.savefig(path, dpi=100)
+
+
+def plot_savings(paths: list[str], path: str) -> None:
+    """What `savings.py` has measured, from the JSON line at the end of each file: the gain of cascade over the length
+    of what is shared, time to first token over a conversation, and memory over a request's length; in one PNG."""
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    gain, ttft, memory = figure.subplots(1, 3)
+    for file in paths:
+        record = json.loads(Path(file).read_text().splitlines()[-1])
+        name = f"{record['model']} {record['dtype']}"
+        cells = pd.DataFrame(record.get("cascade", []))
+        for batch_size, row in cells.groupby("decodes") if len(cells) else ():
+            (line,) = gain.plot(row["tokens in common"], row["ratio"], "-", label=f"{name}, {batch_size} decodes")
+            packed = row[row["packed"]]
+            gain.plot(packed["tokens in common"], packed["ratio"], "o", color=line.get_color())
+        for axes, part, columns in (
+            (ttft, "conversation", ("tokens of the prompt", "time to first token, ms", "with prefix caching")),
+            (memory, "long_contexts", ("tokens of the first", "if all were full", "MB")),
+        ):
+            if part in record:
+                rows = pd.DataFrame(record[part])
+                rows = rows[rows["requests"] == 1] if "requests" in rows else rows
+                x, before, after = columns
+                (line,) = axes.plot(rows[x], rows[before], "--", label=f"{name}, before")
+                axes.plot(rows[x], rows[after], "-", color=line.get_color(), label=name)
+    gain.axhline(1, color="gray", linewidth=0.8)
+    for axes, title, x, y in (
+        (gain, "cascade (dots: used)", "tokens in common", "decode step, without / with"),
+        (ttft, "conversation, without prefix caching and with", "tokens of the prompt", "time to first token, ms"),
+        (memory, "one request, windows released or not", "tokens", "KV, MB"),
+    ):
+        axes.set(title=title, xlabel=x, ylabel=y)
+        axes.legend()
+        axes.grid(alpha=0.3)
     figure.savefig(path, dpi=100)

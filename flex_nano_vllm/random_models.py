@@ -25,7 +25,7 @@ TINY = dict(
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=64,
-    max_position_embeddings=4096,
+    max_position_embeddings=8192,
 )
 # By name: the model's configuration class, and its sizes. Two Gemma-2 for two cores, one model without its
 # peculiarities, and the shape of google/gemma-2-2b.
@@ -43,7 +43,7 @@ SHAPES = {
             head_dim=128,
             query_pre_attn_scalar=128,
             sliding_window=512,
-            max_position_embeddings=4096,
+            max_position_embeddings=8192,
         ),
     ),
     "qwen3-tiny": (Qwen3Config, TINY | dict(tie_word_embeddings=True)),

@@ -18,11 +18,13 @@ from torch.nn.attention.flex_attention import flex_attention
 from transformers import PreTrainedModel
 
 from flex_nano_vllm.attention import ATTN_IMPLEMENTATION, step_in_progress
-from flex_nano_vllm.page_table import PageTable, cdiv
-from flex_nano_vllm.patching import layer_windows, patch_model
+from flex_nano_vllm.cascade import CascadeRule, PackedDecodes
+from flex_nano_vllm.geometry import Geometry, cdiv
+from flex_nano_vllm.kv_manager import KVManager
+from flex_nano_vllm.patching import attention_layers, patch_model
 from flex_nano_vllm.scheduler import Chunk
 from flex_nano_vllm.sequence import SamplingParams, Sequence
-from flex_nano_vllm.step import StepBatch, TileKind, TileLayout, effective_window
+from flex_nano_vllm.step import StepBatch, TileKind, TileLayout, pack_decodes
 
 # Rows of a large tile, tokens times G. On a GPU a full tile of matrix-multiply work; on a CPU what was fastest. (With
 # 64 and more, torch's bfloat16 kernel first transposes the whole pool on CPUs that multiply bfloat16 in hardware.)
@@ -77,17 +79,22 @@ class ModelRunner:
     one.
     """
 
-    def __init__(self, model: PreTrainedModel, page_table: PageTable, max_num_batched_tokens: int, compiled: bool):
-        self.model, self.page_table, self.compiled = model, page_table, compiled
-        config = model.config
+    def __init__(self, model: PreTrainedModel, kv: KVManager, compiled: bool, cascade: bool):
+        self.model, self.kv, self.compiled = model, kv, compiled
+        config, geometry = model.config, kv.geometry
+        max_batch_size, budget = geometry.max_batch_size, geometry.max_num_batched_tokens
         num_kv_heads = config.num_key_value_heads
         group_size = config.num_attention_heads // num_kv_heads
         if compiled:
-            kinds = tile_kinds(group_size, page_table.max_batch_size, max_num_batched_tokens, model.device.type)
+            kinds = tile_kinds(group_size, max_batch_size, budget, model.device.type)
         else:
             kinds = (TileKind(tile_len=1, buckets=None),)
-        self.layout = TileLayout(kinds, num_kv_heads, group_size, tuple(layer_windows(model)), whole_pool=compiled)
-        decodes = TileKind(kinds[0].tile_len, decode_buckets(min(page_table.max_batch_size, max_num_batched_tokens)))
+        windows = geometry.layer_windows
+        most = min(max_batch_size, budget)
+        rule = cascade_rule(kinds, num_kv_heads, group_size, geometry, model.device) if cascade else None
+        distinct = tuple(dict.fromkeys(windows))
+        self.layout = TileLayout(kinds, num_kv_heads, group_size, distinct, windows[-1], compiled, rule)
+        decodes = TileKind(kinds[0].tile_len, decode_buckets(most))
         self.decode_layout = replace(self.layout, kinds=(decodes,)) if compiled else None
         self.flex = compile_flex_attention(model.device.type, compiled)
         self.model_of_any_length, self.model_of_decodes = model, None
@@ -96,17 +103,28 @@ class ModelRunner:
             self.model_of_any_length = make(dynamic=True, options=dict(UNGUARDED))
             cuda_graphs = {"triton.cudagraphs": True} if model.device.type == "cuda" else {}
             self.model_of_decodes = make(dynamic=False, options=UNGUARDED | cuda_graphs)
-        patch_model(model, page_table.n_pages * page_table.page_size)  # last: nobody would undo it here
+        patch_model(model, geometry)  # last: nobody would undo it here
 
     @property
     def max_graphs(self) -> int:
         """The most graphs that serving can ever compile."""
         if not self.compiled:
             return 0
-        masks = [effective_window(window, self.page_table) for window in self.layout.windows]
+        windows = self.kv.geometry.layer_windows
         small, *larger = (len(kind.buckets) for kind in self.layout.kinds)
-        of_attention = len(set(masks)) * small + len(set(masks[:-1])) * sum(larger)  # the last layer attends for ends
-        return len(self.decode_layout.kinds[0].buckets) + 1 + of_attention
+        of_attention = len(set(windows)) * small + len(set(windows[:-1])) * sum(larger)  # the last attends for ends
+        packed = self.layout.cascade is not None
+        return len(self.decode_layout.kinds[0].buckets) + packed + 1 + of_attention
+
+    def forward(self, chunks: list[Chunk]) -> Tensor:
+        """Compute the chunks and return the logits at the end of each, [C, V]; valid until the next call.
+
+        A row has a NaN where the chunk has met numbers that are not finite, at its end or anywhere before.
+        """
+        if self.model.config._attn_implementation != ATTN_IMPLEMENTATION:
+            raise RuntimeError("set_attn_implementation was called on the engine's model: close the engine first")
+        self._copy_pages()
+        return self._run(chunks, pack_decodes(chunks, self.kv, self.layout))
 
     # Not set for good: it is the user's setting as well, and one of each thread.
     @torch._dynamo.config.patch(DYNAMO_CONFIG)
@@ -115,31 +133,38 @@ class ModelRunner:
     # Whatever mode the caller is in: tensors made in inference mode are other tensors to a kernel's guards.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def forward(self, chunks: list[Chunk]) -> Tensor:
-        """Compute the chunks and return the logits at the end of each, [C, V]; valid until the next call.
-
-        A row has a NaN where the chunk has met numbers that are not finite, at its end or anywhere before.
-        """
-        if self.model.config._attn_implementation != ATTN_IMPLEMENTATION:
-            raise RuntimeError("set_attn_implementation was called on the engine's model: close the engine first")
+    def _run(self, chunks: list[Chunk], packed: PackedDecodes | None = None) -> Tensor:
         num_chunks = len(chunks)
-        if self.compiled and all(chunk.length == 1 for chunk in chunks):
+        as_decodes = self.compiled and all(chunk.length == 1 for chunk in chunks)
+        if as_decodes:
             layout = self.decode_layout
             num_padding = layout.kinds[0].num_padded_tiles(num_chunks) - num_chunks
         else:
             layout = self.layout
             num_padding = max(0, 2 - num_chunks)  # a dimension of size 1 would be a graph of its own
-        batch = StepBatch.build(chunks + [padding_chunk(1)] * num_padding, self.page_table, layout)
-        return self.call_model(batch)[:num_chunks]
+        batch = StepBatch.build(chunks + [padding_chunk(1)] * num_padding, self.kv, layout, packed)
+        return self.call_model(batch, as_decodes)[:num_chunks]
 
-    def call_model(self, batch: StepBatch) -> Tensor:
-        """The logits at the ends of a step's chunks, [C, V], padding included."""
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _copy_pages(self) -> None:
+        """Copy the pages of forked sequences, in every layer, before anybody writes to them."""
+        copies = [copy for of_row in self.kv.copies.values() for copy in of_row]
+        for table in {table for table, _, _ in copies}:
+            sources, targets = zip(*((source, target) for other, source, target in copies if other is table))
+            for attention in attention_layers(self.model):
+                if self.kv.table(attention.kv_cache.window) is table:
+                    attention.kv_cache.copy_pages(list(sources), list(targets), table.page_size)
+        self.kv.copies.clear()
+
+    def call_model(self, batch: StepBatch, as_decodes: bool) -> Tensor:
+        """The logits at the ends of a step's chunks, [C, V], padding included. `as_decodes`: a bucket of them."""
         arguments = dict(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             use_cache=False,  # the default would concatenate everything into a cache of its own
         )
-        if self.compiled and len(batch.chunk_ends) == len(batch.slots):  # then `forward` has built it for this graph
+        if as_decodes:
             return self.model_of_decodes(**arguments, step=batch).logits[0]
         with step_in_progress(batch, self.flex) as finite:
             logits = self.model_of_any_length(**arguments, chunk_ends=batch.chunk_ends).logits[0]
@@ -152,21 +177,26 @@ class ModelRunner:
         """Compile every graph by running each bucket, on padding: row 0 sees nothing and writes to page 0."""
         if not self.compiled:
             return
-        for bucket in self.decode_layout.kinds[0].buckets:
+        rule, buckets = self.layout.cascade, self.decode_layout.kinds[0].buckets
+        decodes = [(bucket, None) for bucket in buckets]
+        if rule is not None:
+            decodes.append((buckets[-1], PackedDecodes.empty(rule.tile_len, self.kv.leading.n_pages)))
+        for bucket, packed in decodes:
             for _ in range(2 if self.model.device.type == "cuda" else 1):  # the second run records the CUDA graph
-                self.forward([padding_chunk(1)] * bucket)
-        longest = self.page_table.max_pages_per_row * self.page_table.page_size
+                self._run([padding_chunk(1)] * bucket, packed)
+        geometry = self.kv.geometry
+        longest = geometry.max_pages_per_row * geometry.page_size
         # Two tokens and one of padding. More tokens than chunks: else dynamo would learn that they are always the same.
-        self.forward([padding_chunk(2)])
+        self._run([padding_chunk(2)])
         shortest = self.layout.kinds[0].tile_len + 1  # chunk that goes into large tiles
         for kind in self.layout.kinds[1:] if shortest <= longest else ():
             num_tiles_reached = 0
             for bucket in kind.buckets:
-                num_tiles = cdiv(bucket, self.page_table.max_batch_size)  # of each chunk
+                num_tiles = cdiv(bucket, geometry.max_batch_size)  # of each chunk
                 length = min(longest, (num_tiles - 1) * kind.tile_len + shortest)
-                num_chunks = min(bucket // cdiv(length, kind.tile_len), self.page_table.max_batch_size)
+                num_chunks = min(bucket // cdiv(length, kind.tile_len), geometry.max_batch_size)
                 if num_chunks * cdiv(length, kind.tile_len) > num_tiles_reached:
-                    self.forward([padding_chunk(length)] * num_chunks)
+                    self._run([padding_chunk(length)] * num_chunks)
                 num_tiles_reached = bucket
         gc.collect()  # compiling leaves so much behind that a step of serving would soon pause for it, 0.3 s
 
@@ -235,6 +265,27 @@ def tile_kinds(
     large = 1 << (large.bit_length() - 1)  # a power of two, so that a power of two of rows divides the block
     bound = max_num_batched_tokens // large + max_batch_size
     return TileKind(small, (max(2, max_batch_size),)), TileKind(large, tuple(sorted({cdiv(bound, 4), bound})))
+
+
+def cascade_rule(
+    kinds: tuple[TileKind, ...], num_kv_heads: int, group_size: int, geometry: Geometry, device: torch.device
+) -> CascadeRule | None:
+    """Packed tiles, for steps of more than half of the decodes that there can be; None where they can never pay.
+
+    On a CPU a tile of 8 rows is best: one of 16 costs more with each page that is not shared than it saves with those
+    that are. On a GPU the tile of a single decode has 16 rows already, and a packed one costs no more; but it reads its
+    pages one after the other. That half of the rule has not been measured.
+    """
+    if device.type == "cuda":
+        tile_len, costs = kinds[0].tile_len, (1.0, 1.0)
+        num_processors = torch.cuda.get_device_properties(device).multi_processor_count
+    else:
+        tile_len, costs = max(2, 8 // group_size), (2.0, 2.5)
+        num_processors = torch.get_num_threads()
+    most = min(geometry.max_batch_size, geometry.max_num_batched_tokens)
+    num_tiles = max(2, cdiv(most, tile_len))
+    rule = CascadeRule(tile_len, num_tiles, cdiv(most, 2) + 1, *costs, num_kv_heads / num_processors)
+    return rule if rule.can_pay(most, geometry.max_pages_per_row) else None
 
 
 def decode_buckets(max_batch_size: int) -> tuple[int, ...]:

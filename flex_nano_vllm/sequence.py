@@ -8,6 +8,7 @@ from flex_nano_vllm.metrics import RequestMetrics
 # Below this temperature the softmax is a spike: sampling is argmax (vLLM draws the line at the same value).
 GREEDY_BELOW = 1e-5
 MAX_SEED = 2**63 - 1
+MAX_SAMPLES = 16_384  # vLLM's limit: more of them are a mistake, or an attack
 
 
 def _is_int(value: object) -> bool:
@@ -18,12 +19,13 @@ def _is_int(value: object) -> bool:
 class SamplingParams:
     """How to draw the next token and when to stop. Names and defaults are vLLM's.
 
-    Implemented: `temperature` (0 is greedy), `seed`, `max_tokens` (None: as many as fit), `ignore_eos`. Any
-    other parameter set to something else than its default raises `NotImplementedError` by name: nothing is
-    accepted and ignored. A value out of range raises `ValueError`.
+    Implemented: `n` (samples of one prompt), `temperature` (0 is greedy), `seed`, `max_tokens` (None: as many as fit),
+    `ignore_eos`. Any other parameter set to something else than its default raises `NotImplementedError` by name:
+    nothing is accepted and ignored. A value out of range raises `ValueError`, and so do several greedy samples, which
+    would all be the same.
 
-    With a `seed`, the token drawn at a position depends on (seed, position, distribution) alone: never on the
-    batch, the order of arrival, preemption or the page size.
+    With a `seed`, the token drawn at a position depends on (seed, position, distribution) alone: never on the batch,
+    the order of arrival, preemption or the page size. Sample i of a request is what another one gets with `seed + i`.
     """
 
     n: int = 1
@@ -47,7 +49,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
 
-    _IMPLEMENTED = ("temperature", "seed", "ignore_eos", "max_tokens")
+    _IMPLEMENTED = ("n", "temperature", "seed", "ignore_eos", "max_tokens")
 
     def __post_init__(self):
         for parameter in fields(self):
@@ -58,6 +60,10 @@ class SamplingParams:
         temperature = self.temperature
         if isinstance(temperature, bool) or not isinstance(temperature, Real) or not 0 <= temperature <= 2:
             raise ValueError(f"temperature must be a number in [0, 2], got {temperature!r}")
+        if not (_is_int(self.n) and 1 <= self.n <= MAX_SAMPLES):
+            raise ValueError(f"n must be an int in [1, {MAX_SAMPLES}], got {self.n!r}")
+        if self.n > 1 and self.greedy:
+            raise ValueError(f"n must be 1 with temperature=0, or all samples would be the same, got {self.n}")
         if self.max_tokens is not None and not (_is_int(self.max_tokens) and self.max_tokens >= 1):
             raise ValueError(f"max_tokens must be an int >= 1, or None for as many as fit, got {self.max_tokens!r}")
         if self.seed is not None and not (_is_int(self.seed) and 0 <= self.seed <= MAX_SEED):
@@ -89,11 +95,12 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     metrics: RequestMetrics
+    num_cached_tokens: int  # of the prompt, found computed by other requests
 
 
 @dataclass(eq=False)
 class Sequence:
-    """A request on its way.
+    """A sample of a request on its way; of most requests the only one.
 
     `token_ids` is the prompt and what was generated; `num_computed_tokens` of them have their keys and values
     in the pool. Each step lets the second catch up with the first: a decode is a sequence one token behind, a
@@ -108,10 +115,16 @@ class Sequence:
     seed: int  # params.seed, or one drawn at arrival
     eos_token_ids: frozenset[int]  # empty with ignore_eos
     max_total_tokens: int  # prompt + output, as far as max_tokens, the model and the pool allow
+    cache_salt: str | None = None  # shares pages with sequences of the same salt only
     num_computed_tokens: int = 0
+    num_cached_tokens: int | None = None  # how many of the prompt's were found computed; None before its first step
     row: int | None = None  # of the page table, while running
     finish_reason: str | None = None
-    metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)  # of the request: one for all of its samples
+    group: list["Sequence"] = field(default_factory=list, repr=False)  # all samples of the request, in order
+
+    def __post_init__(self):
+        self.group.append(self)
 
     @property
     def num_tokens(self) -> int:

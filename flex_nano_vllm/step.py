@@ -1,7 +1,7 @@
 """One step, packed: the chunks of the scheduler as tensors and block masks. Does not know why these chunks.
 
 The model sees the tokens of all chunks in one row, `input_ids` [1, T], with nothing between them. Attention cannot: a
-FlexAttention query block walks one list of pages, so a block must not mix sequences. Hence *tiles*: a tile is up
+FlexAttention query block walks one list of pages, so a block should not mix sequences. Hence *tiles*: a tile is up
 to `tile_len` consecutive tokens of one chunk, and a chunk goes into the smallest kind of tile that holds it, or is
 cut into tiles of the largest kind. To FlexAttention every tile is a batch entry of one query block:
 
@@ -16,20 +16,26 @@ small tiles and read each page once for few rows; prompts ride in large ones, at
 costs a row that sees nothing. The number of tiles is rounded up to a bucket, so that the compiled kernels meet a
 handful of shapes and never another.
 
+Decodes whose sequences share many pages may be packed into tiles together, in the layers of the widest window only: see
+`cascade.py`.
+
 Dimensions, here and in every trailing comment of the package: T tokens in the step, C chunks in the step, H query
 heads, K kv heads, G = H / K query heads per kv head, D head dim, V vocabulary, P physical pages, N logical pages of
 a row, L tile_len.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from flex_nano_vllm.masks import layer_mask
-from flex_nano_vllm.page_table import PageTable, cdiv, upload
+from flex_nano_vllm.cascade import CascadeRule, PackedDecodes, pack, packed_block_mask
+from flex_nano_vllm.geometry import cdiv
+from flex_nano_vllm.kv_manager import KVManager
+from flex_nano_vllm.masks import layer_mask, of_queries
+from flex_nano_vllm.page_table import upload, visible_pages
 from flex_nano_vllm.scheduler import Chunk
 
 
@@ -52,16 +58,24 @@ class TileLayout:
         kinds: by ascending `tile_len`.
         num_kv_heads: K.
         group_size: G; the heads of a group share their keys, so they are folded into the rows of a query block.
-        windows: the sliding window of each layer, None for full attention.
+        windows: of the layers, each once; None for full attention.
+        last_window: of the last layer.
         whole_pool: attention is always handed the whole pool, so that its shape never changes; otherwise only the
             part in use (the uncompiled FlexAttention looks at every slot it is handed).
+        cascade: when decodes share tiles, None: never.
     """
 
     kinds: tuple[TileKind, ...]
     num_kv_heads: int
     group_size: int
     windows: tuple[int | None, ...]
+    last_window: int | None
     whole_pool: bool
+    cascade: CascadeRule | None = None
+
+    @property
+    def widest_window(self) -> int | None:
+        return max(self.windows, key=lambda window: window or math.inf)
 
     def kind_index(self, chunk_len: int) -> int:
         """The smallest kind of tile that holds the chunk, or the largest kind there is."""
@@ -69,11 +83,20 @@ class TileLayout:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """All tiles of one kind in a step, on the host."""
+
+    tokens: np.ndarray  # [tiles, L] of the step, -1 where padded
+    rows: np.ndarray  # [tiles] of the page table, 0 where padded; or [tiles, L], of packed decodes
+    packed: PackedDecodes | None = None
+
+
+@dataclass(frozen=True)
 class Tiles:
-    """All tiles of one kind in a step."""
+    """The same on the device."""
 
     query_rows: Tensor  # [tiles, K, L * G] int64, token * H + head of each query; token 0 where padded
-    block_masks: dict[int | None, BlockMask]  # physical, by the sliding window of the layer
+    block_masks: dict[int | None, BlockMask]  # physical, by the window of the layer
 
 
 @dataclass(frozen=True)
@@ -86,40 +109,29 @@ class TiledQueries:
     @classmethod
     def build(
         cls,
-        chunk_rows: np.ndarray,
+        cuts: list[Cut],
         positions: np.ndarray,
-        lengths: np.ndarray,
         windows: tuple[int | None, ...],
-        page_table: PageTable,
+        kv: KVManager,
         layout: TileLayout,
     ) -> "TiledQueries":
-        """Cut the queries of chunks into tiles, with a mask for each of the windows.
-
-        Args:
-            chunk_rows: [C], the page-table row of each chunk.
-            positions: [T], of the chunks' tokens, one chunk after the other.
-            lengths: [C], of the chunks.
-        """
-        firsts = np.cumsum(lengths) - lengths  # each chunk's first token
-        kind_of_chunk = np.array([layout.kind_index(length) for length in lengths])
-        cuts = []
-        for kind in np.unique(kind_of_chunk):
-            mine = kind_of_chunk == kind
-            cuts.append(_cut_into_tiles(layout.kinds[kind], chunk_rows[mine], firsts[mine], lengths[mine]))
-        query_rows, output_rows = _rows([tokens for tokens, _ in cuts], len(positions), layout)
-        tile_rows = [rows for _, rows in cuts]
-        output_rows, *uploaded = _upload([output_rows, *query_rows, *tile_rows], page_table.table.device)
-        query_rows, tile_rows = uploaded[: len(cuts)], uploaded[len(cuts) :]
-
-        kv_len = (page_table.n_pages if layout.whole_pool else page_table.num_live_pages) * page_table.page_size
-        effective = {window: effective_window(window, page_table) for window in windows}
+        """Bring tiles to the device, with a mask for each of the windows. `positions` [T] are those of the queries."""
+        query_rows, output_rows = _rows([cut.tokens for cut in cuts], len(positions), layout)
+        output_rows, *uploaded = upload([output_rows, *query_rows, *(cut.rows for cut in cuts)], kv.device)
         tiles = []
-        for (tokens, _), rows_of_queries, rows_of_tiles in zip(cuts, query_rows, tile_rows):
-            q_pos, masks = np.where(tokens < 0, -1, positions[tokens]), {}
-            for window in set(effective.values()):
-                logical = logical_block_mask(q_pos, window, layout.group_size, page_table)
-                masks[window] = page_table.convert_logical_block_mask(logical, rows_of_tiles.int(), kv_len)
-            tiles.append(Tiles(rows_of_queries, {window: masks[effective[window]] for window in effective}))
+        for cut, rows_of_queries, rows in zip(cuts, uploaded[: len(cuts)], uploaded[len(cuts) :]):
+            q_pos, masks = np.where(cut.tokens < 0, -1, positions[cut.tokens]), {}
+            for window in windows:
+                table = kv.table(window)
+                kv_len = (table.n_pages if layout.whole_pool else table.num_live_pages) * table.page_size
+                if cut.packed is not None:
+                    packed = cut.packed
+                    mask = packed_block_mask(packed, rows.int(), q_pos, window, layout.group_size, table, kv_len)
+                else:
+                    logical = logical_block_mask(q_pos, window, layout.group_size, kv)
+                    mask = table.convert_logical_block_mask(logical, rows.int(), kv_len)
+                masks[window] = mask
+            tiles.append(Tiles(rows_of_queries, masks))
         return cls(tuple(tiles), output_rows)
 
 
@@ -129,28 +141,73 @@ class StepBatch:
 
     input_ids: Tensor  # [1, T] int64
     position_ids: Tensor  # [1, T] int64, 0-based
-    slots: Tensor  # [T] int64, where each token's keys and values go
+    slots: dict[int | None, Tensor]  # [T] int64 by the window of the layer, where each token's keys and values go
     chunk_ends: Tensor  # [C] int64, the last token of each chunk: its logits are wanted
-    queries: TiledQueries
+    queries: dict[int | None, TiledQueries]  # by the window of the layer
     end_queries: TiledQueries  # those of the chunks' ends, all that the last layer attends with
 
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.shape[1]
+
     @classmethod
-    def build(cls, chunks: list[Chunk], page_table: PageTable, layout: TileLayout) -> "StepBatch":
-        """Pack chunks whose pages are reserved. Host work is numpy over whole arrays, uploaded in a few transfers."""
-        page_table.sync()
+    def build(
+        cls, chunks: list[Chunk], kv: KVManager, layout: TileLayout, packed: PackedDecodes | None = None
+    ) -> "StepBatch":
+        """Pack chunks whose pages are reserved. Host work is numpy over whole arrays, uploaded in a few transfers.
+
+        `packed` decodes share their tiles in the layers of the widest window.
+        """
+        kv.sync()
         starts, lengths = np.array([(chunk.start, chunk.length) for chunk in chunks]).T
         rows = np.array([chunk.sequence.row for chunk in chunks])
         ends = np.cumsum(lengths) - 1
         positions = np.arange(lengths.sum()) + np.repeat(starts - (ends + 1 - lengths), lengths)
         input_ids = [i for chunk in chunks for i in chunk.sequence.token_ids[chunk.start : chunk.start + chunk.length]]
-        slots = page_table.slots(np.repeat(rows, lengths), positions)
-        arrays = [np.array(input_ids), positions, slots, ends]
-        input_ids, position_ids, slots, chunk_ends = _upload(arrays, page_table.table.device)
-        queries = end_queries = TiledQueries.build(rows, positions, lengths, layout.windows, page_table, layout)
+        slots = [kv.table(window).slots(np.repeat(rows, lengths), positions) for window in layout.windows]
+        arrays = [np.array(input_ids), positions, ends, *slots]
+        input_ids, position_ids, chunk_ends, *slots = upload(arrays, kv.device)
+        queries = {}
+        if packed is not None:
+            window = layout.widest_window
+            cut = cut_packed(rows, packed, layout)
+            queries[window] = TiledQueries.build([cut], positions, (window,), kv, layout)
+        others = tuple(window for window in layout.windows if window not in queries)
+        if others:
+            cuts = cut_into_tiles(rows, lengths, layout)
+            queries |= dict.fromkeys(others, TiledQueries.build(cuts, positions, others, kv, layout))
+        end_queries = queries[layout.last_window]
         if len(positions) > len(chunks):
-            one = np.ones_like(lengths)
-            end_queries = TiledQueries.build(rows, positions[ends], one, layout.windows[-1:], page_table, layout)
+            cuts = cut_into_tiles(rows, np.ones_like(lengths), layout)
+            end_queries = TiledQueries.build(cuts, positions[ends], (layout.last_window,), kv, layout)
+        slots = dict(zip(layout.windows, slots))
         return cls(input_ids[None], position_ids[None], slots, chunk_ends, queries, end_queries)
+
+
+def pack_decodes(chunks: list[Chunk], kv: KVManager, layout: TileLayout) -> PackedDecodes | None:
+    """The way in which a step's decodes should share tiles in the layers of the widest window, if they should."""
+    if layout.cascade is None or any(chunk.length > 1 for chunk in chunks):
+        return None
+    rows, positions = np.array([(chunk.sequence.row, chunk.start) for chunk in chunks]).T
+    window = layout.widest_window
+    return pack(rows, positions, window, kv.table(window), layout.cascade)
+
+
+def cut_into_tiles(rows: np.ndarray, lengths: np.ndarray, layout: TileLayout) -> list[Cut]:
+    """Cut chunks, in the order of their tokens in the step, given their page-table rows and lengths (both [C])."""
+    firsts = np.cumsum(lengths) - lengths  # each chunk's first token
+    kind_of_chunk = np.array([layout.kind_index(length) for length in lengths])
+    cuts = []
+    for index in np.unique(kind_of_chunk):
+        mine = kind_of_chunk == index
+        cuts.append(_cut(layout.kinds[index], rows[mine], firsts[mine], lengths[mine]))
+    return cuts
+
+
+def cut_packed(rows: np.ndarray, packed: PackedDecodes, layout: TileLayout) -> Cut:
+    """Packed decodes of a step, [C], in tiles. Chunks in none of them are padding: their output is anybody's."""
+    packed = packed.padded(layout.cascade.num_tiles)
+    return Cut(packed.members, np.where(packed.members < 0, 0, rows[packed.members]), packed)
 
 
 def _rows(tiles: list[np.ndarray], num_tokens: int, layout: TileLayout) -> tuple[list[np.ndarray], np.ndarray]:
@@ -174,28 +231,22 @@ def _rows(tiles: list[np.ndarray], num_tokens: int, layout: TileLayout) -> tuple
     return query_rows, output_rows
 
 
-def _cut_into_tiles(
-    kind: TileKind, rows: np.ndarray, firsts: np.ndarray, lengths: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Cut chunks (page-table row, first token in the step, length) into tiles of one kind.
-
-    Returns the tokens of each tile, [tiles, L] with -1 where padded, and its row, [tiles] with 0 where padded.
-    """
+def _cut(kind: TileKind, rows: np.ndarray, firsts: np.ndarray, lengths: np.ndarray) -> Cut:
+    """Cut chunks (page-table row, first token in the step, length) into tiles of one kind."""
     tiles_per_chunk = cdiv(lengths, kind.tile_len)
     num_tiles = tiles_per_chunk.sum()
     chunk = np.repeat(np.arange(len(lengths)), tiles_per_chunk)  # [tiles] the chunk of each tile
     number = np.arange(num_tiles) - np.repeat(np.cumsum(tiles_per_chunk) - tiles_per_chunk, tiles_per_chunk)
     offset = number[:, None] * kind.tile_len + np.arange(kind.tile_len)  # [tiles, L] within the chunk
-    tokens = np.where(offset < lengths[chunk, None], firsts[chunk, None] + offset, -1)
     num_padded = kind.num_padded_tiles(num_tiles)
-    padded_tokens = np.full((num_padded, kind.tile_len), -1)
-    padded_tokens[:num_tiles] = tokens
-    padded_rows = np.zeros(num_padded, dtype=np.int64)
-    padded_rows[:num_tiles] = rows[chunk]
-    return padded_tokens, padded_rows
+    tokens = np.full((num_padded, kind.tile_len), -1)
+    tokens[:num_tiles] = np.where(offset < lengths[chunk, None], firsts[chunk, None] + offset, -1)
+    rows_of_tiles = np.zeros(num_padded, dtype=np.int64)
+    rows_of_tiles[:num_tiles] = rows[chunk]
+    return Cut(tokens, rows_of_tiles)
 
 
-def logical_block_mask(q_pos: np.ndarray, window: int | None, group_size: int, page_table: PageTable) -> BlockMask:
+def logical_block_mask(q_pos: np.ndarray, window: int | None, group_size: int, kv: KVManager) -> BlockMask:
     """The mask of a step in logical positions: which logical pages each tile needs, and the layer's mask_mod.
 
     Built from first and last position of each tile, on the host, and uploaded: O(tiles x N) small integers, where
@@ -205,55 +256,30 @@ def logical_block_mask(q_pos: np.ndarray, window: int | None, group_size: int, p
         q_pos: [tiles, L], position of each query in its sequence; -1 where padded, which sees nothing.
         window: the layer's sliding window, None for full attention.
         group_size: G; a tile has L * G rows, G consecutive ones for each token.
-        page_table: for the page size and N.
+        kv: for the page size and N.
     """
-    page_size, max_pages = page_table.page_size, page_table.max_pages_per_row
+    page_size, max_pages = kv.geometry.page_size, kv.geometry.max_pages_per_row
     tile_len = q_pos.shape[1]
     first, last = q_pos[:, :1], q_pos.max(axis=1, keepdims=True)  # [tiles, 1]; -1 for padding: no page is needed
-    if window is None:
-        first_page = first_whole = np.zeros_like(first)
-    else:
-        first_page = np.maximum(first - window + 1, 0) // page_size
-        first_whole = cdiv(np.maximum(last - window + 1, 0), page_size)  # all of it is in every query's window
-    num_pages = last // page_size + 1 - first_page
+    first_page, end_page, first_whole, end_whole = visible_pages(first, last, window, page_size)
+    num_pages = end_page - first_page
     # Pages that all queries of a tile see whole: there the kernel need not evaluate mask_mod for every single score.
-    num_whole = np.maximum((first + 1) // page_size - first_whole, 0)
+    num_whole = np.maximum(end_whole - first_whole, 0)
     steps = np.arange(max_pages)
     partial_pages = first_page + steps
     partial_pages += np.where(partial_pages >= first_whole, num_whole, 0)
     whole_pages = first_whole + steps
     last_page = max_pages - 1  # past its end a list is never visited, but translated
     arrays = [num_pages - num_whole, partial_pages.clip(max=last_page), num_whole, whole_pages.clip(max=last_page)]
-    uploaded = _upload([*arrays, q_pos], page_table.table.device, np.int32)
+    uploaded = upload([*arrays, q_pos], kv.device, np.int32)
     num_partial, partial_pages, num_whole, whole_pages, q_pos = uploaded
-    mask = layer_mask(window)
-
-    def mask_of_queries(tile: Tensor, h: Tensor, q_idx: Tensor, kv_pos: Tensor) -> Tensor:
-        return mask(tile, h, q_pos[tile, q_idx // group_size], kv_pos)
-
     return BlockMask.from_kv_blocks(
         num_partial[:, None],  # [tiles, 1, 1]: of all heads, one block of queries
         partial_pages[:, None, None],  # [tiles, 1, 1, N]
         num_whole[:, None],
         whole_pages[:, None, None],
         BLOCK_SIZE=(tile_len * group_size, page_size),
-        mask_mod=mask_of_queries,
+        mask_mod=of_queries(layer_mask(window), q_pos, group_size),
         seq_lengths=(tile_len * group_size, max_pages * page_size),
         compute_q_blocks=False,
     )
-
-
-def effective_window(window: int | None, page_table: PageTable) -> int | None:
-    """The window, or None if no sequence can be long enough to notice it: its layers then share the causal mask, and
-    its compiled kernel."""
-    longest = page_table.max_pages_per_row * page_table.page_size
-    return None if window is not None and window >= longest else window
-
-
-def _upload(arrays: list[np.ndarray], device: torch.device, dtype: type = np.int64) -> list[Tensor]:
-    """Copy integer arrays of any shapes to the device in one transfer.
-
-    The parts are copied once more: a compiled region takes no two tensors that share memory."""
-    packed = np.concatenate([array.ravel() for array in arrays], dtype=dtype, casting="same_kind")
-    parts = upload(packed, device).split([array.size for array in arrays])
-    return [part.view(array.shape).clone() for part, array in zip(parts, arrays)]

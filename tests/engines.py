@@ -10,6 +10,7 @@ import random
 
 import torch
 from tiny_models import CONFIGS, VOCABULARY, tiny_model
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
 from flex_nano_vllm import SamplingParams
@@ -98,3 +99,33 @@ def inverse_cdf(logits, temperature, level):
     sums = list(itertools.accumulate(math.exp((logit - largest) / temperature) for logit in logits))
     token = bisect.bisect_right(sums, level * sums[-1])
     return token, min(abs(s / sums[-1] - level) for s in sums)
+
+
+def num_graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def visible_slots(batch, window):
+    """The slots that the kernel visits for each token of a step, and does not mask. Layouts of one head."""
+    seen = []
+    zero = torch.zeros((), dtype=torch.int32)
+    queries = batch.queries[window]
+    in_tiles = queries.output_rows[:, 0].tolist()  # one head: a row of a tile is a token
+    for tiles in queries.tiles:
+        mask = tiles.block_masks[window]
+        tile_len, page_size = mask.BLOCK_SIZE
+        all_slots = torch.arange(mask.seq_lengths[1], dtype=torch.int32)
+        queries = torch.arange(tiles.query_rows.numel(), dtype=torch.int32)[:, None]
+        allowed = mask.mask_mod(queries // tile_len, zero, queries % tile_len, all_slots[None]).tolist()
+        masked = (mask.kv_num_blocks, mask.kv_indices)
+        whole = (mask.full_kv_num_blocks, mask.full_kv_indices)
+        for query in range(tiles.query_rows.numel()):
+            slots = []
+            for counts, lists in (masked, whole):
+                pages = lists[query // tile_len, 0, 0, : counts[query // tile_len, 0, 0]].tolist()
+                visited = [page * page_size + offset for page in pages for offset in range(page_size)]
+                slots += [slot for slot in visited if lists is whole[1] or allowed[query][slot]]
+            seen.append(slots)
+            is_padding = len(seen) - 1 not in in_tiles
+            assert not (is_padding and any(allowed[query])), "padding sees something"
+    return [seen[query] for query in in_tiles]

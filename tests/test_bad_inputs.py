@@ -343,8 +343,18 @@ def test_the_ends_of_the_ranges_are_in_range(parameters):
     SamplingParams(**parameters)
 
 
+@pytest.mark.parametrize("n", [True, 0, -1, 1.0, "2", None, 16_385, 10**9])
+def test_a_number_of_samples_out_of_range_is_refused(n):
+    with pytest.raises(ValueError, match=r"n must be an int in \[1, 16384\]"):
+        SamplingParams(n=n)
+
+
+def test_several_greedy_samples_are_refused():
+    with pytest.raises(ValueError, match="n must be 1 with temperature=0"):
+        SamplingParams(n=2, temperature=0)
+
+
 UNIMPLEMENTED = dict(
-    n=2,
     top_p=0.9,
     top_k=40,
     min_p=0.1,
@@ -371,10 +381,10 @@ def test_a_sampling_parameter_that_is_not_implemented_is_refused_by_name(name):
 
 def test_every_sampling_parameter_is_either_implemented_or_refused():
     names = {field.name for field in dataclasses.fields(SamplingParams)}
-    assert names == {*UNIMPLEMENTED, "temperature", "seed", "max_tokens", "ignore_eos"}
+    assert names == {*UNIMPLEMENTED, "n", "temperature", "seed", "max_tokens", "ignore_eos"}
 
 
-@pytest.mark.parametrize(("name", "value"), [("n", True), ("n", 0), ("n", 10**9), ("top_p", NAN), ("top_k", False)])
+@pytest.mark.parametrize(("name", "value"), [("top_p", NAN), ("top_k", False)])
 def test_nonsense_in_a_parameter_that_is_not_implemented_is_refused_too(name, value):
     with pytest.raises(NotImplementedError, match=name):
         SamplingParams(**{name: value})
@@ -486,7 +496,7 @@ def test_a_pool_larger_than_memory_is_refused_in_gb_and_the_next_engine_is_built
 def pool_bytes(engine):
     caches = [layer.kv_cache for layer in attention_layers(engine.model)]
     kv_bytes = sum(cache.k_cache.nbytes + cache.v_cache.nbytes for cache in caches)
-    return kv_bytes + engine.page_table.physical_to_logical.nbytes
+    return kv_bytes + sum(table.physical_to_logical.nbytes for table in engine.kv.pools.values())
 
 
 def test_the_n_pages_that_is_said_to_fit_is_the_largest_that_does(bare_model, monkeypatch):

@@ -10,7 +10,6 @@ import pytest
 from rich.console import Console
 
 import benchmark
-from flex_nano_vllm import masks
 from flex_nano_vllm.workload import digest, make_workload
 
 ARGUMENTS = ["--no_compile", "--num_requests", "4", "--max_prompt_len", "20", "--min_new_tokens", "2"]
@@ -54,7 +53,7 @@ def test_report_adds_up_and_the_csv_has_a_line_per_step(run, monkeypatch, tmp_pa
 @pytest.mark.parametrize("model", ["tiny-gemma2", "gemma2-tiny"])
 def test_a_wrong_mask_is_a_mismatch_and_exit_status_1(model, run, monkeypatch):
     """Gemma-2 without its sliding window: what the original engine computed."""
-    monkeypatch.setattr("flex_nano_vllm.step.layer_mask", lambda window: masks.causal)
+    monkeypatch.setattr("flex_nano_vllm.inference.layer_windows", lambda model: [None] * len(model.model.layers))
     status, record = run("--model", model)
     assert status == 1
     assert record["exactness"]["mismatches"] > 0

@@ -16,10 +16,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flex_nano_vllm.page_table import PageTable
+from flex_nano_vllm.geometry import Geometry
+from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.scheduler import Chunk
 from flex_nano_vllm.sequence import SamplingParams, Sequence
-from flex_nano_vllm.step import StepBatch, TileKind, TileLayout
+from flex_nano_vllm.step import StepBatch, TiledQueries, TileKind, TileLayout
 
 N_PAGES = 13
 
@@ -48,7 +49,8 @@ class Scene:
 
     def __init__(self, page_size: int, max_pages_per_row: int = 5, max_batch_size: int = 4):
         self.page_size = page_size
-        self.page_table = PageTable(N_PAGES, page_size, max_batch_size, max_pages_per_row)
+        geometry = Geometry(N_PAGES, page_size, max_batch_size, max_pages_per_row * page_size, 64, window_release=False)
+        self.kv = KVManager(geometry, prefix_caching=False)
         self.pages: dict[int, list[int]] = {}  # row -> pages in logical order
         self.chunks: list[Chunk] = []
 
@@ -57,14 +59,14 @@ class Scene:
         self.pages.setdefault(row, [])
         taken = {page for pages in self.pages.values() for page in pages}
         free = [page for page in range(1, N_PAGES) if page not in taken]
-        if not free or len(self.pages[row]) == self.page_table.max_pages_per_row:
+        if not free or len(self.pages[row]) == self.kv.geometry.max_pages_per_row:
             return False
-        assert self.page_table.reserve(row, (len(self.pages[row]) + 1) * self.page_size)
+        assert self.kv.reserve(row, (len(self.pages[row]) + 1) * self.page_size)
         self.pages[row].append(free[0])
         return True
 
     def erase(self, row: int) -> None:
-        self.page_table.erase(row)
+        self.kv.erase(row)
         del self.pages[row]
 
     def slot(self, row: int, position: int) -> int:
@@ -87,17 +89,17 @@ class Scene:
 @st.composite
 def scenes(draw, page_size: int) -> Scene:
     scene = Scene(page_size)
-    rows = [scene.page_table.allocate() for _ in range(scene.page_table.max_batch_size)]
+    rows = [scene.kv.allocate([]) for _ in range(scene.kv.geometry.max_batch_size)]
     synced = draw(st.booleans())
     # Rows that grow in turns and are erased in between: their pages are neither neighbours nor in order.
     turns = st.tuples(st.sampled_from(rows), st.sampled_from(["grow", "grow", "erase and grow"]))
     for row, turn in draw(st.lists(turns, min_size=8, max_size=30)):
         if turn != "grow" and scene.pages.get(row):
             scene.erase(row)
-            assert scene.page_table.allocate() == row
+            assert scene.kv.allocate([]) == row
         scene.grow(row)
         if synced:  # what the device knows already may be out of date by the time of the step
-            scene.page_table.sync()
+            scene.kv.sync()
     holders = draw(st.permutations([row for row in rows if scene.pages.get(row)]))
     for row in holders[draw(st.integers(0, len(holders) - 1)) :]:
         # The last page may be half full, and tokens may be waiting for which there are no pages yet.
@@ -114,15 +116,24 @@ def layouts(draw, tile_lens: tuple[int, ...], group_size: int) -> TileLayout:
     windows = draw(st.sampled_from([(None,), (1,), (None, 2), (3, None), (2, 7), (5, 100)]))
     buckets = draw(st.sampled_from([None, (2, 64), (1, 3, 5, 64)]))
     kinds = tuple(TileKind(tile_len, buckets) for tile_len in tile_lens)
-    return TileLayout(kinds, 1, group_size, windows, whole_pool=draw(st.booleans()))
+    return TileLayout(kinds, 1, group_size, windows, windows[-1], whole_pool=draw(st.booleans()))
+
+
+def queries_of(batch: StepBatch) -> TiledQueries:
+    """Of all layers: nothing is packed here."""
+    queries, *others = batch.queries.values()
+    assert all(other is queries for other in others)
+    return queries
 
 
 def tiles_of(batch: StepBatch, layout: TileLayout):
     """(tiles, their length, the token of each query or None where padded), for each kind in use. One kv head."""
-    token_at = {row // layout.group_size: token for token, (row, *_) in enumerate(batch.queries.output_rows.tolist())}
+    token_at = {
+        row // layout.group_size: token for token, (row, *_) in enumerate(queries_of(batch).output_rows.tolist())
+    }
     lengths = {kind.tile_len for kind in layout.kinds}
     before = 0
-    for tiles in batch.queries.tiles:
+    for tiles in queries_of(batch).tiles:
         q_block = next(iter(tiles.block_masks.values())).BLOCK_SIZE[0]
         assert q_block % layout.group_size == 0
         tile_len = q_block // layout.group_size
@@ -134,7 +145,7 @@ def tiles_of(batch: StepBatch, layout: TileLayout):
 
 def kv_len(batch: StepBatch) -> int:
     """Slots of the pool that attention is handed."""
-    return next(iter(batch.queries.tiles[0].block_masks.values())).seq_lengths[1]
+    return next(iter(queries_of(batch).tiles[0].block_masks.values())).seq_lengths[1]
 
 
 def evaluate(block_mask, kv_len: int) -> np.ndarray:
@@ -197,7 +208,7 @@ def test_a_query_sees_the_tokens_before_it_in_its_own_sequence_and_nothing_else(
     @settings(max_examples=40, deadline=None, database=None)
     @given(scene=scenes(page_size), layout=layouts(tile_lens, group_size))
     def holds(scene, layout):
-        batch = StepBatch.build(scene.chunks, scene.page_table, layout)
+        batch = StepBatch.build(scene.chunks, scene.kv, layout)
         assert_isolated(scene, batch, layout)
 
     holds()
@@ -208,14 +219,22 @@ def test_a_query_sees_the_tokens_before_it_in_its_own_sequence_and_nothing_else(
 def test_a_step_says_of_each_token_what_it_is_where_it_stands_and_where_it_goes(data):
     scene = data.draw(st.sampled_from([1, 2, 4]).flatmap(scenes))
     layout = data.draw(st.sampled_from([(1,), (4,), (1, 4), (2, 3)]).flatmap(lambda lens: layouts(lens, 2)))
-    batch = StepBatch.build(scene.chunks, scene.page_table, layout)
+    batch = StepBatch.build(scene.chunks, scene.kv, layout)
     tokens = scene.tokens()
     assert batch.input_ids.tolist() == [[token_id(row, position) for row, position in tokens]]
     assert batch.position_ids.tolist() == [[position for _, position in tokens]]
-    assert batch.slots.tolist() == [scene.slot(row, position) for row, position in tokens]
+    assert list(batch.slots) == list(layout.windows)
+    for slots in batch.slots.values():
+        assert slots.tolist() == [scene.slot(row, position) for row, position in tokens]
     last_tokens = [(chunk.sequence.row, chunk.start + chunk.length - 1) for chunk in scene.chunks]
     assert [tokens[i] for i in batch.chunk_ends.tolist()] == last_tokens
-    for ints in (batch.input_ids, batch.position_ids, batch.slots, batch.chunk_ends, batch.queries.output_rows):
+    for ints in (
+        batch.input_ids,
+        batch.position_ids,
+        *batch.slots.values(),
+        batch.chunk_ends,
+        queries_of(batch).output_rows,
+    ):
         assert ints.dtype == torch.int64
 
 
@@ -226,13 +245,13 @@ def test_going_into_the_tiles_and_back_is_the_identity_on_tokens_and_heads(data)
     num_kv_heads, group_size = data.draw(st.sampled_from([(1, 1), (1, 3), (2, 1), (2, 3)]))
     layout = data.draw(st.sampled_from([(1,), (4,), (1, 4), (2, 3)]).flatmap(lambda lens: layouts(lens, group_size)))
     layout = replace(layout, num_kv_heads=num_kv_heads)
-    batch = StepBatch.build(scene.chunks, scene.page_table, layout)
+    batch = StepBatch.build(scene.chunks, scene.kv, layout)
     values = torch.randn(len(scene.tokens()), num_kv_heads * group_size)
-    in_tiles = [values.flatten()[tiles.query_rows] for tiles in batch.queries.tiles]
-    assert torch.equal(torch.cat([part.flatten() for part in in_tiles])[batch.queries.output_rows], values)
-    assert batch.queries.output_rows.unique().numel() == values.numel()
+    in_tiles = [values.flatten()[tiles.query_rows] for tiles in queries_of(batch).tiles]
+    assert torch.equal(torch.cat([part.flatten() for part in in_tiles])[queries_of(batch).output_rows], values)
+    assert queries_of(batch).output_rows.unique().numel() == values.numel()
     # In a tile, a kv head has the queries of its own group, token by token.
-    for tiles in batch.queries.tiles:
+    for tiles in queries_of(batch).tiles:
         head = tiles.query_rows % values.shape[1]
         assert torch.equal(head // group_size, torch.arange(num_kv_heads)[:, None].expand_as(head[0]).expand_as(head))
         rows_of_tokens = (tiles.query_rows // values.shape[1]).unflatten(-1, (-1, group_size))
@@ -244,9 +263,9 @@ def test_going_into_the_tiles_and_back_is_the_identity_on_tokens_and_heads(data)
 def test_the_ends_of_chunks_attend_in_the_last_layer_as_if_they_were_a_step_of_their_own(data):
     scene = data.draw(st.sampled_from([1, 2, 4]).flatmap(scenes))
     layout = data.draw(st.sampled_from([(1,), (4,), (1, 4), (2, 3)]).flatmap(lambda lens: layouts(lens, 2)))
-    batch = StepBatch.build(scene.chunks, scene.page_table, layout)
+    batch = StepBatch.build(scene.chunks, scene.kv, layout)
     last_tokens = [Chunk(chunk.sequence, chunk.start + chunk.length - 1, 1) for chunk in scene.chunks]
-    alone = StepBatch.build(last_tokens, scene.page_table, layout).queries
+    alone = queries_of(StepBatch.build(last_tokens, scene.kv, layout))
     assert torch.equal(batch.end_queries.output_rows, alone.output_rows)
     window = layout.windows[-1]
     for tiles, tiles_alone in zip(batch.end_queries.tiles, alone.tiles, strict=True):
@@ -263,15 +282,15 @@ def test_the_ends_of_chunks_attend_in_the_last_layer_as_if_they_were_a_step_of_t
 def test_a_chunk_goes_into_the_smallest_tile_that_holds_it_and_tiles_are_padded_to_a_bucket(data):
     scene = data.draw(st.sampled_from([1, 2, 4]).flatmap(scenes))
     layout = data.draw(st.sampled_from([(1,), (4,), (1, 4), (2, 3)]).flatmap(lambda lens: layouts(lens, 1)))
-    batch = StepBatch.build(scene.chunks, scene.page_table, layout)
+    batch = StepBatch.build(scene.chunks, scene.kv, layout)
     num_tiles: dict[int, int] = {}  # tile length -> tiles
     for chunk in scene.chunks:
         fitting = [kind.tile_len for kind in layout.kinds if kind.tile_len >= chunk.length]
         tile_len = min(fitting) if fitting else max(kind.tile_len for kind in layout.kinds)
         full, rest = divmod(chunk.length, tile_len)
         num_tiles[tile_len] = num_tiles.get(tile_len, 0) + full + (rest > 0)
-    assert len(batch.queries.tiles) == len(num_tiles)
-    for tiles, (tile_len, used) in zip(batch.queries.tiles, sorted(num_tiles.items())):
+    assert len(queries_of(batch).tiles) == len(num_tiles)
+    for tiles, (tile_len, used) in zip(queries_of(batch).tiles, sorted(num_tiles.items())):
         buckets = layout.kinds[0].buckets
         padded = used if buckets is None else min(bucket for bucket in buckets if bucket >= used)
         assert tiles.query_rows.shape == (padded, 1, tile_len)
@@ -286,10 +305,10 @@ def test_attention_is_handed_the_whole_pool_or_the_part_in_use_and_lists_as_wide
 ):
     scene = data.draw(st.sampled_from([1, 2, 4]).flatmap(scenes))
     kinds = (TileKind(1, (2, 64)), TileKind(4, (2, 64)))
-    batch = StepBatch.build(scene.chunks, scene.page_table, TileLayout(kinds, 1, 2, (None, 3), whole_pool))
+    batch = StepBatch.build(scene.chunks, scene.kv, TileLayout(kinds, 1, 2, (None, 3), 3, whole_pool))
     highest = max(page for pages in scene.pages.values() for page in pages)
     assert kv_len(batch) == (N_PAGES if whole_pool else highest + 1) * scene.page_size
-    for tiles in batch.queries.tiles:
+    for tiles in queries_of(batch).tiles:
         for block_mask in tiles.block_masks.values():
             for pages in (block_mask.kv_indices, block_mask.full_kv_indices):
                 assert pages.shape[-1] >= kv_len(batch) // scene.page_size
@@ -299,7 +318,7 @@ def test_attention_is_handed_the_whole_pool_or_the_part_in_use_and_lists_as_wide
 
 def test_the_drawing_in_the_docstring_of_step_holds():
     scene = Scene(page_size=4)
-    a, b, c = (scene.page_table.allocate() for _ in range(3))
+    a, b, c = (scene.kv.allocate([]) for _ in range(3))
     for row in (a, b, b, c, c):
         scene.grow(row)
     scene.chunks = [
@@ -308,17 +327,22 @@ def test_the_drawing_in_the_docstring_of_step_holds():
         Chunk(make_sequence(c, 6), 0, 5),  # the last token of c's prompt does not run in this step
     ]
     layout = TileLayout(
-        (TileKind(1, (4, 8)), TileKind(4, (2, 8))), num_kv_heads=1, group_size=2, windows=(None,), whole_pool=True
+        (TileKind(1, (4, 8)), TileKind(4, (2, 8))),
+        num_kv_heads=1,
+        group_size=2,
+        windows=(None,),
+        last_window=None,
+        whole_pool=True,
     )
-    batch = StepBatch.build(scene.chunks, scene.page_table, layout)
+    batch = StepBatch.build(scene.chunks, scene.kv, layout)
     c_ids = [token_id(c, position) for position in range(5)]
     assert batch.input_ids.tolist() == [[token_id(a, 0), token_id(b, 7), *c_ids]]
     assert batch.chunk_ends.tolist() == [0, 1, 6]
-    small, large = batch.queries.tiles
+    small, large = queries_of(batch).tiles
     # Two heads, so two rows a token.
     assert small.query_rows.flatten().tolist() == [0, 1, 2, 3, 0, 1, 0, 1]
     assert large.query_rows.flatten().tolist() == [4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 0, 1, 0, 1, 0, 1]
-    assert batch.queries.output_rows.tolist() == [[0, 1], [2, 3], [8, 9], [10, 11], [12, 13], [14, 15], [16, 17]]
+    assert queries_of(batch).output_rows.tolist() == [[0, 1], [2, 3], [8, 9], [10, 11], [12, 13], [14, 15], [16, 17]]
     # The one token of a sees a quarter of its page; that of b sees both of its pages whole, and so does c4 the first
     # page of c, of which c0 to c2 do not see all.
     assert small.block_masks[None].kv_num_blocks.flatten().tolist() == [1, 0, 0, 0]
@@ -331,30 +355,37 @@ def test_the_drawing_in_the_docstring_of_step_holds():
 def test_padding_on_row_0_sees_nothing_and_writes_to_page_0():
     """What `ModelRunner.warmup` runs: a step of nothing but sequences that own nothing."""
     scene = Scene(page_size=2)
-    row = scene.page_table.allocate()
+    row = scene.kv.allocate([])
     for _ in range(4):
         scene.grow(row)  # somebody's pages, for padding to see if it could
     layout = TileLayout(
-        (TileKind(1, (4,)), TileKind(4, (4,))), num_kv_heads=1, group_size=2, windows=(None, 2), whole_pool=True
+        (TileKind(1, (4,)), TileKind(4, (4,))),
+        num_kv_heads=1,
+        group_size=2,
+        windows=(None, 2),
+        last_window=2,
+        whole_pool=True,
     )
     chunks = [Chunk(make_sequence(0, 3), 0, 3), Chunk(make_sequence(0, 1), 0, 1)]
-    batch = StepBatch.build(chunks, scene.page_table, layout)
-    assert all(0 <= slot < scene.page_size for slot in batch.slots.tolist())
-    for tiles in batch.queries.tiles:
+    batch = StepBatch.build(chunks, scene.kv, layout)
+    assert all(0 <= slot < scene.page_size for slots in batch.slots.values() for slot in slots.tolist())
+    for tiles in queries_of(batch).tiles:
         for block_mask in tiles.block_masks.values():
             assert not evaluate(block_mask, kv_len(batch)).any()
 
 
 def test_a_row_sees_nothing_of_the_sequence_that_had_its_pages_before():
     scene = Scene(page_size=2)
-    old, new = scene.page_table.allocate(), scene.page_table.allocate()
-    layout = TileLayout((TileKind(1, None),), num_kv_heads=1, group_size=1, windows=(None, 3), whole_pool=False)
+    old, new = scene.kv.allocate([]), scene.kv.allocate([])
+    layout = TileLayout(
+        (TileKind(1, None),), num_kv_heads=1, group_size=1, windows=(None, 3), last_window=3, whole_pool=False
+    )
     for row in (old, new, old, old, new):
         scene.grow(row)
     scene.chunks = [Chunk(make_sequence(old, 6), 0, 6), Chunk(make_sequence(new, 4), 0, 4)]
-    assert_isolated(scene, StepBatch.build(scene.chunks, scene.page_table, layout), layout)
+    assert_isolated(scene, StepBatch.build(scene.chunks, scene.kv, layout), layout)
     scene.erase(old)
     for _ in range(3):
         scene.grow(new)
     scene.chunks = [Chunk(make_sequence(new, 10), 3, 7)]
-    assert_isolated(scene, StepBatch.build(scene.chunks, scene.page_table, layout), layout)
+    assert_isolated(scene, StepBatch.build(scene.chunks, scene.kv, layout), layout)

@@ -7,11 +7,13 @@ from unittest import mock
 
 import pytest
 import torch
+from engines import num_graphs
 from tiny_models import VOCABULARY, hf_generate, tiny_model
-from torch._dynamo.utils import counters
 
-from flex_nano_vllm import Inference, PageTable, SamplingParams, inference
+from flex_nano_vllm import Inference, SamplingParams, inference
 from flex_nano_vllm.attention import PagedKVCache, kernel_options, step_in_progress
+from flex_nano_vllm.geometry import Geometry
+from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.runner import (
     DYNAMO_CONFIG,
     compile_flex_attention,
@@ -26,10 +28,6 @@ from flex_nano_vllm.step import StepBatch, TileKind, TileLayout
 
 rng = random.Random(0)
 PROMPTS = [[rng.randrange(3, VOCABULARY) for _ in range(length)] for length in (5, 30, 1, 17, 140, 2, 64)]
-
-
-def num_graphs() -> int:
-    return counters["stats"]["unique_graphs"]
 
 
 @pytest.mark.compiled
@@ -105,27 +103,29 @@ def test_a_broken_number_ends_its_own_request_among_compiled_decodes():
 class Scene:
     """Four sequences whose pages lie interleaved, a random pool, and the queries of the last tokens of each."""
 
-    def __init__(self, page_size, num_heads, num_kv_heads, head_dim, dtype, lengths):
-        self.num_kv_heads, self.group_size = num_kv_heads, num_heads // num_kv_heads
-        self.table = table = PageTable(1 + 4 * -(-64 // page_size), page_size, max_batch_size=4, max_pages_per_row=64)
+    def __init__(self, page_size, num_heads, num_kv_heads, head_dim, window, dtype, lengths):
+        self.num_kv_heads, self.group_size, self.window = num_kv_heads, num_heads // num_kv_heads, window
+        geometry = Geometry(1 + 4 * -(-64 // page_size), page_size, 4, 64 * page_size, 64, window_release=False)
+        self.kv = kv = KVManager(geometry, prefix_caching=False)
         sequences = []
         for length in (40, 1, 9, 23):
-            row = table.allocate()
+            row = kv.allocate([])
             sequence = Sequence(row, None, [0] * length, length, SamplingParams(), 0, frozenset(), length, row=row)
             sequences.append(sequence)
         for end in range(1, 41):  # token by token, so that no sequence's pages are neighbours
             for sequence in sequences:
-                table.reserve(sequence.row, min(end, sequence.num_tokens))
+                kv.reserve(sequence.row, min(end, sequence.num_tokens))
         self.chunks = [Chunk(s, s.num_tokens - n, n) for s, n in zip(sequences, lengths)]
-        self.cache = PagedKVCache(table.n_pages * page_size, num_kv_heads, head_dim, dtype, torch.device("cpu"))
+        num_slots = geometry.n_pages * page_size
+        self.cache = PagedKVCache(window, num_slots, num_kv_heads, head_dim, dtype, torch.device("cpu"))
         generator = torch.Generator().manual_seed(0)
         self.query = torch.randn(1, num_heads, sum(lengths), head_dim, generator=generator).to(dtype)
         for pool in (self.cache.k_cache, self.cache.v_cache):
             pool.copy_(torch.randn(pool.shape, generator=generator))
 
-    def step(self, kinds: tuple[TileKind, ...], window: int | None, whole_pool: bool) -> StepBatch:
-        layout = TileLayout(kinds, self.num_kv_heads, self.group_size, (window,), whole_pool)
-        return StepBatch.build(self.chunks, self.table, layout)
+    def step(self, kinds: tuple[TileKind, ...], whole_pool: bool) -> StepBatch:
+        layout = TileLayout(kinds, self.num_kv_heads, self.group_size, (self.window,), self.window, whole_pool)
+        return StepBatch.build(self.chunks, self.kv, layout)
 
 
 SHAPE = ("page_size", "num_heads", "num_kv_heads", "head_dim", "window", "dtype")
@@ -137,9 +137,9 @@ SMALL_SHAPES = [(1, 4, 4, 16, None, torch.float32), (4, 6, 2, 16, 7, torch.float
 def test_attention_of_decodes_compiled_with_what_is_around_it_equals_uncompiled(
     page_size, num_heads, num_kv_heads, head_dim, window, dtype
 ):
-    scene = Scene(page_size, num_heads, num_kv_heads, head_dim, dtype, lengths=(1, 1, 1, 1))
+    scene = Scene(page_size, num_heads, num_kv_heads, head_dim, window, dtype, lengths=(1, 1, 1, 1))
     small, _ = tile_kinds(scene.group_size, 4, 32, "cpu")
-    step, reference = scene.step((small,), window, True), scene.step((TileKind(1, None),), window, False)
+    step, reference = scene.step((small,), True), scene.step((TileKind(1, None),), False)
 
     query, cache = scene.query, scene.cache
     key, value = query[:, :num_kv_heads] + 1, query[:, -num_kv_heads:] - 1
@@ -147,14 +147,14 @@ def test_attention_of_decodes_compiled_with_what_is_around_it_equals_uncompiled(
     value[0, 0, 2, 5] = torch.inf
 
     def around(query: torch.Tensor, step: StepBatch) -> torch.Tensor:
-        return cache.update_and_attend(step, query * 2, key, value, window, scale=0.3, cap=None) / 2
+        return cache.update_and_attend(step, query * 2, key, value, scale=0.3, cap=None) / 2
 
     with torch.no_grad(), torch._dynamo.config.patch(DYNAMO_CONFIG):
         compiled = torch.compile(around, fullgraph=True, dynamic=False, backend=inductor("cpu"))(query, step)
         with step_in_progress(reference, compile_flex_attention("cpu", compiled=False)) as finite:
             written = cache.k_cache.clone(), cache.v_cache.clone()
             cache.update(key, value)
-            expected = cache.attend(query * 2, window, scale=0.3, cap=None) / 2
+            expected = cache.attend(query * 2, scale=0.3, cap=None) / 2
     assert torch.equal(written[0], cache.k_cache) and torch.equal(written[1], cache.v_cache)
     assert cache.k_cache.isfinite().all() and cache.v_cache.isfinite().all()
     assert finite.tolist() == [True, False, False, True] and compiled[0, 1:3].isnan().all()
@@ -166,15 +166,15 @@ def test_attention_of_decodes_compiled_with_what_is_around_it_equals_uncompiled(
 @pytest.mark.compiled
 def test_a_kernel_made_for_other_threads_is_not_run():
     """It has buffers for so many."""
-    scene = Scene(16, 4, 2, 16, torch.float32, lengths=(1, 1, 1, 1))
-    step, flex = scene.step(tile_kinds(2, 4, 32, "cpu"), None, True), compile_flex_attention("cpu", compiled=True)
+    scene = Scene(16, 4, 2, 16, None, torch.float32, lengths=(1, 1, 1, 1))
+    step, flex = scene.step(tile_kinds(2, 4, 32, "cpu"), True), compile_flex_attention("cpu", compiled=True)
     num_threads = torch.get_num_threads()
     try:
         for threads in (num_threads, num_threads, num_threads + 1):
             torch.set_num_threads(threads)
             before = num_graphs()
             with torch.no_grad(), torch._dynamo.config.patch(DYNAMO_CONFIG), step_in_progress(step, flex):
-                scene.cache.attend(scene.query, None, scale=0.3, cap=None)
+                scene.cache.attend(scene.query, scale=0.3, cap=None)
         assert num_graphs() == before + 1
     finally:
         torch.set_num_threads(num_threads)
@@ -194,12 +194,12 @@ def test_a_kernel_made_for_other_threads_is_not_run():
 )
 def test_compiled_attention_equals_uncompiled(page_size, num_heads, num_kv_heads, head_dim, window, dtype):
     """One layer, random queries and pool, small and large tiles in one step, pages of four rows interleaved."""
-    scene = Scene(page_size, num_heads, num_kv_heads, head_dim, dtype, lengths=(1, 1, 9, 20))
+    scene = Scene(page_size, num_heads, num_kv_heads, head_dim, window, dtype, lengths=(1, 1, 9, 20))
     outputs = {}
     for compiled, kinds in ((True, tile_kinds(scene.group_size, 4, 32, "cpu")), (False, (TileKind(1, None),))):
-        step, flex = scene.step(kinds, window, compiled), compile_flex_attention("cpu", compiled)
+        step, flex = scene.step(kinds, compiled), compile_flex_attention("cpu", compiled)
         with torch.no_grad(), torch._dynamo.config.patch(DYNAMO_CONFIG), step_in_progress(step, flex):
-            outputs[compiled] = scene.cache.attend(scene.query, window, scale=0.3, cap=5.0).double()
+            outputs[compiled] = scene.cache.attend(scene.query, scale=0.3, cap=5.0).double()
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     assert (outputs[True] - outputs[False]).abs().max() < tolerance
     assert outputs[False].abs().max() > 0.5, "attention over nothing would also be equal"
@@ -326,7 +326,7 @@ def test_every_step_fits_a_bucket(device_type, group_size, max_batch_size, budge
     most = min(max_batch_size, budget)
     decodes = TileKind(kinds[0].tile_len, decode_buckets(most))
     assert [decodes.num_padded_tiles(num) for num in (1, most)] == [decodes.buckets[0], most]
-    layout = TileLayout(kinds, 1, group_size, (None,), whole_pool=True)
+    layout = TileLayout(kinds, 1, group_size, (None,), None, whole_pool=True)
     assert [kind.tile_len for kind in kinds] == sorted(kind.tile_len for kind in kinds)
     for chunk_len in {1, *(kind.tile_len + 1 for kind in kinds), budget}:
         num_chunks = min(max_batch_size, budget // chunk_len)

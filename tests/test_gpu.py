@@ -10,7 +10,7 @@ import torch
 from tiny_models import CONFIGS, VOCABULARY, hf_generate, tiny_model
 from torch._dynamo.utils import counters
 
-from flex_nano_vllm import Inference, SamplingParams
+from flex_nano_vllm import Inference, SamplingParams, cascade
 
 pytestmark = pytest.mark.gpu
 
@@ -75,6 +75,23 @@ def test_bfloat16_tokens_are_hugging_faces_choice_or_nearly(architecture, on_gpu
     model = on_gpu(architecture, torch.bfloat16)
     for prompt, tokens in zip(PROMPTS, generate(model, page_size=128)):
         assert deficits(model, prompt, tokens).max() < 0.5
+
+
+def test_packed_decodes_get_the_tokens_that_they_get_alone_but_for_near_ties(on_gpu, monkeypatch):
+    """Whenever pages are shared, paying or not."""
+    monkeypatch.setattr(cascade, "LEAST_SAVING", -(10**9))
+    model = on_gpu("gemma2", torch.float32)
+    prompts = [PROMPTS[4] + prompt[:20] for prompt in PROMPTS[:6]]
+    tokens = {}
+    for packed in (False, True):
+        options = dict(max_num_batched_tokens=256, page_size=16, enable_cascade=packed)
+        with Inference(model, None, max_batch_size=6, n_pages=128, **options) as engine:
+            engine.warmup()
+            before = counters["stats"]["unique_graphs"]
+            tokens[packed] = [o.outputs[0].token_ids for o in engine.generate(prompts, GREEDY, use_tqdm=False)]
+            assert counters["stats"]["unique_graphs"] == before
+    for prompt, alone, together in zip(prompts, tokens[False], tokens[True]):
+        assert alone == together or deficits(model, prompt, together).max() < 1e-2
 
 
 def test_nothing_compiles_after_warmup(on_gpu):

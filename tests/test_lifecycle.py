@@ -38,7 +38,7 @@ STATES = {
     "recomputing": (
         [9, 9],
         9,
-        SCARCE,
+        dict(SCARCE, enable_prefix_caching=False),  # else it would find nearly all of it again
         lambda s: s.metrics.num_preemptions and 0 < s.num_computed_tokens < s.num_tokens - 1,
     ),
 }

@@ -36,8 +36,8 @@ def test_so_many_decode_while_so_many_wait(engine, batch_size, num_waiting, monk
 
 def test_a_request_that_ends_too_early_is_an_error_and_nothing_is_left_behind(engine, monkeypatch):
     """Where the third one is never admitted, the first two end before it decodes."""
-    scheduler = engine.scheduler
-    monkeypatch.setattr(scheduler, "_can_admit", lambda sequence: len(scheduler.running) < 2)
+    scheduler, admit = engine.scheduler, engine.scheduler._admit
+    monkeypatch.setattr(scheduler, "_admit", lambda sequence: len(scheduler.running) < 2 and admit(sequence))
     with pytest.raises(RuntimeError, match="a request ended before 3 of them"):
         measure_decode_step(engine, 3, num_steps=4)
     assert not engine.has_unfinished_requests()

@@ -10,16 +10,18 @@ import flex_nano_vllm
 PACKAGE = Path(flex_nano_vllm.__file__).parent
 # Whoever stands further right may import whoever stands further left, never the other way round.
 ORDER = [
-    ["metrics", "masks", "workload", "tasks", "random_models", "sampler", "plots"],
+    ["metrics", "masks", "workload", "tasks", "random_models", "sampler", "plots", "geometry", "prefix_cache"],
     ["sequence", "page_table", "report"],
-    ["scheduler"],
+    ["kv_manager"],
+    ["scheduler", "cascade"],
     ["step"],
     ["attention"],
     ["patching"],
     ["memory", "runner"],
+    ["planner"],
     ["inference", "crossover"],
     ["exactness", "__init__"],
-    ["baselines", "overhead"],
+    ["baselines", "overhead", "savings"],
     ["roofline"],
 ]
 

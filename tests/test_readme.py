@@ -8,9 +8,12 @@ import pytest
 README = Path(__file__).parent.parent / "README.md"
 
 
+SNIPPETS = re.findall(r"```python\n(.*?)```\n```text\n(.*?)```", README.read_text(), re.DOTALL)
+
+
 @pytest.mark.compiled
-def test_snippet_prints_what_the_readme_shows(capsys):
-    snippet, shown = re.search(r"```python\n(.*?)```\n```text\n(.*?)```", README.read_text(), re.DOTALL).groups()
+@pytest.mark.parametrize(("snippet", "shown"), SNIPPETS, ids=("in a notebook", "what is shared"))
+def test_snippet_prints_what_the_readme_shows(snippet, shown, capsys):
     exec(compile(snippet, "README.md", "exec"), {})
     assert capsys.readouterr().out == shown
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from flex_nano_vllm.page_table import PageTable
+from flex_nano_vllm.geometry import Geometry
+from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.scheduler import Chunk, Scheduler
 from flex_nano_vllm.sequence import SamplingParams, Sequence
 
@@ -22,13 +23,13 @@ def fake_token(request_id: int, position: int) -> int:
 def make_scheduler(
     usable_pages: int = 100, page_size: int = 1, rows: int = 8, budget: int = 64, watermark: int = 0
 ) -> Scheduler:
-    page_table = PageTable(usable_pages + 1, page_size, rows, max_pages_per_row=usable_pages)
-    return Scheduler(page_table, budget, watermark)
+    geometry = Geometry(usable_pages + 1, page_size, rows, usable_pages * page_size, budget)
+    return Scheduler(KVManager(geometry, prefix_caching=False), budget, watermark)
 
 
 def submit(scheduler: Scheduler, request_id: int, prompt_len: int, max_tokens: int = 1000) -> Sequence:
     """Add a request as the engine does: what it may generate is cut to what the pool can hold."""
-    room = scheduler.page_table.num_usable_pages * scheduler.page_table.page_size - prompt_len
+    room = scheduler.kv.leading.num_usable_pages * scheduler.kv.leading.page_size - prompt_len
     assert room >= 1, "the engine would have refused it"
     sequence = Sequence(
         request_id=request_id,
@@ -98,7 +99,7 @@ def run_until_done(scheduler: Scheduler) -> int:
 
 
 def assert_empty(scheduler: Scheduler) -> None:
-    table = scheduler.page_table
+    table = scheduler.kv.leading
     assert not scheduler.has_unfinished_requests()
     assert schedule(scheduler) == []
     assert table.num_free_pages == table.num_usable_pages
@@ -148,7 +149,7 @@ def test_pages_are_reserved_for_the_chunk_only_not_for_the_whole_prompt():
     submit(scheduler, 0, prompt_len=9)
     for used_pages in (2, 3, 5, 5, 6):  # 3, 6, 9, 10, 11 tokens
         step(scheduler)
-        assert scheduler.page_table.num_used_pages == used_pages
+        assert scheduler.kv.leading.num_used_pages == used_pages
 
 
 @pytest.mark.parametrize("prompt_len", [1, 5, 11])
@@ -240,7 +241,7 @@ def preemption_scene() -> tuple[Scheduler, list[Sequence]]:
     sequences = [submit(scheduler, i, prompt_len=3) for i in range(5)]
     step(scheduler)
     assert step(scheduler) == {0: 1, 1: 1, 2: 1}
-    assert scheduler.page_table.num_free_pages == 0
+    assert scheduler.kv.leading.num_free_pages == 0
     return scheduler, sequences
 
 
@@ -317,7 +318,7 @@ def test_nobody_is_admitted_in_a_step_that_preempts():
     submit(scheduler, 3, prompt_len=1)
     assert step(scheduler) == {0: 1, 1: 1}
     assert (ids(scheduler.running), ids(scheduler.waiting)) == ([0, 1], [2, 3])
-    assert scheduler.page_table.num_free_pages == 2
+    assert scheduler.kv.leading.num_free_pages == 2
     assert step(scheduler) == {0: 1, 1: 1}, "nor later, while 2 is ahead and does not fit"
 
 
@@ -435,10 +436,10 @@ def test_commit_returns_the_finished_in_order_and_gives_their_pages_back():
     scheduler = make_scheduler(usable_pages=20, page_size=2)
     a, b, c = (submit(scheduler, i, prompt_len=3, max_tokens=max_tokens) for i, max_tokens in enumerate([1, 9, 1]))
     chunks = schedule(scheduler)
-    assert scheduler.page_table.num_used_pages == 6
+    assert scheduler.kv.leading.num_used_pages == 6
     assert commit(scheduler, chunks) == [a, c]
     assert scheduler.running == [b]
-    assert scheduler.page_table.num_used_pages == 2
+    assert scheduler.kv.leading.num_used_pages == 2
     assert (a.row, c.row) == (None, None)
 
 
@@ -477,7 +478,7 @@ def test_minus_one_in_the_middle_of_a_prompt_ends_the_request_at_once_and_frees_
     chunks = schedule(scheduler)
     assert commit(scheduler, chunks, {1: -1}) == [broken]
     assert (broken.finish_reason, broken.output_token_ids, broken.row) == ("error", [], None)
-    assert scheduler.page_table.num_used_pages == 2
+    assert scheduler.kv.leading.num_used_pages == 2
     run_until_done(scheduler)
     assert_complete(other)
 
@@ -497,7 +498,7 @@ def test_abort_of_a_waiting_request_takes_it_out_of_the_queue():
     scheduler = make_scheduler(rows=1)
     sequences = [submit(scheduler, i, prompt_len=2, max_tokens=3) for i in range(3)]
     step(scheduler)
-    assert scheduler.abort(1) is sequences[1]
+    assert scheduler.abort(1) == [sequences[1]]
     scheduler.check_invariants()
     assert (sequences[1].finish_reason, sequences[1].output_token_ids) == ("abort", [])
     assert (ids(scheduler.running), ids(scheduler.waiting)) == ([0], [2])
@@ -510,10 +511,10 @@ def test_abort_in_the_middle_of_a_prefill_gives_the_pages_back():
     scheduler = make_scheduler(budget=4, usable_pages=20)
     sequence, other = submit(scheduler, 0, prompt_len=10), submit(scheduler, 1, prompt_len=3, max_tokens=2)
     step(scheduler)
-    assert scheduler.page_table.num_used_pages == 4
-    assert scheduler.abort(0) is sequence
+    assert scheduler.kv.leading.num_used_pages == 4
+    assert scheduler.abort(0) == [sequence]
     scheduler.check_invariants()
-    assert scheduler.page_table.num_used_pages == 0
+    assert scheduler.kv.leading.num_used_pages == 0
     assert (sequence.finish_reason, sequence.row) == ("abort", None)
     run_until_done(scheduler)
     assert_complete(other)
@@ -524,7 +525,7 @@ def test_abort_of_a_running_request_keeps_its_output_and_leaves_the_others_alone
     sequences = [submit(scheduler, i, prompt_len=3, max_tokens=5) for i in range(3)]
     step(scheduler)
     step(scheduler)
-    assert scheduler.abort(1) is sequences[1]
+    assert scheduler.abort(1) == [sequences[1]]
     scheduler.check_invariants()
     assert sequences[1].finish_reason == "abort"
     assert sequences[1].output_token_ids == [fake_token(1, 3), fake_token(1, 4)]
@@ -553,7 +554,7 @@ def test_preempt_newest_between_two_steps_changes_no_output():
 def test_abort_of_a_preempted_request_keeps_its_output():
     scheduler, sequences = preemption_scene()
     step(scheduler)
-    assert scheduler.abort(2) is sequences[2]
+    assert scheduler.abort(2) == [sequences[2]]
     scheduler.check_invariants()
     assert len(sequences[2].output_token_ids) == 2
     assert ids(scheduler.waiting) == [3, 4]
@@ -563,7 +564,7 @@ def test_abort_between_a_failed_step_and_the_next_is_harmless():
     scheduler = make_scheduler()
     sequences = [submit(scheduler, i, prompt_len=3, max_tokens=2) for i in range(2)]
     schedule(scheduler)  # and the forward raises
-    assert scheduler.abort(0) is sequences[0]
+    assert scheduler.abort(0) == [sequences[0]]
     scheduler.check_invariants()
     assert step(scheduler) == {1: 3}
     run_until_done(scheduler)
@@ -577,16 +578,16 @@ def test_abort_of_what_has_ended_or_never_was_returns_none_and_changes_nothing(e
     step(scheduler, None)
     if ending == "aborted":
         ended = other
-        assert scheduler.abort(1) is other
+        assert scheduler.abort(1) == [other]
     target = {"finished": 0, "aborted": 1, "unknown": 99}[ending]
-    before = (ended.finish_reason, list(ended.token_ids), ids(scheduler.running), scheduler.page_table.num_free_pages)
-    assert scheduler.abort(target) is None
+    before = (ended.finish_reason, list(ended.token_ids), ids(scheduler.running), scheduler.kv.leading.num_free_pages)
+    assert scheduler.abort(target) == []
     scheduler.check_invariants()
     assert before == (
         ended.finish_reason,
         list(ended.token_ids),
         ids(scheduler.running),
-        scheduler.page_table.num_free_pages,
+        scheduler.kv.leading.num_free_pages,
     )
     run_until_done(scheduler)
 
@@ -597,10 +598,10 @@ def test_abort_of_what_has_ended_or_never_was_returns_none_and_changes_nothing(e
 def test_a_failed_forward_can_be_scheduled_again_and_gives_the_same_step():
     scheduler, _ = preemption_scene()  # the next step preempts, too
     first = schedule(scheduler)
-    pages = scheduler.page_table.host_table.copy()
+    pages = scheduler.kv.leading.host_table.copy()
     again = schedule(scheduler)
     assert first == again
-    assert (scheduler.page_table.host_table == pages).all()
+    assert (scheduler.kv.leading.host_table == pages).all()
     assert scheduler.num_preemptions == 1, "the failed step's preemption is not done twice"
 
 
@@ -634,7 +635,7 @@ class Interrupted(BaseException):
 def test_reset_cleans_up_after_an_interrupt_anywhere_in_schedule(monkeypatch, method, when, call):
     """The steps that follow preempt, admit, grow and finish; the interrupt comes at the n-th call of a method."""
     scheduler, _ = preemption_scene()
-    table, calls = scheduler.page_table, 0
+    table, calls = scheduler.kv.leading, 0
     original = getattr(table, method)
 
     def interrupted(*args):
@@ -665,7 +666,7 @@ def test_reset_forgets_requests_in_impossible_places():
     scheduler, sequences = preemption_scene()
     scheduler.waiting.append(sequences[0])  # in both queues
     scheduler.running.append(sequences[3])  # runs without a row
-    scheduler.page_table.erase(sequences[1].row)  # runs on a row that is not its own
+    scheduler.kv.leading.erase(sequences[1].row)  # runs on a row that is not its own
     with pytest.raises(AssertionError):
         scheduler.check_invariants()
     scheduler.reset()
@@ -713,7 +714,7 @@ def compute_beyond_pages(scheduler, sequences):
 
 
 def lose_a_page(scheduler, sequences):
-    scheduler.page_table._pages[1].pop()
+    scheduler.kv.leading._pages[1].popitem()
 
 
 @pytest.mark.parametrize(

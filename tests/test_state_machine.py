@@ -16,11 +16,13 @@ from random import Random
 
 import numpy as np
 import pytest
-import torch
+from engines import visible_slots
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from flex_nano_vllm.geometry import Geometry
+from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.page_table import PageTable
 from flex_nano_vllm.scheduler import Scheduler
 from flex_nano_vllm.sequence import SamplingParams, Sequence
@@ -29,7 +31,7 @@ from flex_nano_vllm.step import StepBatch, TileKind, TileLayout
 EOS, NOT_FINITE = 0, -1
 FAILED = "written by a step that failed"
 LAYOUT = TileLayout(
-    (TileKind(1, None), TileKind(3, (1, 2, 9))), num_kv_heads=1, group_size=1, windows=(None, 3), whole_pool=True
+    (TileKind(1, None), TileKind(3, (1, 2, 9))), 1, 1, windows=(None, 3), last_window=3, whole_pool=True
 )
 
 PROMPTS = st.tuples(
@@ -108,9 +110,10 @@ class Engine(RuleBasedStateMachine):
         self.page_size, self.rows, self.budget, self.watermark = page_size, rows, budget, watermark
         self.usable_pages = n_pages - 1
         self.limit = min(max_seq_length, self.usable_pages * page_size)
-        max_pages_per_row = min(pages_for(max_seq_length, page_size), self.usable_pages)
-        self.table = PageTable(n_pages, page_size, rows, max_pages_per_row)
-        self.scheduler = Scheduler(self.table, budget, watermark)
+        geometry = Geometry(n_pages, page_size, rows, max_seq_length, budget, LAYOUT.windows, window_release=False)
+        self.kv = KVManager(geometry, prefix_caching=False)
+        self.table = self.kv.leading
+        self.scheduler = Scheduler(self.kv, budget, watermark)
         self.num_submitted = self.num_preemptions = 0
         self.live: dict[int, Request] = {}  # in order of arrival
         self.ended: dict[int, tuple[Request, str, tuple[int, ...]]] = {}  # with reason and output, never to change
@@ -164,7 +167,7 @@ class Engine(RuleBasedStateMachine):
         """The forward raises when it has written some of its tokens, or some layers of them: all are spoilt."""
         chunks = self.schedule()
         if chunks:
-            for slot in StepBatch.build(chunks, self.table, LAYOUT).slots.tolist()[:num_written]:
+            for slot in StepBatch.build(chunks, self.kv, LAYOUT).slots[None].tolist()[:num_written]:
                 self.kv_pool[slot] = FAILED
 
     @rule(pick=st.integers(0, 30))
@@ -173,10 +176,10 @@ class Engine(RuleBasedStateMachine):
         aborted = self.scheduler.abort(request_id)
         if request_id in self.live:
             request = self.live.pop(request_id)
-            assert aborted is request.sequence
+            assert aborted == [request.sequence]
             self.end(request, "abort")
         else:
-            assert aborted is None
+            assert aborted == []
 
     @rule(pick=st.integers(0, 5), num_tokens=st.integers(0, 9))
     def use_a_row_that_is_not_allocated(self, pick, num_tokens):
@@ -314,8 +317,8 @@ class Engine(RuleBasedStateMachine):
         """Write every token of the step into the fake pool, then look at what attention would."""
         if not chunks:
             return
-        batch = StepBatch.build(chunks, self.table, LAYOUT)
-        slots = batch.slots.tolist()
+        batch = StepBatch.build(chunks, self.kv, LAYOUT)
+        slots = batch.slots[None].tolist()
         tokens = [  # (request, position) of each token of the step
             (self.live[chunk.sequence.request_id], position)
             for chunk in chunks
@@ -333,35 +336,11 @@ class Engine(RuleBasedStateMachine):
         for chunk in chunks:  # I8: all it has ever computed lies where the host says
             self.assert_written(self.live[chunk.sequence.request_id], chunk.start + chunk.length)
         for window in LAYOUT.windows:  # I7: and where the device says, nothing else being visible
-            seen = self.visible_slots(batch, window)
+            seen = visible_slots(batch, window)
             for i, (request, position) in enumerate(tokens):
                 first = 0 if window is None else max(0, position - window + 1)
                 expected = [self.entry(request, past) for past in range(first, position + 1)]
                 assert sorted((self.kv_pool.get(slot) for slot in seen[i]), key=str) == sorted(expected, key=str)
-
-    def visible_slots(self, batch: StepBatch, window: int | None) -> list[list[int]]:
-        """The slots that the kernel visits for each token of the step, and does not mask."""
-        seen: list[list[int]] = []
-        zero = torch.zeros((), dtype=torch.int32)
-        in_tiles = batch.queries.output_rows[:, 0].tolist()  # one head: a row of a tile is a token
-        for tiles in batch.queries.tiles:
-            mask = tiles.block_masks[window]
-            tile_len = mask.BLOCK_SIZE[0]
-            all_slots = torch.arange(mask.seq_lengths[1], dtype=torch.int32)
-            queries = torch.arange(tiles.query_rows.numel(), dtype=torch.int32)[:, None]
-            allowed = mask.mask_mod(queries // tile_len, zero, queries % tile_len, all_slots[None]).tolist()
-            masked = (mask.kv_num_blocks, mask.kv_indices)
-            whole = (mask.full_kv_num_blocks, mask.full_kv_indices)
-            for query in range(tiles.query_rows.numel()):
-                slots = []
-                for counts, lists in (masked, whole):
-                    pages = lists[query // tile_len, 0, 0, : counts[query // tile_len, 0, 0]].tolist()
-                    visited = [page * self.page_size + offset for page in pages for offset in range(self.page_size)]
-                    slots += [slot for slot in visited if lists is whole[1] or allowed[query][slot]]
-                seen.append(slots)
-                is_padding = len(seen) - 1 not in in_tiles
-                assert not (is_padding and any(allowed[query])), "padding sees something"
-        return [seen[query] for query in in_tiles]
 
     def commit(self, chunks):
         replies, expected = [], []  # what the model says, and who is to end, with the reason
@@ -414,7 +393,7 @@ class Engine(RuleBasedStateMachine):
         copied = copy.deepcopy(self.scheduler)
         copied.check_invariants()
         self.requests_are_where_they_belong()
-        self.pages_are_where_they_belong(copied.page_table)
+        self.pages_are_where_they_belong(copied.kv.leading)
 
     def requests_are_where_they_belong(self):
         """I9, I10, I14, I15."""

@@ -1,0 +1,245 @@
+"""Decodes that share pages read them together: every token sees what it did alone, each page is read once, and it is
+done where it pays."""
+
+import copy
+import itertools
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from engines import SIZES, TIGHT, greedy, num_graphs, own_model, prompt_of, tokens_of, visible_slots
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import hf_generate, tiny_model
+
+from flex_nano_vllm import Inference, cascade, step
+from flex_nano_vllm.cascade import CascadeRule, PackedDecodes, pack
+from flex_nano_vllm.geometry import Geometry
+from flex_nano_vllm.kv_manager import KVManager
+from flex_nano_vllm.runner import cascade_rule, decode_buckets, tile_kinds
+from flex_nano_vllm.scheduler import Chunk
+from flex_nano_vllm.sequence import SamplingParams, Sequence
+from flex_nano_vllm.step import StepBatch, TileKind, TileLayout
+
+ALWAYS = CascadeRule(3, 4, 1, 0.0, 0.0, 1.0)  # whenever anything at all is shared
+
+
+@pytest.fixture
+def free_of_charge(monkeypatch):
+    monkeypatch.setattr(cascade, "LEAST_SAVING", 0)
+
+
+class Family:
+    """Sequences, one to a row, some of which begin with pages of earlier ones: in all pools of the engine, or of the
+    widest window."""
+
+    def __init__(
+        self, page_size: int, windows: tuple[int | None, ...], lengths: list[int], shared: list[tuple[int, int]]
+    ):
+        """`shared`: of each sequence, whose pages it begins with and how many."""
+        longest = 12 * page_size
+        geometry = Geometry(1 + 12 * len(lengths), page_size, len(lengths), longest, 8, windows, window_release=False)
+        self.kv, self.windows, self.chunks = KVManager(geometry, prefix_caching=False), windows, []
+        self.pages: list[list[int]] = []  # of each sequence
+        table, rows = self.kv.leading, []
+        for length, (other, num_shared) in zip(lengths, shared):
+            row = self.kv.allocate([])
+            num_pages = -(-length // page_size)
+            # Of its own it has at least the last page, which it writes to.
+            common = self.pages[other % len(rows)][: min(num_shared, num_pages - 1)] if rows else []
+            table.share(row, common)
+            self.kv.reserve(row, length)
+            rows.append(row)
+            self.pages.append([table.page(row, logical) for logical in range(num_pages)])
+            sequence = Sequence(row, None, [0] * length, length, SamplingParams(), 0, frozenset(), length, row=row)
+            self.chunks.append(Chunk(sequence, length - 1, 1))
+
+    def packed(self, window: int | None, rule: CascadeRule) -> PackedDecodes | None:
+        rows, positions = np.array([(chunk.sequence.row, chunk.start) for chunk in self.chunks]).T
+        return pack(rows, positions, window, self.kv.leading, rule)
+
+    def seen_pages(self, index: int, window: int | None) -> dict[int, bool]:
+        """The definition: the pages of which a sequence's last token sees something, and whether it sees them whole."""
+        page_size, position = self.kv.geometry.page_size, self.chunks[index].start
+        first = 0 if window is None else max(0, position - window + 1)
+        seen = range(first, position + 1)
+        counts = {page: sum(p // page_size == i for p in seen) for i, page in enumerate(self.pages[index])}
+        return {page: count == page_size for page, count in counts.items() if count}
+
+
+@st.composite
+def families(draw):
+    page_size = draw(st.sampled_from([1, 2, 4]))
+    windows = draw(st.sampled_from([(None,), (None, 3), (7, None), (9, 2), (5,)]))
+    lengths = draw(st.lists(st.integers(1, 9 * page_size), min_size=2, max_size=12))
+    shared = [(draw(st.integers(0, 11)), draw(st.integers(0, 9))) for _ in lengths]
+    return Family(page_size, windows, lengths, shared)
+
+
+@settings(max_examples=200, deadline=None, database=None)
+@given(family=families(), whole_pool=st.booleans(), num_padding=st.integers(0, 3))
+def test_a_query_sees_what_it_saw_alone_and_its_tile_reads_every_page_once(family, whole_pool, num_padding):
+    kinds = (TileKind(1, (16,)),)
+    layout = TileLayout(kinds, 1, 1, family.windows, family.windows[-1], whole_pool, ALWAYS)
+    window = layout.widest_window
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(cascade, "LEAST_SAVING", 0)
+        packed = family.packed(window, ALWAYS)
+    nobody = Sequence(-1, None, [0], 1, SamplingParams(), 0, frozenset(), 1, row=0)
+    chunks = family.chunks + [Chunk(nobody, 0, 1)] * num_padding
+    alone, together = (StepBatch.build(chunks, family.kv, layout, how) for how in (None, packed))
+    for window in family.windows:
+        for seen, expected in zip(visible_slots(together, window), visible_slots(alone, window)[: len(family.chunks)]):
+            assert sorted(seen) == sorted(expected)
+    assert together.queries[layout.widest_window] is not alone.queries[layout.widest_window]
+
+    (tiles,) = together.queries[layout.widest_window].tiles
+    mask = tiles.block_masks[layout.widest_window]
+    assert tiles.query_rows.shape == (4, 1, 3)
+    members = [[i for i in tile if i >= 0] for tile in packed.members.tolist()]
+    assert sorted(itertools.chain(*members)) == list(range(len(family.chunks)))
+    for tile, sequences in enumerate(members + [[]] * (4 - len(members))):
+        seen = [family.seen_pages(index, layout.widest_window) for index in sequences]
+        pages = {page for of_one in seen for page in of_one}
+        whole = {page for page in pages if all(of_one.get(page) for of_one in seen)}
+        for counts, lists, expected in (
+            (mask.full_kv_num_blocks, mask.full_kv_indices, whole),
+            (mask.kv_num_blocks, mask.kv_indices, pages - whole),
+        ):
+            listed = lists[tile, 0, 0, : counts[tile, 0, 0]].tolist()
+            assert sorted(listed) == sorted(expected)
+            assert lists.dtype == counts.dtype == torch.int32
+            assert lists.shape[-1] >= mask.seq_lengths[1] // family.kv.geometry.page_size
+
+
+def test_the_drawing_in_the_docstring_holds(free_of_charge):
+    family = Family(4, (None,), [12, 16, 12], [(0, 0), (0, 2), (0, 2)])
+    packed = family.packed(None, ALWAYS)
+    assert sorted(packed.members.ravel().tolist()) == [0, 1, 2]
+    common = family.pages[0][:2]
+    assert np.flatnonzero(packed.whole).tolist() == sorted(common)
+    own = {page for pages in family.pages for page in pages} - set(common)
+    assert len(own) == 4 and np.flatnonzero(packed.some).tolist() == sorted(own)
+
+
+def test_families_lie_side_by_side(free_of_charge):
+    """Two families in turns, of which one has a branch."""
+    family = Family(1, (None,), [9] * 9, [(0, 0), (0, 0), (0, 4), (1, 4), (2, 6), (1, 4), (2, 7), (1, 4), (4, 7)])
+    order = family.packed(None, ALWAYS).members.ravel().tolist()
+    for kin in ({1, 3, 5, 7}, {0, 2, 4, 6, 8}, {4, 6, 8}):
+        places = sorted(order.index(i) for i in kin)
+        assert places == list(range(places[0], places[0] + len(kin)))
+
+
+# ---- when ----
+
+RULE = CascadeRule(4, 8, 17, 2.0, 2.5, heads_per_processor=4.0)
+
+
+def test_decodes_with_nothing_in_common_are_not_packed():
+    assert Family(4, (None,), [48] * 32, [(0, 0)] * 32).packed(None, RULE) is None
+
+
+@pytest.mark.parametrize(
+    ("num_decodes", "num_shared", "is_packed"), [(32, 11, True), (32, 4, False), (16, 11, False), (17, 11, True)]
+)
+def test_many_decodes_with_a_long_beginning_in_common_are_packed(num_decodes, num_shared, is_packed):
+    """32 decodes, 11 of 12 pages shared: 32 * 12 visits, packed 8 * 11 whole ones and 32 others. Of 4 shared pages,
+    those that are not shared cost more than is saved."""
+    family = Family(4, (None,), [48] * num_decodes, [(0, num_shared)] * num_decodes)
+    assert (family.packed(None, RULE) is not None) == is_packed
+
+
+def test_what_is_out_of_the_window_saves_nothing():
+    family = Family(4, (9,), [48] * 32, [(0, 11)] * 32)
+    assert family.packed(None, RULE) is not None and family.packed(9, RULE) is None
+
+
+def test_where_there_are_processors_for_all_packing_would_only_make_the_longest_tile_longer():
+    rule = replace(RULE, whole_cost=1.0, some_cost=1.0)
+    family = Family(4, (None,), [48] * 32, [(0, 11)] * 32)
+    assert family.packed(None, rule) is not None
+    assert family.packed(None, replace(rule, heads_per_processor=4 / 128)) is None
+
+
+def test_an_engine_whose_sequences_are_too_short_or_too_few_has_no_rule():
+    def rule(max_batch_size, max_seq_length):
+        geometry = Geometry(10_000, 64, max_batch_size, max_seq_length, 1024)
+        kinds = tile_kinds(2, max_batch_size, 1024, "cpu")
+        return cascade_rule(kinds, 8, 2, geometry, torch.device("cpu"))
+
+    assert rule(32, 4096) is not None
+    assert rule(1, 4096) is None and rule(32, 64) is None
+    for max_batch_size in (16, 32, 33):  # there is a graph of them for the largest bucket alone
+        assert rule(max_batch_size, 4096).least_decodes == decode_buckets(max_batch_size)[-2] + 1
+    assert rule(32, 4096).num_tiles * rule(32, 4096).tile_len >= 32
+
+
+# ---- tokens are the same ----
+
+
+@pytest.fixture
+def num_packed(free_of_charge, monkeypatch):
+    """Packs whatever shares a page; counts the steps."""
+    counted = [0]
+
+    def counting(*args):
+        packed = pack(*args[:-1], replace(args[-1], whole_cost=0.0, some_cost=0.0))
+        counted[0] += packed is not None
+        return packed
+
+    monkeypatch.setattr(step, "pack", counting)
+    return counted
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "mistral", "qwen3"])
+@pytest.mark.parametrize("release", [True, False])
+def test_tokens_are_those_of_generate_whatever_is_shared_and_preempted(num_packed, architecture, release):
+    rng = random.Random(0)
+    model = tiny_model(architecture)
+    options = dict(TIGHT, n_pages=12, max_num_batched_tokens=24, enable_window_release=release)
+    with Inference(copy.deepcopy(model), None, **options) as engine:
+        for seed in range(4):
+            common = [prompt_of(rng.randint(4, 17), seed) for _ in range(2)]
+            prompts = [rng.choice(common) + prompt_of(rng.randint(1, 5), rng.randrange(9)) for _ in range(7)]
+            outputs = engine.generate(prompts, greedy(8), use_tqdm=False)
+            assert tokens_of(outputs) == [hf_generate(model, prompt, 8, ignore_eos=True) for prompt in prompts]
+            engine.check_invariants()
+        assert engine.stats().num_preemptions > 0
+    assert num_packed[0] > 10
+
+
+def test_samples_of_one_prompt_read_it_together(num_packed):
+    params = SamplingParams(n=5, seed=3, max_tokens=8, ignore_eos=True)
+    texts = []
+    for cascade_on in (True, False):
+        with Inference(
+            own_model("cascade"), None, **dict(SIZES, max_batch_size=5), enable_cascade=cascade_on
+        ) as engine:
+            (output,) = engine.generate(prompt_of(14), params, use_tqdm=False)
+            texts.append([completion.token_ids for completion in output.outputs])
+        assert num_packed[0] > 3, "and never when it is switched off"
+        num_packed[0] = 10 if cascade_on else 0
+    assert texts[0] == texts[1]
+    assert num_packed[0] == 0
+
+
+@pytest.mark.compiled
+def test_compiled_tokens_are_those_of_generate_and_nothing_is_compiled_after_the_warmup(num_packed):
+    model = tiny_model("gemma2", torch.float32)
+    prompts = [prompt_of(40) + prompt_of(3, seed) for seed in range(5)]
+    expected = [hf_generate(model, prompt, 12, ignore_eos=True) for prompt in prompts]
+    with Inference(model, None, max_batch_size=5, page_size=16, n_pages=32, max_num_batched_tokens=80) as engine:
+        torch._dynamo.reset()  # other tests' graphs
+        before = num_graphs()
+        engine.warmup()
+        after_warmup = num_graphs()
+        assert after_warmup - before == engine.runner.max_graphs == 3 + 1 + 1 + 2 + 2, "one more than without"
+        assert tokens_of(engine.generate(prompts, greedy(12), use_tqdm=False)) == expected
+        assert num_packed[0] > 5
+        counted = num_packed[0]
+        # Three of them are too few for the graph of packed decodes.
+        assert tokens_of(engine.generate(prompts[:3], greedy(12), use_tqdm=False)) == expected[:3]
+        assert num_packed[0] == counted and num_graphs() == after_warmup

@@ -1,0 +1,293 @@
+"""Shared pages: what is on a page is what its readers think, whoever wrote it, and whatever happened in between.
+
+The model is fake: its next token is a function of the text so far. So equal texts go on equally, whoever computes them,
+and a page is right for a reader if and only if the text up to each of its tokens is the reader's own. The fake pool
+says that of every slot: slot -> the text up to the token written there last. That is the whole oracle; it knows no
+hashes, reference counts or windows.
+"""
+
+import copy
+import itertools
+import zlib
+from random import Random
+
+import pytest
+from engines import visible_slots
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from flex_nano_vllm.geometry import Geometry
+from flex_nano_vllm.kv_manager import KVManager
+from flex_nano_vllm.scheduler import Scheduler
+from flex_nano_vllm.sequence import SamplingParams, Sequence
+from flex_nano_vllm.step import StepBatch, TileKind, TileLayout
+
+EOS, NOT_FINITE, NEVER = 0, -1, 99
+ZEROS = "zeros, since the numbers were not finite"
+FAILED = "written by a step that failed"
+
+
+def next_token(text: tuple[int, ...], sample: int) -> int:
+    """What the sample of that number says after the text."""
+    return zlib.crc32(bytes(text) + bytes([sample])) % 5
+
+
+def is_broken(text: tuple[int, ...]) -> bool:
+    """Whether the numbers at the last token of the text are not finite."""
+    return zlib.crc32(b"broken" + bytes(text)) % 60 == 0
+
+
+def expected_end(prompt: tuple[int, ...], sample: int, max_total_tokens: int) -> tuple[tuple[int, ...], str]:
+    text = prompt
+    while True:
+        if any(is_broken(text[: end + 1]) for end in range(len(text))):
+            return text, "error"
+        text += (next_token(text, sample),)
+        if text[-1] == EOS:
+            return text, "stop"
+        if len(text) == max_total_tokens:
+            return text, "length"
+
+
+def key_of(sequence: Sequence) -> tuple[int, int]:
+    """Of a sample: its request, and its number there."""
+    return sequence.request_id, sequence.group.index(sequence)
+
+
+class Texts(RuleBasedStateMachine):
+    @initialize(
+        n_pages=st.integers(2, 14),
+        page_size=st.integers(1, 3),
+        rows=st.sampled_from([3, 4, 5, 2, 1]),
+        budget=st.sampled_from([4, 5, 6, 8, 3, 2, 1]),
+        watermark=st.sampled_from([0, 0, 1, 4]),
+        max_seq_length=st.sampled_from([24, 24, 9]),
+        windows=st.sampled_from([(None,), (None, 3), (2,), (5, 2, None), (4, 1)]),
+        caching=st.sampled_from([True, True, True, False]),
+        release=st.sampled_from([True, True, True, False]),
+    )
+    def build(self, n_pages, page_size, rows, budget, watermark, max_seq_length, windows, caching, release):
+        self.geometry = Geometry(n_pages, page_size, rows, max_seq_length, budget, windows, release)
+        self.kv = KVManager(self.geometry, prefix_caching=caching)
+        self.scheduler = Scheduler(self.kv, budget, watermark)
+        kinds = (TileKind(1, None), TileKind(3, None))
+        windows = self.geometry.layer_windows
+        self.layout = TileLayout(kinds, 1, 1, tuple(dict.fromkeys(windows)), windows[-1], whole_pool=True)
+        self.texts: list[tuple[int, ...]] = [()]  # all that were ever asked or said, to begin with again
+        self.live: dict[tuple[int, int], tuple[Sequence, tuple[int, ...], str | None]] = {}
+        self.num_submitted = 0
+        self.written = {window: {} for window in self.layout.windows}  # slot -> text up to its token
+        self.faulty: set[tuple[int, int]] = set()  # samples in whose next chunk the numbers are not finite
+
+    @rule(
+        which=st.integers(0, 50),
+        cut=st.integers(0, 20),
+        more=st.lists(st.integers(1, 2), max_size=4),
+        max_tokens=st.integers(1, 12),
+        salt=st.sampled_from([None, None, None, "a", "b"]),
+        times=st.sampled_from([1, 1, 2, 3]),
+        samples=st.sampled_from([1, 1, 2, 4]),
+    )
+    def submit(self, which, cut, more, max_tokens, salt, times, samples):
+        """A request, some times over, with some samples each."""
+        text = self.texts[which % len(self.texts)]
+        prompt = (text[: cut % (len(text) + 1)] + tuple(more) or (1,))[: self.geometry.max_request_tokens - 1]
+        if not prompt:
+            return  # no room for a prompt and an answer
+        for _ in range(times):
+            group = []
+            for _ in range(samples):
+                sequence = Sequence(
+                    request_id=self.num_submitted,
+                    prompt=None,
+                    token_ids=list(prompt),
+                    num_prompt_tokens=len(prompt),
+                    params=SamplingParams(),
+                    seed=0,
+                    eos_token_ids=frozenset({EOS}),
+                    max_total_tokens=min(self.geometry.max_request_tokens, len(prompt) + max_tokens),
+                    cache_salt=salt,
+                    group=group,
+                )
+                self.live[key_of(sequence)] = (sequence, prompt, salt)
+                self.scheduler.add(sequence)
+            self.num_submitted += 1
+        self.texts.append(prompt)
+
+    @rule(num_steps=st.integers(1, 6))
+    def steps(self, num_steps):
+        for _ in range(num_steps):
+            self.step()
+
+    @rule(num_written=st.integers(0, 8), copies=st.booleans())
+    def fail_step(self, num_written, copies):
+        """The forward raises when it has written some of its tokens, or not even copied pages: all are spoilt."""
+        chunks = self.scheduler.schedule()
+        if chunks and copies:
+            self.copy_pages()
+            batch = StepBatch.build(chunks, self.kv, self.layout)
+            for window, slots in batch.slots.items():
+                self.written[window] |= dict.fromkeys(slots.tolist()[:num_written], FAILED)
+
+    @rule(pick=st.integers(0, 30))
+    def abort(self, pick):
+        if self.live:
+            sequence = list(self.live.values())[pick % len(self.live)][0]
+            aborted = self.scheduler.abort(sequence.request_id)
+            assert aborted == [sample for sample in sequence.group if self.live.pop(key_of(sample), None)]
+
+    @rule(pick=st.integers(0, 30))
+    def break_the_next_chunk_of_one(self, pick):
+        """Not for its text, but by an accident of this one."""
+        if self.live:
+            self.faulty.add(list(self.live)[pick % len(self.live)])
+
+    @rule()
+    def preempt_newest(self):
+        if self.scheduler.running:
+            self.scheduler.preempt_newest()
+
+    @rule()
+    def reset(self):
+        self.scheduler.reset()
+        self.live.clear()
+
+    # ---- one step, watched ----
+
+    def copy_pages(self):
+        """All at once: what is copied is what was there before."""
+        written = {window: dict(texts) for window, texts in self.written.items()}
+        targets = set()
+        for table, source, target in itertools.chain(*self.kv.copies.values()):
+            assert source and target and (table, target) not in targets, "page 0, or a page twice"
+            targets.add((table, target))
+            for window in self.layout.windows:
+                for offset in range(self.geometry.page_size if self.kv.table(window) is table else 0):
+                    text = written[window].get(source * self.geometry.page_size + offset)
+                    self.written[window][target * self.geometry.page_size + offset] = text
+        self.kv.copies.clear()
+
+    def step(self):
+        chunks = self.scheduler.schedule()
+        assert bool(chunks) == bool(self.live), "a step with work pending does some of it, and none is made up"
+        if not chunks:
+            return
+        self.copy_pages()
+        batch = StepBatch.build(chunks, self.kv, self.layout)
+        tokens = []  # (chunk, text up to the token)
+        for chunk in chunks:
+            text = tuple(chunk.sequence.token_ids)
+            tokens += [(chunk, text[: position + 1]) for position in range(chunk.start, chunk.start + chunk.length)]
+        broken = {
+            key_of(chunk.sequence) for chunk, text in tokens if is_broken(text) or key_of(chunk.sequence) in self.faulty
+        }
+        for window in self.layout.windows:
+            table, slots = self.kv.table(window), batch.slots[window].tolist()
+            assert len(set(slots)) == len(slots), "two tokens in one slot"
+            for (chunk, text), slot in zip(tokens, slots):
+                page = slot // self.geometry.page_size
+                assert page and table.rows_of(page)[0] == chunk.sequence.row, "a page is filled by its first reader"
+                spoilt = is_broken(text) or key_of(chunk.sequence) in self.faulty
+                self.written[window][slot] = ZEROS if spoilt else (chunk.sequence.cache_salt, *text)
+
+        misled = set()  # who has seen zeros that somebody else wrote: what comes of it must not count
+        for window in self.layout.windows:
+            for (chunk, text), slots in zip(tokens, visible_slots(batch, window)):
+                key = key_of(chunk.sequence)
+                salt = self.live[key][2]
+                first = 0 if window is None else max(0, len(text) - window)
+                expected = [(salt, *text[:end]) for end in range(first + 1, len(text) + 1)]
+                seen = [self.written[window].get(slot) for slot in slots]
+                if ZEROS in seen:
+                    misled |= {key} - broken
+                elif key not in broken:
+                    assert sorted(seen, key=str) == sorted(expected, key=str)
+
+        said = {}
+        for chunk in chunks:
+            key, text = key_of(chunk.sequence), tuple(chunk.sequence.token_ids)
+            token = next_token(text, sample=key[1]) if chunk.samples else NEVER
+            said[key] = NOT_FINITE if key in broken else NEVER if key in misled else token
+        finished = self.scheduler.commit(chunks, list(said.values()))
+        for key in misled:
+            assert self.live[key][0].row is None, "who was misled begins again"
+        for sequence in finished:
+            key = key_of(sequence)
+            _, prompt, _ = self.live.pop(key)
+            if key not in self.faulty:
+                text, reason = expected_end(prompt, key[1], sequence.max_total_tokens)
+                assert (tuple(sequence.token_ids), sequence.finish_reason) == (text, reason)
+                self.texts.append(text)
+            else:
+                assert sequence.finish_reason == "error"
+        self.faulty -= broken
+
+    @invariant()
+    def holds(self):
+        if hasattr(self, "scheduler"):
+            copied = copy.deepcopy(self.scheduler)  # on a copy, since it syncs
+            copied.check_invariants()
+            assert list(self.live) == list(map(key_of, (*self.scheduler.running, *self.scheduler.waiting)))
+            assert all(NEVER not in sequence.token_ids for sequence, _, _ in self.live.values())
+
+    def teardown(self):
+        if not hasattr(self, "scheduler"):
+            return
+        self.faulty.clear()
+        steps_left = 10 + 2 * sum(sequence.max_total_tokens for sequence, _, _ in self.live.values())
+        while self.live:
+            assert steps_left > 0, "does not terminate"
+            steps_left -= 1
+            self.step()
+        for table in self.kv.pools.values():
+            assert table.num_used_pages == 0 and table.allocated_rows == []
+
+
+TestTexts = Texts.TestCase
+TestTexts.settings = settings(
+    max_examples=150,
+    stateful_step_count=40,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_random_walk(seed):
+    random = Random(seed)
+    texts = Texts()
+    texts.build(
+        n_pages=random.randint(3, 14),
+        page_size=random.randint(1, 3),
+        rows=random.randint(2, 5),
+        budget=random.randint(1, 8),
+        watermark=random.choice([0, 0, 1, 4]),
+        max_seq_length=random.choice([24, 9]),
+        windows=random.choice([(None,), (None, 3), (2,), (5, 2, None), (4, 1)]),
+        caching=random.random() < 0.9,
+        release=random.random() < 0.8,
+    )
+    for _ in range(60):
+        move = random.randrange(20)
+        if move < 6 and len(texts.live) < 8:
+            more = [random.randint(1, 2) for _ in range(random.randint(0, 4))]
+            salt = random.choice([None, None, None, "a"])
+            samples = random.choice([1, 1, 2, 4])
+            which, cut, max_tokens = random.randint(0, 50), random.randint(0, 20), random.randint(1, 12)
+            texts.submit(which, cut, more, max_tokens, salt, 1 + move % 3, samples)
+        elif move < 15:
+            texts.steps(random.randint(1, 3))
+        elif move < 16:
+            texts.fail_step(random.randint(0, 8), random.random() < 0.5)
+        elif move < 17:
+            texts.abort(random.randint(0, 30))
+        elif move < 18:
+            texts.break_the_next_chunk_of_one(random.randint(0, 30))
+        elif move < 19:
+            texts.preempt_newest()
+        elif random.random() < 0.1:
+            texts.reset()
+        texts.holds()
+    texts.teardown()

@@ -1,0 +1,257 @@
+"""Requests that begin alike: what one has computed the others take up, and nobody's tokens change."""
+
+import random
+
+import pytest
+from engines import SIZES, TIGHT, drain, greedy, own_model, prompt_of, raise_at_call, tokens_of
+from tiny_models import WINDOW, hf_generate, tiny_model
+
+from flex_nano_vllm import Inference, SamplingParams, prefix_cache
+from flex_nano_vllm.attention import PagedKVCache
+from flex_nano_vllm.geometry import Geometry
+from flex_nano_vllm.kv_manager import KVManager
+from flex_nano_vllm.prefix_cache import PrefixCache
+from flex_nano_vllm.scheduler import Scheduler
+from flex_nano_vllm.sequence import Sequence
+
+PAGE = SIZES["page_size"]
+
+
+@pytest.fixture
+def engine():
+    with Inference(own_model("prefix caching"), None, **SIZES) as engine:
+        yield engine
+        engine.check_invariants()
+
+
+def cached(outputs):
+    return [output.num_cached_tokens for output in outputs]
+
+
+def generate(engine, *prompts, max_tokens=3, **options):
+    return engine.generate(list(prompts), greedy(max_tokens), use_tqdm=False, **options)
+
+
+def expected(prompt, max_tokens=3):
+    return hf_generate(tiny_model("gemma2"), prompt, max_tokens, ignore_eos=True)
+
+
+# ---- what is found ----
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 9, 13])
+def test_a_prompt_asked_again_is_found_in_full_pages_all_but_its_last_token(engine, length):
+    prompt = prompt_of(length)
+    first, again = generate(engine, prompt), generate(engine, prompt)
+    assert cached(first) == [0] and cached(again) == [(length - 1) // PAGE * PAGE]
+    assert tokens_of(first) == tokens_of(again) == [expected(prompt)]
+    assert engine.stats().num_computed_tokens == 2 * (length + 2) - cached(again)[0]
+
+
+def test_what_was_generated_is_found_as_well(engine):
+    """As in a chat, where each turn extends the last one."""
+    prompt, computed = prompt_of(6), 0
+    for turn in range(3):
+        (output,) = generate(engine, prompt, max_tokens=4)
+        known = max(0, len(prompt) - 3) // PAGE * PAGE if turn else 0  # the last token of a turn was never computed
+        assert output.num_cached_tokens == known
+        computed += len(prompt) - known + 3
+        assert engine.stats().num_computed_tokens == computed
+        prompt = prompt + output.outputs[0].token_ids + prompt_of(2, seed=turn)
+
+
+def test_a_common_beginning_is_shared_and_what_differs_is_not(engine):
+    common, tails = prompt_of(9), [prompt_of(5, seed) for seed in range(3)]
+    generate(engine, common + tails[0])
+    outputs = generate(engine, common + tails[1], common[:8] + tails[2], common[:7] + tails[2], tails[2] + common)
+    assert cached(outputs) == [8, 8, 4, 0]
+    assert tokens_of(outputs)[:2] == [expected(common + tails[1]), expected(common[:8] + tails[2])]
+
+
+def test_identical_prompts_share_in_the_very_step_that_computes_them():
+    with Inference(own_model("prefix caching"), None, **dict(SIZES, max_num_batched_tokens=64)) as engine:
+        prompt = prompt_of(13)
+        ids = [engine.add_request(prompt, greedy(3)) for _ in range(3)]
+        engine.run_one_step()
+        assert engine.stats().num_computed_tokens == 13 + 1 + 1, "in one step"
+        assert engine.stats().num_used_pages == 4 + 1 + 1
+        outputs = drain(engine)
+        assert [outputs[i].num_cached_tokens for i in ids] == [0, 12, 12]
+        assert tokens_of(outputs.values()) == [expected(prompt)] * 3
+
+
+def test_the_hit_rate_is_in_the_statistics(engine):
+    generate(engine, prompt_of(13))
+    generate(engine, prompt_of(13))
+    stats = engine.stats()
+    assert (stats.num_prompt_tokens, stats.num_cached_tokens, stats.cache_hit_rate) == (26, 12, 12 / 26)
+    assert stats.num_used_pages == 0 and stats.num_idle_pages == 3
+    assert stats.num_free_pages == engine.page_table.num_usable_pages
+
+
+# ---- what is not ----
+
+
+def test_without_caching_nothing_is_found():
+    with Inference(own_model("prefix caching"), None, **SIZES, enable_prefix_caching=False) as engine:
+        assert cached(generate(engine, prompt_of(13), prompt_of(13))) == [0, 0]
+        assert cached(generate(engine, prompt_of(13))) == [0]
+        assert engine.stats().num_idle_pages == 0
+
+
+def test_other_salts_share_nothing_and_the_same_salt_does(engine):
+    prompt = prompt_of(13)
+    assert cached(generate(engine, prompt, cache_salt="a")) == [0]
+    assert cached(generate(engine, prompt)) == [0]
+    assert cached(generate(engine, prompt, cache_salt="b")) == [0]
+    assert cached(generate(engine, prompt, cache_salt="a")) == [12]
+    assert cached(generate(engine, prompt)) == [12]
+
+
+@pytest.mark.parametrize("salt", ["", 1, b"a"])
+def test_a_salt_is_a_text(engine, salt):
+    with pytest.raises(ValueError, match="cache_salt"):
+        generate(engine, prompt_of(3), cache_salt=salt)
+
+
+def test_equal_hashes_of_different_texts_are_never_mistaken(engine, monkeypatch):
+    """All hashes are forged to be the same: of other tokens, of the same tokens elsewhere, of another salt."""
+    monkeypatch.setattr(prefix_cache, "chained_key", lambda parent_key, token_ids: b"forged")
+    page = prompt_of(PAGE)
+    twice, other = page * 3 + [5], [*prompt_of(2 * PAGE, seed=1), 5]
+    for prompt, known in ((twice, 0), (twice, PAGE), (other, 0), (twice, PAGE), (other, 0), (page + other, PAGE)):
+        outputs = generate(engine, prompt)
+        assert cached(outputs) == [known], "only what took the hash first is found"
+        assert tokens_of(outputs) == [expected(prompt)]
+    assert cached(generate(engine, twice, cache_salt="a")) == [0]
+
+
+def test_a_key_depends_on_everything_before_and_on_the_salt():
+    cache = PrefixCache(page_size=2)
+    root, salted = cache.root(None), cache.root("a")
+    a = cache.add(root, [1, 2])
+    entries = [a, cache.add(a, [1, 2]), cache.add(root, [2, 1]), cache.add(salted, [1, 2])]
+    assert len({entry.key for entry in entries}) == 4 and all(len(entry.key) == 32 for entry in entries)
+    assert cache.add(root, [1, 2]) is a
+    assert cache.find([1, 2, 1, 2, 1, 2], root) == entries[:2]
+    assert cache.find([1, 2, 1], salted) == [entries[3]]
+
+
+def test_an_entry_that_nobody_refers_to_is_forgotten():
+    cache = PrefixCache(page_size=1)
+    root = cache.root(None)
+    leaf = cache.add(cache.add(root, [1]), [2])
+    assert cache.find([1, 2, 3], root) == [leaf.parent, leaf]
+    del leaf
+    assert cache.find([1, 2, 3], root) == []
+
+
+def test_after_a_reset_nothing_is_known_and_with_requests_under_way_it_is_refused(engine):
+    generate(engine, prompt_of(13))
+    engine.reset_prefix_cache()
+    assert cached(generate(engine, prompt_of(13))) == [0]
+    engine.add_request(prompt_of(13), greedy(3))
+    engine.run_one_step()
+    with pytest.raises(RuntimeError, match="unfinished requests"):
+        engine.reset_prefix_cache()
+    drain(engine)
+
+
+def test_the_hit_rate_counts_the_prompt_of_several_samples_once():
+    with Inference(own_model("prefix caching"), None, **SIZES, enable_prefix_caching=False) as engine:
+        engine.generate(prompt_of(13), SamplingParams(n=3, seed=0, max_tokens=2, ignore_eos=True), use_tqdm=False)
+        assert (engine.stats().num_prompt_tokens, engine.stats().num_cached_tokens) == (13, 0)
+
+
+@pytest.mark.parametrize("every", [4, 8])  # with eight rows
+def test_a_common_beginning_stays_known_while_others_come_and_go(every):
+    """Layers with a window soon leave it behind, and their pool is small: when somebody has once come for the end of
+    that beginning in vain, it is kept."""
+    rng = random.Random(0)
+    geometry = Geometry(1 + 8 * 64, 16, 8, 1024, 128, (64, None))
+    scheduler = Scheduler(KVManager(geometry), 128, 32)
+    common, sequences = [rng.randrange(1000) for _ in range(256)], []
+    for i in range(8 * every):
+        own = [rng.randrange(1000) for _ in range(16 if i % every == 0 else 272)]
+        prompt = common + own if i % every == 0 else own
+        max_total = len(prompt) + rng.randint(30, 90)
+        sequences.append(Sequence(i, None, prompt, len(prompt), SamplingParams(), 0, frozenset(), max_total))
+        scheduler.add(sequences[-1])
+    while scheduler.has_unfinished_requests():
+        chunks = scheduler.schedule()
+        scheduler.commit(chunks, [rng.randrange(1000) for _ in chunks])
+    assert sum(geometry.pools.values()) < 1.5 * geometry.n_pages
+    assert [sequence.num_cached_tokens for sequence in sequences[::every]][2:] == [256] * 6
+
+
+# ---- nobody's tokens change ----
+
+
+def test_pages_are_evicted_only_when_needed_the_deepest_and_longest_unused_first():
+    with Inference(own_model("prefix caching"), None, **dict(SIZES, n_pages=9, enable_window_release=False)) as engine:
+        old, young = prompt_of(13), prompt_of(13, seed=1)
+        generate(engine, old)  # 13 + 2 tokens: three full pages
+        generate(engine, young)
+        assert engine.stats().num_idle_pages == 6
+        generate(engine, prompt_of(16, seed=2))  # needs five pages, and two are free
+        assert cached(generate(engine, young)) == [12]
+        assert cached(generate(engine, old)) == [0]
+
+
+@pytest.mark.parametrize("options", [{}, dict(enable_window_release=False), dict(enable_prefix_caching=False)], ids=str)
+@pytest.mark.parametrize("seed", range(4))
+def test_tokens_are_those_of_generate_whatever_is_shared_evicted_and_preempted(seed, options):
+    rng = random.Random(seed)
+    with Inference(own_model("prefix caching"), None, **{**TIGHT, "n_pages": 9, **options}) as engine:
+        texts = [prompt_of(4, seed)]
+        for _ in range(4):
+            prompts = []
+            for _ in range(rng.randint(1, 4)):
+                text = rng.choice(texts)
+                prompts.append(
+                    (text[: rng.randint(0, len(text))] + prompt_of(rng.randint(1, 6), rng.randrange(9)))[:20]
+                )
+            prompts.append(rng.choice(prompts))
+            outputs = generate(engine, *prompts, max_tokens=5)
+            assert tokens_of(outputs) == [expected(prompt, 5) for prompt in prompts]
+            texts += [output.prompt_token_ids + output.outputs[0].token_ids for output in outputs]
+            engine.check_invariants()
+        assert engine.stats().num_preemptions > 0
+        assert (engine.stats().num_cached_tokens > 0) == engine.kv.prefix_caching
+
+
+def test_a_preempted_request_finds_its_own_pages_again():
+    computed = {}
+    for caching in (False, True):
+        with Inference(own_model("prefix caching"), None, **TIGHT, enable_prefix_caching=caching) as engine:
+            prompts = [prompt_of(9, seed) for seed in range(4)]
+            outputs = generate(engine, *prompts, max_tokens=8)
+            assert tokens_of(outputs) == [expected(prompt, 8) for prompt in prompts]
+            assert engine.stats().num_preemptions > 0
+            computed[caching] = engine.stats().num_computed_tokens
+    assert computed[True] < computed[False]
+
+
+def test_after_a_failed_step_nobody_reads_what_it_was_to_compute(monkeypatch):
+    """Three equal prompts are admitted in a step that fails; then the one whose pages the others share is aborted."""
+    with Inference(own_model("prefix caching"), None, **dict(SIZES, max_num_batched_tokens=64)) as engine:
+        prompt = prompt_of(13)
+        ids = [engine.add_request(prompt, greedy(3)) for _ in range(3)]
+        with monkeypatch.context() as context:
+            raise_at_call(context, PagedKVCache, "attend", 1, OSError)
+            with pytest.raises(OSError):
+                engine.run_one_step()
+        engine.abort(ids[0])
+        engine.check_invariants()
+        outputs = drain(engine)
+        assert tokens_of(outputs.values()) == [expected(prompt)] * 2
+
+
+def test_pages_are_found_beyond_the_window_too(engine):
+    """The layers with a window keep only the end of a beginning, and that is enough."""
+    length = WINDOW + 3 * PAGE + 1
+    prompt = prompt_of(length)[:28]
+    first = generate(engine, prompt)
+    again = generate(engine, prompt)
+    assert cached(again) == [(len(prompt) - 1) // PAGE * PAGE]
+    assert tokens_of(first) == tokens_of(again) == [expected(prompt)]
