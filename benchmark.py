@@ -196,7 +196,7 @@ def run_engine(
     num_compiled = num_graphs() - graphs_before
     mode = f"{num_compiled} of at most {engine.runner.max_graphs} graphs" if engine.runner.compiled else "uncompiled"
     console.print(f"ready in {warmup_seconds:.1f} s: {mode}, {engine.page_table.n_pages} pages of {options.page_size}")
-    console.print(engine.plan(options.max_prompt_len, options.max_new_tokens))
+    console.print(str(engine.plan(options.max_prompt_len, options.max_new_tokens)))
 
     exactness = answers = None
     options.n_pages = engine.page_table.n_pages  # a pool of another size would be compiled anew
