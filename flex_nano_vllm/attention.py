@@ -181,8 +181,8 @@ class PagedKVCache(nn.Module):
         if so (see `patching.pruned_forward`). Returns [1, T, H, D]."""
         return torch.ops.flex_nano_vllm.attend(query, self.k_cache, self.v_cache, self.window, scale, cap, ends)
 
-    def copy_pages(self, sources: list[int], targets: list[int], page_size: int) -> None:
-        """Copy whole pages."""
+    def copy_pages(self, sources: Tensor, targets: Tensor, page_size: int) -> None:
+        """Copy whole pages, given by their numbers, on the device."""
         for pool in (self.k_cache, self.v_cache):
             pages = pool.unflatten(2, (-1, page_size))  # [1, K, P, page_size, D]
             pages[:, :, targets] = pages[:, :, sources]

@@ -1,4 +1,4 @@
-"""Decodes that share pages read them together: cascade attention, in one call. Knows no queues and no devices.
+"""Decodes that share pages read them together: cascade attention, in one call. Knows no queues and no text.
 
 Requests that begin alike hold the same pages (`prefix_cache.py`). Cut as usual, every decode is a tile of its own and
 reads all of its pages. Here several decodes ride in one tile, which reads a page once for all of them:

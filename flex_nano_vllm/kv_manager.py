@@ -157,7 +157,7 @@ class KVManager:
 
     def erase(self, row: int) -> None:
         """Give the row and all its pages back."""
-        self.discard(row)
+        self.discard(row)  # whoever was misled has come with a step that failed, and is sent back before the next one
         for table in self.pools.values():
             table.erase(row)
         del self._rows[row]

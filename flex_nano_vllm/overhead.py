@@ -57,7 +57,11 @@ def decoding_together(
             f"{batch_size} requests of {num_tokens} tokens do not fit: max_seq_length is {engine.max_seq_length}, and "
             f"the pool has {engine.page_table.num_usable_pages} pages of the {needed} needed"
         )
-    prompts = [[5 + (i + j) % 200 for j in range(prompt_len)] for i in range(batch_size)]
+    # No two begin alike, or one would be computed for both.
+    prompts = [
+        [5 + i % 200, 5 + i // 200, *(5 + (i + j) % 200 for j in range(prompt_len))][:prompt_len]
+        for i in range(batch_size)
+    ]
     prompts += [[5 + i % 200] for i in range(num_waiting)]
 
     def step() -> None:

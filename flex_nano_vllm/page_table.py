@@ -1,4 +1,4 @@
-"""Which page of a KV pool holds which tokens of which sequence. Knows nothing of text or policy.
+"""Which page of a KV pool holds which tokens of which sequence. Knows nothing of text, or of who runs.
 
 The pool is `n_pages` pages of `page_size` slots. A running sequence owns one *row* of the table, and the row
 lists its pages in logical order:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
@@ -21,6 +22,7 @@ from flex_nano_vllm.attention import ATTN_IMPLEMENTATION, step_in_progress
 from flex_nano_vllm.cascade import CascadeRule, PackedDecodes
 from flex_nano_vllm.geometry import Geometry, cdiv
 from flex_nano_vllm.kv_manager import KVManager
+from flex_nano_vllm.page_table import upload
 from flex_nano_vllm.patching import attention_layers, patch_model
 from flex_nano_vllm.scheduler import Chunk
 from flex_nano_vllm.sequence import SamplingParams, Sequence
@@ -151,10 +153,11 @@ class ModelRunner:
         """Copy the pages of forked sequences, in every layer, before anybody writes to them."""
         copies = [copy for of_row in self.kv.copies.values() for copy in of_row]
         for table in {table for table, _, _ in copies}:
-            sources, targets = zip(*((source, target) for other, source, target in copies if other is table))
+            pairs = np.array([(source, target) for other, source, target in copies if other is table])
+            sources, targets = upload([*pairs.T], table.table.device)
             for attention in attention_layers(self.model):
                 if self.kv.table(attention.kv_cache.window) is table:
-                    attention.kv_cache.copy_pages(list(sources), list(targets), table.page_size)
+                    attention.kv_cache.copy_pages(sources, targets, table.page_size)
         self.kv.copies.clear()
 
     def call_model(self, batch: StepBatch, as_decodes: bool) -> Tensor:

@@ -9,6 +9,7 @@ import math
 import random
 
 import torch
+from hypothesis import HealthCheck
 from tiny_models import CONFIGS, VOCABULARY, tiny_model
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
@@ -16,6 +17,13 @@ from transformers import AutoModelForCausalLM
 from flex_nano_vllm import SamplingParams
 from flex_nano_vllm.random_models import BYTE_VOCABULARY
 
+# Of the two machines that draw requests: what a step does to them takes its time.
+MACHINE = dict(
+    stateful_step_count=40,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 SIZES = dict(max_batch_size=3, max_seq_length=32, n_pages=25, page_size=4, compile=False)
 # Seven usable pages for sequences of up to 4 + 2 + 4 pages, cut into chunks of at most 8 tokens: somebody is preempted.
 TIGHT = dict(SIZES, n_pages=8, max_num_batched_tokens=8, watermark=0)

@@ -17,6 +17,7 @@ from tiny_models import CONFIGS, VOCABULARY, WINDOW, hf_generate, tiny_model
 from transformers import AutoModelForCausalLM
 
 from flex_nano_vllm import Inference, SamplingParams
+from flex_nano_vllm.exactness import greedy_tokens, greedy_under_preemption
 
 PROMPT_LENS = (1, 5, 16, 14, 15, 3 * WINDOW + 1)
 NUM_TOKENS = 8
@@ -162,6 +163,16 @@ def test_a_request_that_arrives_while_others_decode_changes_nobodys_tokens():
             for output in engine.run_one_step():
                 tokens[output.request_id] = output.outputs[0].token_ids
     assert [tokens[i] for i in ids] == expected("gemma2")
+
+
+@pytest.mark.parametrize("run", [greedy_tokens, greedy_under_preemption])
+def test_the_check_finds_nothing_that_was_computed_in_other_company(run):
+    with Inference(tiny_model("gemma2"), None, 4, page_size=4, compile=False) as engine:
+        prompts = [prompt[:10] for prompt in PROMPTS[1:3]]
+        run(engine, prompts, 4)
+        found = engine.stats().num_cached_tokens
+        run(engine, prompts, 4)
+        assert engine.stats().num_cached_tokens == found
 
 
 @pytest.mark.parametrize(

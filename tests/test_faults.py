@@ -300,6 +300,17 @@ def test_nan_keys_and_values_do_not_outlive_their_request(poisonous_engine, expe
     assert tokens_of(poisonous_engine.generate(PROMPTS, greedy(5), use_tqdm=False)) == [e[:5] for e in expected]
 
 
+def test_who_counted_on_what_turned_out_not_to_be_finite_has_no_token_yet(poisonous_engine):
+    """Two equal prompts in one step: the second one shares a page that the first was to fill."""
+    ids = [poisonous_engine.add_request([5, 3, 6, 7, 8], greedy(2)) for _ in range(2)]
+    (failed,) = poisonous_engine.run_one_step()
+    assert (failed.request_id, failed.outputs[0].finish_reason) == (ids[0], "error")
+    (waiting,) = poisonous_engine.scheduler.waiting
+    assert waiting.request_id == ids[1] and waiting.metrics.first_token_time is None
+    assert poisonous_engine.stats().num_generated_tokens == 0
+    assert [output.outputs[0].finish_reason for output in drain(poisonous_engine).values()] == ["error"]
+
+
 def test_a_token_that_was_not_there_is_not_counted(engine, monkeypatch):
     before = engine.stats()
     spoil_logits(monkeypatch, engine, lambda row: row.fill_(math.nan), num_good_tokens=2)

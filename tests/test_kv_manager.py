@@ -12,8 +12,8 @@ import zlib
 from random import Random
 
 import pytest
-from engines import visible_slots
-from hypothesis import HealthCheck, settings
+from engines import MACHINE, visible_slots
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -245,13 +245,7 @@ class Texts(RuleBasedStateMachine):
 
 
 TestTexts = Texts.TestCase
-TestTexts.settings = settings(
-    max_examples=150,
-    stateful_step_count=40,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+TestTexts.settings = settings(max_examples=150, **MACHINE)
 
 
 @pytest.mark.parametrize("seed", range(100))

@@ -5,7 +5,7 @@ import torch
 from tiny_models import tiny_model
 
 from flex_nano_vllm import Inference
-from flex_nano_vllm.overhead import measure_decode_step
+from flex_nano_vllm.overhead import decoding_together, measure_decode_step
 
 
 @pytest.fixture
@@ -56,3 +56,11 @@ def test_requests_that_would_end_early_are_refused(sizes):
 def test_a_queue_needs_all_rows_taken(engine):
     with pytest.raises(ValueError, match="max_batch_size=3"):
         measure_decode_step(engine, 2, num_waiting=1)
+
+
+def test_no_two_prompts_share_a_page():
+    with Inference(tiny_model("llama"), None, 256, 280, page_size=4, compile=False) as engine:
+        with decoding_together(engine, 256, prompt_len=9, num_steps=2) as step:
+            while engine.scheduler.waiting:
+                step()
+        assert (engine.stats().num_prompt_tokens, engine.stats().num_cached_tokens) == (256 * 9, 0)

@@ -16,8 +16,8 @@ from random import Random
 
 import numpy as np
 import pytest
-from engines import visible_slots
-from hypothesis import HealthCheck, settings
+from engines import MACHINE, visible_slots
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -456,13 +456,7 @@ class Engine(RuleBasedStateMachine):
 
 
 TestEngine = Engine.TestCase
-TestEngine.settings = settings(
-    max_examples=100,
-    stateful_step_count=40,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+TestEngine.settings = settings(max_examples=100, **MACHINE)
 
 
 @pytest.mark.parametrize("seed", range(100))
