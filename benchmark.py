@@ -29,7 +29,7 @@ from flex_nano_vllm import Inference, RequestOutput, SamplingParams
 from flex_nano_vllm.baselines import continuous_batching, padded_batches
 from flex_nano_vllm.crossover import report_crossover
 from flex_nano_vllm.exactness import NEAR_TIE, compare, greedy_in_all_company, hf_generate
-from flex_nano_vllm.inference import EMBEDDED_MODELS
+from flex_nano_vllm.loading import EMBEDDED_MODELS
 from flex_nano_vllm.overhead import report_overhead
 from flex_nano_vllm.random_models import SHAPES, byte_tokenizer, random_model
 from flex_nano_vllm.report import (

@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig, HfArgumentParser
 
-from flex_nano_vllm.inference import EMBEDDED_MODELS
+from flex_nano_vllm.loading import EMBEDDED_MODELS
 from flex_nano_vllm.metrics import StepMetrics
 from flex_nano_vllm.random_models import SHAPES, random_model
 from flex_nano_vllm.report import FinishedRequest, device_name, json_line, print_results, summarize

@@ -2,17 +2,21 @@
 
 from flex_nano_vllm.attention import PagedKVCache
 from flex_nano_vllm.inference import Inference
+from flex_nano_vllm.outputs import CompletionDelta, CompletionOutput, Logprob, RequestOutput
 from flex_nano_vllm.page_table import PageTable
 from flex_nano_vllm.patching import patch_model, unpatch_model
-from flex_nano_vllm.sequence import CompletionOutput, RequestOutput, SamplingParams
+from flex_nano_vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 __all__ = [
+    "CompletionDelta",
     "CompletionOutput",
     "Inference",
+    "Logprob",
     "PageTable",
     "PagedKVCache",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "patch_model",
     "unpatch_model",
 ]

@@ -66,7 +66,7 @@ def step_in_progress(step: StepBatch, flex: Callable[..., Tensor]) -> Iterator[T
 
 def _current(num_tokens: int, ends: bool) -> StepInProgress:
     current = _in_progress.get()
-    if current is None or num_tokens != (len(current.step.chunk_ends) if ends else current.step.num_tokens):
+    if current is None or num_tokens != (len(current.step.wanted) if ends else current.step.num_tokens):
         raise RuntimeError(
             "this model is patched for paged attention and belongs to an Inference engine: it cannot be called "
             "directly. Use the engine, or give the model back first with engine.close()"

@@ -21,7 +21,8 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flex_nano_vllm.geometry import cdiv
 from flex_nano_vllm.masks import layer_mask, of_queries
-from flex_nano_vllm.page_table import PageTable, upload, visible_pages, widen
+from flex_nano_vllm.page_table import PageTable, visible_pages, widen
+from flex_nano_vllm.transfer import upload
 
 # What must be saved, counted in visits of a page by one kv head of one decode: the host's work for it.
 LEAST_SAVING = 200

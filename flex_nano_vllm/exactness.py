@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from flex_nano_vllm.inference import Inference
-from flex_nano_vllm.sequence import SamplingParams
+from flex_nano_vllm.sampling_params import SamplingParams
 
 # How much less likely, in nats, a token may be than Hugging Face's own choice: rounding decides between such two.
 NEAR_TIE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.25}

@@ -48,6 +48,17 @@ class Geometry:
         """Prompt and output of one request, at most."""
         return min(self.max_seq_length, self.max_pages_per_row * self.page_size)
 
+    def refusal(self, prompt_len: int) -> str | None:
+        """Why a prompt of so many tokens is refused, None if it is not."""
+        if prompt_len < self.max_request_tokens:
+            return None
+        pool = f"{self.n_pages - 1} usable pages x {self.page_size}"
+        to_raise = "max_seq_length" if self.max_request_tokens == self.max_seq_length else "n_pages"
+        return (
+            f"has {prompt_len} tokens, but prompt and output together get {self.max_request_tokens} "
+            f"(max_seq_length={self.max_seq_length}; the pool holds {pool}): shorten it or raise {to_raise}"
+        )
+
     @cached_property
     def layer_windows(self) -> tuple[int | None, ...]:
         """The window of each layer, None where no row is long enough to notice it."""

@@ -10,31 +10,30 @@ from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from dataclasses import replace
-from numbers import Integral
-from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from flex_nano_vllm.answers import Reader, request_output
+from flex_nano_vllm.chat import chat_token_ids
 from flex_nano_vllm.geometry import Geometry, cdiv
+from flex_nano_vllm.intake import Intake, Prompt
 from flex_nano_vllm.kv_manager import KVManager
+from flex_nano_vllm.loading import load
 from flex_nano_vllm.memory import check_pool_fits, pool_size
-from flex_nano_vllm.metrics import EngineStats, RequestMetrics, StepMetrics
+from flex_nano_vllm.metrics import EngineStats, StepMetrics
+from flex_nano_vllm.outputs import CompletionDelta, RequestOutput
 from flex_nano_vllm.page_table import PageTable
 from flex_nano_vllm.patching import check_supported, layer_windows, unpatch_model
 from flex_nano_vllm.planner import Plan, make_plan
 from flex_nano_vllm.runner import ModelRunner, why_not_compiled
-from flex_nano_vllm.sampler import sample, uniform
+from flex_nano_vllm.sampling import take_samples
+from flex_nano_vllm.sampling_params import SamplingParams, is_int
 from flex_nano_vllm.scheduler import Chunk, Scheduler
-from flex_nano_vllm.sequence import MAX_SEED, CompletionOutput, RequestOutput, SamplingParams, Sequence
+from flex_nano_vllm.sequence import Sequence
 
 logger = logging.getLogger(__name__)
-
-Prompt = str | SequenceOf[int]
-
-# Trained for this package (examples/train_tiny_gemma2.py), and small enough to be part of it.
-EMBEDDED_MODELS = {"tiny-gemma2": Path(__file__).parent / "tiny_gemma2"}
 
 # The engine that a model is patched for. A notebook runs its constructor cell again while the old engine still lives.
 _engine_of_model: "weakref.WeakKeyDictionary[PreTrainedModel, weakref.ref[Inference]]" = weakref.WeakKeyDictionary()
@@ -134,11 +133,11 @@ class Inference:
         if self.max_request_tokens < 2:
             raise ValueError(f"n_pages={n_pages} of page_size={page_size} hold no prompt token and a generated one")
         self.scheduler = Scheduler(self.kv, max_num_batched_tokens, watermark)
-        self.eos_token_ids = _eos_token_ids(model, tokenizer)
+        self.intake = Intake(model, tokenizer, geometry)
         self.steps: list[StepMetrics] = []
         self._record_steps = record_steps
         self._start_time = time.perf_counter()
-        self._num_requests = self._num_finished = self._num_steps = 0
+        self._num_finished = self._num_steps = 0
         self._num_computed_tokens = self._num_generated_tokens = 0
         self._unreported: dict[int, list[Sequence]] = {}  # requests that have ended and were not yet returned
         self._in_use = threading.Lock()
@@ -169,21 +168,7 @@ class Inference:
         where there is one. Weights are read from safetensors only, and no code that comes with a model is run: a
         repository that asks for it is refused with a ValueError.
         """
-        path_or_id = str(EMBEDDED_MODELS.get(path_or_id, path_or_id))
-        refusal = f"{path_or_id} brings its own code (auto_map): load the model yourself if you trust it"
-        try:
-            config = AutoConfig.from_pretrained(path_or_id, trust_remote_code=False)
-        except ValueError as error:
-            raise ValueError(refusal if "trust_remote_code" in str(error) else str(error)) from error
-        if getattr(config, "auto_map", None):
-            raise ValueError(refusal)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        tokenizer = AutoTokenizer.from_pretrained(path_or_id, trust_remote_code=False)
-        if len(tokenizer) <= len(tokenizer.all_special_tokens):
-            raise ValueError(f"{path_or_id} has no tokenizer (or one that knows no tokens): pass model and tokenizer")
-        model = AutoModelForCausalLM.from_pretrained(
-            path_or_id, dtype=dtype, device_map=device, use_safetensors=True, trust_remote_code=False
-        )
+        model, tokenizer = load(path_or_id, dtype, device)
         return cls(model, tokenizer, **engine_options)
 
     def generate(
@@ -209,7 +194,7 @@ class Inference:
         Whatever goes wrong later, an interrupt included, all pages are free again afterwards and the engine is usable.
         """
         with self._exclusively():
-            requests = self._requests(prompts, sampling_params, cache_salt)
+            requests = self.intake.requests(prompts, sampling_params, cache_salt)
             if self.has_unfinished_requests():
                 raise RuntimeError(
                     "the engine has unfinished requests: run_one_step() until it has none, or abort them"
@@ -221,7 +206,8 @@ class Inference:
                 with tqdm(total=len(requests), unit="req", dynamic_ncols=True, disable=not use_tqdm) as bar:
                     started, num_tokens = time.perf_counter(), 0
                     while self.has_unfinished_requests():
-                        for output in self._step():
+                        self._step()
+                        for output in self._report():
                             outputs[output.request_id] = output
                             num_tokens += sum(len(completion.token_ids) for completion in output.outputs)
                             rate = num_tokens / (time.perf_counter() - started)
@@ -232,16 +218,66 @@ class Inference:
                 raise
             return [outputs[group[0].request_id] for group in requests]
 
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, cache_salt: str | None = None
+    ) -> Iterator[CompletionDelta]:
+        """Complete one prompt, and give what is new after each step.
+
+            for delta in engine.stream("The 12 months are", SamplingParams(max_tokens=64)):
+                print(delta.text, end="")
+
+        Raises what `generate` does, when called. The request is taken when the first delta is asked for; to break off,
+        or to close the iterator, ends it and frees its pages. In between, the engine takes other requests of
+        `add_request`, whose outputs `run_one_step` returns later.
+        """
+        with self._exclusively():
+            params = SamplingParams() if sampling_params is None else sampling_params
+            group = self.intake.request(prompt, params, cache_salt, follow=True)
+        return self._stream(group)
+
+    def _stream(self, group: list[Sequence]) -> Iterator[CompletionDelta]:
+        reader = Reader(group, self.tokenizer)
+        request_id = group[0].request_id
+        try:
+            with self._exclusively():
+                self._add(group)
+            while not reader.has_ended:
+                with self._exclusively():
+                    if not all(sequence.finish_reason for sequence in group):
+                        self._step()
+                    self._unreported.pop(request_id, None)
+                    news = list(reader.news())
+                yield from news
+        finally:
+            if not reader.has_ended and self._give_back.alive:
+                self.abort(request_id)
+
+    def chat(
+        self,
+        messages: list[dict] | list[list[dict]],
+        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        cache_salt: str | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or a list of them, in the form of the tokenizer's chat template.
+
+            engine.chat([{"role": "user", "content": "What is 17 plus 8?"}])[0].outputs[0].text
+
+        Control tokens in what somebody says are read as text. Raises what `generate` does, and ValueError for messages
+        of another form, or that the template refuses.
+        """
+        is_list = isinstance(messages, list | tuple)
+        conversations = messages if is_list and messages and isinstance(messages[0], list | tuple) else [messages]
+        prompts = [chat_token_ids(self.tokenizer, conversation) for conversation in conversations]
+        return self.generate(prompts, sampling_params, use_tqdm, cache_salt)
+
     def add_request(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, cache_salt: str | None = None
     ) -> int:
         """Queue one request and return its id. Raises ValueError, before anything is taken, for what can never run."""
         with self._exclusively():
             params = SamplingParams() if sampling_params is None else sampling_params
-            group = self._request(prompt, params, cache_salt, "prompt")
-            for sequence in group:
-                self.scheduler.add(sequence)
-            return group[0].request_id
+            return self._add(self.intake.request(prompt, params, cache_salt))
 
     def has_unfinished_requests(self) -> bool:
         """Whether there is a request whose output has not been returned."""
@@ -254,7 +290,11 @@ class Inference:
         """
         with self._exclusively():
             aborted = self.scheduler.abort(request_id)
-            return self._output(aborted[0].group) if aborted else None
+            if not aborted:
+                return None
+            self._follow_texts(aborted)
+            self._close(aborted[0].group)
+            return request_output(self._unreported.pop(request_id), self.tokenizer)
 
     def run_one_step(self) -> list[RequestOutput]:
         """Compute one step and return the requests that finished in it.
@@ -263,28 +303,66 @@ class Inference:
         the middle of bookkeeping is another matter: `generate` then starts afresh, by hand `close()` does.)
         """
         with self._exclusively():
-            return self._step()
+            self._step()
+            return self._report()
 
-    def _step(self) -> list[RequestOutput]:
+    def _add(self, group: list[Sequence]) -> int:
+        for sequence in group:
+            self.scheduler.add(sequence)
+        return group[0].request_id
+
+    def _step(self) -> None:
         started = time.perf_counter()
         chunks = self.scheduler.schedule()
         if chunks:
-            sequences = [chunk.sequence for chunk in chunks]
-            logits = self.runner.forward(chunks)
-            token_ids = sample(
-                logits,
-                [0.0 if sequence.params.greedy else sequence.params.temperature for sequence in sequences],
-                [uniform(sequence.seed, sequence.num_tokens) for sequence in sequences],
-            )
-            samples = [chunk.samples and token_id >= 0 for chunk, token_id in zip(chunks, token_ids)]
-            finished = self.scheduler.commit(chunks, token_ids)
-            # Who has been sent back, because it had counted on numbers that were not finite, has computed nothing.
-            sampled = [s for s, has_token in zip(sequences, samples) if has_token and s.num_computed_tokens]
+            samples = take_samples(self.runner.forward(chunks), chunks, self.runner.sample)
+            had_token = [chunk.samples and sample.token_id >= 0 for chunk, sample in zip(chunks, samples)]
+            finished = self.scheduler.commit(chunks, [sample.token_id for sample in samples])
+            sampled = []
+            for chunk, sample, has_token in zip(chunks, samples, had_token):
+                sequence = chunk.sequence
+                # Who has been sent back, because it had counted on numbers that were not finite, has computed nothing.
+                if not sequence.num_computed_tokens:
+                    continue
+                sequence.prompt_ratings += sample.prompt_ratings
+                if has_token:
+                    sampled.append(sequence)
+                    if sample.rating is not None:
+                        sequence.ratings.append(sample.rating)
+            finished += self._follow_texts([*finished, *(s for s in sampled if s.finish_reason is None)])
             for sequence in finished:
                 if all(other.finish_reason for other in sequence.group):
-                    self._unreported[sequence.request_id] = sequence.group
+                    self._close(sequence.group)
             self._measure(chunks, sampled, started)
-        outputs = [self._output(group) for group in self._unreported.values()]
+
+    def _follow_texts(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Decode what has come, where somebody wants to see it, and end those whose text has met a stop text. Returns
+        who would have gone on."""
+        ended = []
+        for sequence in sequences:
+            if sequence.text is None:
+                continue
+            is_last = sequence.finish_reason is not None
+            try:
+                reason = "stop" if sequence.text.update(sequence.output_token_ids, is_last) else None
+            except Exception:
+                logger.exception("request %s: its text cannot be decoded", sequence.request_id)
+                reason = "error"
+            if reason is not None:
+                if not is_last:
+                    self.scheduler.finish(sequence, reason)
+                    ended.append(sequence)
+                sequence.finish_reason, sequence.stop_reason = reason, sequence.text.stop_reason
+        return ended
+
+    def _close(self, group: list[Sequence]) -> None:
+        """Note that a request has ended. Its answer is made when it is asked for."""
+        group[0].metrics.finished_time = time.perf_counter()
+        self._num_finished += 1
+        self._unreported[group[0].request_id] = group
+
+    def _report(self) -> list[RequestOutput]:
+        outputs = [request_output(group, self.tokenizer) for group in self._unreported.values()]
         self._unreported.clear()
         return outputs
 
@@ -308,7 +386,7 @@ class Inference:
         refused. Raises ValueError for lengths less than 1."""
         _check_size("prompt_len", prompt_len, 1)
         _check_size("max_tokens", max_tokens, 1)
-        return make_plan(self.model, self.kv.geometry, prompt_len, max_tokens, self._refusal(prompt_len))
+        return make_plan(self.model, self.kv.geometry, prompt_len, max_tokens)
 
     def stats(self) -> EngineStats:
         """What the engine holds and has done so far."""
@@ -346,117 +424,6 @@ class Inference:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    def _requests(
-        self,
-        prompts: Prompt | SequenceOf[Prompt],
-        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None,
-        cache_salt: str | None,
-    ) -> list[list[Sequence]]:
-        """The samples of each prompt, all of them checked."""
-        is_list = isinstance(prompts, list | tuple)
-        prompts = [prompts] if isinstance(prompts, str) or (is_list and prompts and _is_int(prompts[0])) else prompts
-        if not isinstance(prompts, list | tuple) or not prompts:
-            raise ValueError(f"prompts must be a text, a list of token ids, or a non-empty list of such: {prompts!r}")
-        if sampling_params is None:
-            sampling_params = SamplingParams()
-        if isinstance(sampling_params, SamplingParams):
-            sampling_params = [sampling_params] * len(prompts)
-        if not isinstance(sampling_params, list | tuple):
-            raise ValueError(f"sampling_params must be SamplingParams or a list of them, got {sampling_params!r}")
-        if len(sampling_params) != len(prompts):
-            raise ValueError(f"got {len(prompts)} prompts but {len(sampling_params)} sampling_params")
-        return [
-            self._request(prompt, params, cache_salt, f"prompt {i}")
-            for i, (prompt, params) in enumerate(zip(prompts, sampling_params))
-        ]
-
-    def _request(self, prompt: Prompt, params: SamplingParams, cache_salt: str | None, name: str) -> list[Sequence]:
-        """Check one request at the door, and give its samples. `name` stands for the prompt in errors."""
-        if cache_salt is not None and not (isinstance(cache_salt, str) and cache_salt):
-            raise ValueError(f"cache_salt must be None or a text that is not empty, got {cache_salt!r}")
-        if not isinstance(params, SamplingParams):
-            raise ValueError(f"{name}: sampling_params must be SamplingParams, got {params!r}")
-        if isinstance(prompt, str | list | tuple) and not prompt:
-            raise ValueError(f"{name} is empty")
-        token_ids = self._token_ids(prompt, name)
-        if not token_ids:
-            raise ValueError(f"{name} has no tokens: the tokenizer makes none of {prompt!r}")
-        refusal = self._refusal(len(token_ids))
-        if refusal is not None:
-            raise ValueError(f"{name} {refusal}")
-        room = self.max_request_tokens - len(token_ids)
-        self._num_requests += 1
-        seed = _draw_seed(params)
-        group: list[Sequence] = []
-        metrics = RequestMetrics()
-        for index in range(params.n):
-            Sequence(
-                request_id=self._num_requests - 1,
-                prompt=prompt if isinstance(prompt, str) else None,
-                token_ids=list(token_ids),
-                num_prompt_tokens=len(token_ids),
-                params=params,
-                seed=(seed + index) % (MAX_SEED + 1),
-                eos_token_ids=frozenset() if params.ignore_eos else self.eos_token_ids,
-                max_total_tokens=len(token_ids) + (room if params.max_tokens is None else min(room, params.max_tokens)),
-                cache_salt=cache_salt,
-                metrics=metrics,
-                group=group,
-            )
-        return group
-
-    def _refusal(self, prompt_len: int) -> str | None:
-        """Why a prompt of so many tokens is refused, None if it is not."""
-        if prompt_len < self.max_request_tokens:
-            return None
-        pool = f"{self.page_table.num_usable_pages} usable pages x {self.page_table.page_size}"
-        to_raise = "max_seq_length" if self.max_request_tokens == self.max_seq_length else "n_pages"
-        return (
-            f"has {prompt_len} tokens, but prompt and output together get {self.max_request_tokens} "
-            f"(max_seq_length={self.max_seq_length}; the pool holds {pool}): shorten it or raise {to_raise}"
-        )
-
-    def _token_ids(self, prompt: Prompt, name: str) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError(f"{name} is a text, but the engine has no tokenizer: pass token ids")
-            try:
-                prompt.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(f"{name} is not valid Unicode: {error}") from None
-            # A prompt from a chat template brings its own BOS.
-            has_bos = bool(self.tokenizer.bos_token) and prompt.startswith(self.tokenizer.bos_token)
-            prompt = self.tokenizer(prompt, add_special_tokens=not has_bos).input_ids
-        if not isinstance(prompt, list | tuple):
-            raise ValueError(f"{name} must be a text or a list of token ids, got {type(prompt).__name__}")
-        vocabulary = self.model.get_input_embeddings().num_embeddings
-        for token_id in prompt:
-            if not _is_int(token_id) or not 0 <= token_id < vocabulary:
-                raise ValueError(f"{name} holds {token_id!r}, but the model's token ids are 0 to {vocabulary - 1}")
-        return [int(token_id) for token_id in prompt]
-
-    def _output(self, group: list[Sequence]) -> RequestOutput:
-        first = group[0]
-        first.metrics.finished_time = time.perf_counter()
-        self._num_finished += 1
-        return RequestOutput(
-            request_id=first.request_id,
-            prompt=first.prompt,
-            prompt_token_ids=first.token_ids[: first.num_prompt_tokens],
-            outputs=[self._completion(index, sequence) for index, sequence in enumerate(group)],
-            metrics=first.metrics,
-            num_cached_tokens=first.num_cached_tokens or 0,
-        )
-
-    def _completion(self, index: int, sequence: Sequence) -> CompletionOutput:
-        token_ids = sequence.output_token_ids
-        text = None
-        if self.tokenizer is not None:
-            # Not every tokenizer calls its EOS a special token.
-            spoken = token_ids[:-1] if token_ids and token_ids[-1] in sequence.eos_token_ids else token_ids
-            text = self.tokenizer.decode(spoken, skip_special_tokens=True)
-        return CompletionOutput(index, text, token_ids, sequence.finish_reason)
 
     def _measure(self, chunks: list[Chunk], sampled: list[Sequence], started: float) -> None:
         """Stamp the sequences of a step that began at `started`, and count it."""
@@ -508,25 +475,13 @@ class Inference:
             self._in_use.release()
 
 
-def _draw_seed(params: SamplingParams) -> int:
-    """The request's seed, or one from torch's global generator; greedy requests need none and draw none."""
-    if params.seed is None:
-        return 0 if params.greedy else int(torch.randint(MAX_SEED, ()))
-    return params.seed
-
-
 @functools.cache  # once per process and reason
 def _warn_uncompiled(reason: str) -> None:
     logger.warning("FlexAttention runs uncompiled: %s", reason)
 
 
-def _is_int(value: object) -> bool:
-    # First the plain case: prompts are checked token by token, and to look an abstract class up takes a microsecond.
-    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
-
-
 def _check_size(name: str, value: int, least: int, reason: str = "") -> None:
-    if not _is_int(value) or value < least:
+    if not is_int(value) or value < least:
         raise ValueError(f"{name} must be an int >= {least}{f' ({reason})' if reason else ''}, got {value!r}")
 
 
@@ -538,10 +493,3 @@ def _release_model(model: PreTrainedModel) -> None:
     if engine.has_unfinished_requests():
         raise ValueError("the model belongs to an engine with unfinished requests: finish or abort them, or close it")
     engine.close()
-
-
-def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
-    """Every id that ends a text for the model, its configs or its tokenizer: chat models have more than one."""
-    sources = [model.generation_config, model.config, tokenizer]
-    ids = [getattr(source, "eos_token_id", None) for source in sources]
-    return frozenset(i for entry in ids if entry is not None for i in ([entry] if _is_int(entry) else entry))

@@ -85,12 +85,12 @@ class KVManager:
         """Tokens that `row` had from the beginning."""
         return self._rows[row].num_cached_tokens
 
-    def allocate(self, token_ids: list[int], salt: str | None = None) -> int:
+    def allocate(self, token_ids: list[int], salt: str | None = None, find: bool = True) -> int:
         """Take a free row for a sequence, with the pages at its beginning that are known: all but its last token at
-        most, which has yet to give logits. Raises RuntimeError when all rows are taken."""
+        most, which has yet to give logits; none without `find`. Raises RuntimeError when all rows are taken."""
         row = self._open_row()
         root = self.prefix_cache.root(salt)
-        found = self.prefix_cache.find(token_ids[:-1], root) if self.prefix_caching else []
+        found = self.prefix_cache.find(token_ids[:-1], root) if self.prefix_caching and find else []
         for entry in found[self._first_page(len(found)) :]:
             entry.is_wanted = True
         found = self._usable(found)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from flex_nano_vllm.inference import Inference
 from flex_nano_vllm.report import device_name
-from flex_nano_vllm.sequence import SamplingParams
+from flex_nano_vllm.sampling_params import SamplingParams
 from flex_nano_vllm.workload import RunOptions
 
 PROMPT_LEN = 256

@@ -28,17 +28,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flex_nano_vllm.geometry import cdiv
 from flex_nano_vllm.masks import MaskMod
-
-
-def upload(arrays: list[np.ndarray], device: torch.device, dtype: type = np.int64) -> list[Tensor]:
-    """Copy integer arrays of any shapes to the device in one transfer, without waiting for it.
-
-    The parts are copied once more: a compiled region takes no two tensors that share memory."""
-    packed = torch.from_numpy(np.concatenate([array.ravel() for array in arrays], dtype=dtype, casting="same_kind"))
-    if device.type == "cuda":
-        packed = packed.pin_memory().to(device, non_blocking=True)
-    parts = packed.to(device).split([array.size for array in arrays])
-    return [part.view(array.shape).clone() for part, array in zip(parts, arrays)]
+from flex_nano_vllm.transfer import upload
 
 
 class PageTable:

@@ -84,7 +84,7 @@ def patch_model(model: PreTrainedModel, geometry: Geometry) -> None:
 
 def pruned_forward(layer: nn.Module) -> Callable[..., Tensor]:
     """A forward for the last layer that computes keys and values for all tokens of a step, and the rest only for the
-    tokens whose logits are wanted, the ends of the chunks: nobody looks at what the layer makes of the others.
+    tokens whose logits are wanted, the ends of the chunks above all: nobody looks at what it makes of the others.
 
     Projections that serve neither are left out by a compiler; uncompiled, they are computed for nothing.
     """
@@ -93,15 +93,15 @@ def pruned_forward(layer: nn.Module) -> Callable[..., Tensor]:
     def forward(
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
-        chunk_ends: Tensor | None = None,
+        wanted: Tensor | None = None,
         **kwargs: object,
     ) -> Tensor:
-        if chunk_ends is None:  # every token is one
+        if wanted is None:  # every token is one
             return unpruned(hidden_states, position_embeddings=position_embeddings, **kwargs)
         normed = layer.input_layernorm(hidden_states)
         layer.self_attn(normed, position_embeddings=position_embeddings, attention_mask=None, phase="keys")
-        at_ends = tuple(x[:, chunk_ends] for x in position_embeddings)
-        return unpruned(hidden_states[:, chunk_ends], position_embeddings=at_ends, phase="ends", **kwargs)
+        at_ends = tuple(x[:, wanted] for x in position_embeddings)
+        return unpruned(hidden_states[:, wanted], position_embeddings=at_ends, phase="ends", **kwargs)
 
     return forward
 

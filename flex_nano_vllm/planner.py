@@ -49,10 +49,9 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(
-    model: PreTrainedModel, geometry: Geometry, prompt_len: int, max_tokens: int, refusal: str | None
-) -> Plan:
+def make_plan(model: PreTrainedModel, geometry: Geometry, prompt_len: int, max_tokens: int) -> Plan:
     """Count pages and bytes of such requests."""
+    refusal = geometry.refusal(prompt_len)
     num_tokens = min(prompt_len + max_tokens, geometry.max_request_tokens)
     num_layers = Counter(geometry.layer_windows)
     kinds = []

@@ -22,15 +22,18 @@ from flex_nano_vllm.attention import ATTN_IMPLEMENTATION, step_in_progress
 from flex_nano_vllm.cascade import CascadeRule, PackedDecodes
 from flex_nano_vllm.geometry import Geometry, cdiv
 from flex_nano_vllm.kv_manager import KVManager
-from flex_nano_vllm.page_table import upload
 from flex_nano_vllm.patching import attention_layers, patch_model
+from flex_nano_vllm.sampler import ARGMAX, Draw, choose, sample
+from flex_nano_vllm.sampling_params import SamplingParams
 from flex_nano_vllm.scheduler import Chunk
-from flex_nano_vllm.sequence import SamplingParams, Sequence
+from flex_nano_vllm.sequence import Sequence
 from flex_nano_vllm.step import StepBatch, TileKind, TileLayout, pack_decodes
+from flex_nano_vllm.transfer import upload
 
 # Rows of a large tile, tokens times G. On a GPU a full tile of matrix-multiply work; on a CPU what was fastest. (With
 # 64 and more, torch's bfloat16 kernel first transposes the whole pool on CPUs that multiply bfloat16 in hardware.)
 LARGE_TILE_ROWS = {"cuda": 128, "cpu": 16}
+NUM_SAMPLER_GRAPHS = 2  # with and without cutting tokens off by their ranks
 DYNAMO_CONFIG = {
     # The engines of a process share one table of graphs, and torch's default limit of 8 is for one model.
     "recompile_limit": 4096,
@@ -99,12 +102,14 @@ class ModelRunner:
         decodes = TileKind(kinds[0].tile_len, decode_buckets(most))
         self.decode_layout = replace(self.layout, kinds=(decodes,)) if compiled else None
         self.flex = compile_flex_attention(model.device.type, compiled)
-        self.model_of_any_length, self.model_of_decodes = model, None
+        self.model_of_any_length, self.model_of_decodes, self.choose = model, None, choose
+        self._sampler_is_ready = not compiled
         if compiled:
-            make = functools.partial(torch.compile, model, fullgraph=True, backend=inductor(model.device.type))
-            self.model_of_any_length = make(dynamic=True, options=dict(UNGUARDED))
+            make = functools.partial(torch.compile, fullgraph=True, backend=inductor(model.device.type))
+            self.model_of_any_length = make(model, dynamic=True, options=dict(UNGUARDED))
             cuda_graphs = {"triton.cudagraphs": True} if model.device.type == "cuda" else {}
-            self.model_of_decodes = make(dynamic=False, options=UNGUARDED | cuda_graphs)
+            self.model_of_decodes = make(model, dynamic=False, options=UNGUARDED | cuda_graphs)
+            self.choose = make(choose, dynamic=True, options=dict(UNGUARDED))
         patch_model(model, geometry)  # last: nobody would undo it here
 
     @property
@@ -113,20 +118,33 @@ class ModelRunner:
         if not self.compiled:
             return 0
         windows = self.kv.geometry.layer_windows
-        small, *larger = (len(kind.buckets) for kind in self.layout.kinds)
-        of_attention = len(set(windows)) * small + len(set(windows[:-1])) * sum(larger)  # the last attends for ends
+        of_attention = len(set(windows)) * sum(len(kind.buckets) for kind in self.layout.kinds)
         packed = self.layout.cascade is not None
-        return len(self.decode_layout.kinds[0].buckets) + packed + 1 + of_attention
+        return len(self.decode_layout.kinds[0].buckets) + packed + 1 + of_attention + NUM_SAMPLER_GRAPHS
 
     def forward(self, chunks: list[Chunk]) -> Tensor:
-        """Compute the chunks and return the logits at the end of each, [C, V]; valid until the next call.
+        """Compute the chunks and return the logits of each one's last tokens, `num_logits` of them: [W, V], valid until
+        the next call.
 
-        A row has a NaN where the chunk has met numbers that are not finite, at its end or anywhere before.
+        A row has a NaN where the chunk has met numbers that are not finite, there or anywhere else.
         """
         if self.model.config._attn_implementation != ATTN_IMPLEMENTATION:
             raise RuntimeError("set_attn_implementation was called on the engine's model: close the engine first")
         self._copy_pages()
         return self._run(chunks, pack_decodes(chunks, self.kv, self.layout))
+
+    @torch._dynamo.config.patch(DYNAMO_CONFIG)
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def sample(self, logits: Tensor, draws: list[Draw]) -> Tensor:
+        """`sampler.sample`, compiled: the same for any number of rows, of edits, and of ranks that are looked at."""
+        if not self._sampler_is_ready and any(draw is not ARGMAX for draw in draws):
+            # Sizes that are the same the first time would be taken for one.
+            some = logits.new_zeros(3, logits.shape[1])
+            sample(some, [Draw(temperature=1.0, top_k=4)] * 3, self.choose)
+            sample(some, [Draw(temperature=1.0)] * 3, self.choose)
+            self._sampler_is_ready = True
+        return sample(logits, draws, self.choose)
 
     # Not set for good: it is the user's setting as well, and one of each thread.
     @torch._dynamo.config.patch(DYNAMO_CONFIG)
@@ -145,7 +163,7 @@ class ModelRunner:
             layout = self.layout
             num_padding = max(0, 2 - num_chunks)  # a dimension of size 1 would be a graph of its own
         batch = StepBatch.build(chunks + [padding_chunk(1)] * num_padding, self.kv, layout, packed)
-        return self.call_model(batch, as_decodes)[:num_chunks]
+        return self.call_model(batch, as_decodes)[: sum(chunk.num_logits for chunk in chunks)]
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -161,7 +179,7 @@ class ModelRunner:
         self.kv.copies.clear()
 
     def call_model(self, batch: StepBatch, as_decodes: bool) -> Tensor:
-        """The logits at the ends of a step's chunks, [C, V], padding included. `as_decodes`: a bucket of them."""
+        """The logits that a step wants, [W, V], those of padding included. `as_decodes`: a bucket of decodes."""
         arguments = dict(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
@@ -170,10 +188,10 @@ class ModelRunner:
         if as_decodes:
             return self.model_of_decodes(**arguments, step=batch).logits[0]
         with step_in_progress(batch, self.flex) as finite:
-            logits = self.model_of_any_length(**arguments, chunk_ends=batch.chunk_ends).logits[0]
+            logits = self.model_of_any_length(**arguments, wanted=batch.wanted).logits[0]
         chunk_of_token = torch.searchsorted(batch.chunk_ends, torch.arange(len(finite), device=logits.device))
         failed = torch.zeros_like(batch.chunk_ends).index_add_(0, chunk_of_token, (~finite).long()) > 0
-        logits[:, 0].masked_fill_(failed, torch.nan)
+        logits[:, 0].masked_fill_(failed[chunk_of_token[batch.wanted]], torch.nan)
         return logits
 
     def warmup(self) -> None:
@@ -192,6 +210,8 @@ class ModelRunner:
         # Two tokens and one of padding. More tokens than chunks: else dynamo would learn that they are always the same.
         self._run([padding_chunk(2)])
         shortest = self.layout.kinds[0].tile_len + 1  # chunk that goes into large tiles
+        # The last layer attends in such tiles for rated prompts only. Other layers of its window do so anyhow.
+        rated = geometry.layer_windows[-1] not in geometry.layer_windows[:-1]
         for kind in self.layout.kinds[1:] if shortest <= longest else ():
             num_tiles_reached = 0
             for bucket in kind.buckets:
@@ -199,14 +219,17 @@ class ModelRunner:
                 length = min(longest, (num_tiles - 1) * kind.tile_len + shortest)
                 num_chunks = min(bucket // cdiv(length, kind.tile_len), geometry.max_batch_size)
                 if num_chunks * cdiv(length, kind.tile_len) > num_tiles_reached:
-                    self._run([padding_chunk(length)] * num_chunks)
+                    self._run([padding_chunk(length, rated)] * num_chunks)
                 num_tiles_reached = bucket
+        logits = torch.zeros(2, self.model.get_output_embeddings().weight.shape[0], device=self.model.device)
+        self.sample(logits.to(self.model.dtype), [Draw(temperature=1.0)] * 2)
         gc.collect()  # compiling leaves so much behind that a step of serving would soon pause for it, 0.3 s
 
 
-def padding_chunk(length: int) -> Chunk:
+def padding_chunk(length: int, rated: bool = False) -> Chunk:
     """Tokens of nobody: row 0, whose pages are all page 0."""
-    nobody = Sequence(-1, None, [0] * length, length, SamplingParams(), 0, frozenset(), length, row=0)
+    params = SamplingParams(prompt_logprobs=0 if rated else None)
+    nobody = Sequence(-1, None, [0] * length, length, params, 0, frozenset(), length, row=0)
     return Chunk(nobody, start=0, length=length)
 
 

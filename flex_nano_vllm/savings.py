@@ -17,8 +17,8 @@ from flex_nano_vllm.geometry import cdiv
 from flex_nano_vllm.inference import Inference
 from flex_nano_vllm.memory import token_bytes
 from flex_nano_vllm.report import device_name
+from flex_nano_vllm.sampling_params import SamplingParams
 from flex_nano_vllm.scheduler import Chunk
-from flex_nano_vllm.sequence import SamplingParams
 from flex_nano_vllm.step import pack_decodes
 from flex_nano_vllm.workload import TOKEN_IDS, RunOptions, make_workload
 

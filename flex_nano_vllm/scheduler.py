@@ -34,6 +34,19 @@ class Chunk:
         """Whether the chunk ends at the sequence's last token, so that its logits give the next one."""
         return self.start + self.length == self.sequence.num_tokens
 
+    @property
+    def rated(self) -> range:
+        """Positions whose logits rate the prompt token that follows."""
+        sequence, end = self.sequence, self.start + self.length
+        if not sequence.rates_prompt:
+            return range(0)
+        return range(max(self.start, len(sequence.prompt_ratings)), min(end, sequence.num_prompt_tokens - 1))
+
+    @property
+    def num_logits(self) -> int:
+        """Of how many of its last tokens the logits are wanted: the last one at least."""
+        return max(1, self.start + self.length - self.rated.start) if self.rated else 1
+
 
 class Scheduler:
     """Owns `waiting` and `running`, and asks the KV manager for room.
@@ -119,7 +132,8 @@ class Scheduler:
             nearest = min(done, key=lambda sibling: sibling.num_computed_tokens)
             sequence.row = self.kv.fork(nearest.row, sequence.num_prompt_tokens - 1, sequence.token_ids)
         if sequence.row is None:
-            sequence.row = self.kv.allocate(sequence.token_ids, sequence.cache_salt)
+            # Nobody gets logits of tokens that are not computed.
+            sequence.row = self.kv.allocate(sequence.token_ids, sequence.cache_salt, find=not sequence.rates_prompt)
         if self.running and needed + self._growth(sequence) > self.kv.num_free_pages:
             self.kv.erase(sequence.row)
             sequence.row = None
@@ -192,15 +206,19 @@ class Scheduler:
                 finished.append(sequence)
         return finished
 
-    def abort(self, request_id: int) -> list[Sequence]:
+    def finish(self, sequence: Sequence, reason: str) -> None:
+        """End a sequence, wherever it is."""
+        if sequence.row is None:
+            self.waiting.remove(sequence)
+        else:
+            self._release(sequence)
+        sequence.finish_reason = reason
+
+    def abort(self, request_id: int, reason: str = "abort") -> list[Sequence]:
         """Take a request's samples out, wherever they are. Returns those that were unfinished."""
         aborted = [sequence for sequence in (*self.running, *self.waiting) if sequence.request_id == request_id]
         for sequence in aborted:
-            if sequence.row is None:
-                self.waiting.remove(sequence)
-            else:
-                self._release(sequence)
-            sequence.finish_reason = "abort"
+            self.finish(sequence, reason)
         return aborted
 
     def reset(self) -> None:

@@ -19,9 +19,9 @@ handful of shapes and never another.
 Decodes whose sequences share many pages may be packed into tiles together, in the layers of the widest window only: see
 `cascade.py`.
 
-Dimensions, here and in every trailing comment of the package: T tokens in the step, C chunks in the step, H query
-heads, K kv heads, G = H / K query heads per kv head, D head dim, V vocabulary, P physical pages, N logical pages of
-a row, L tile_len.
+Dimensions, here and in every trailing comment of the package: T tokens in the step, C chunks in the step, W tokens
+whose logits are wanted, H query heads, K kv heads, G = H / K query heads per kv head, D head dim, V vocabulary, P
+physical pages, N logical pages of a row, L tile_len.
 """
 
 import math
@@ -35,8 +35,9 @@ from flex_nano_vllm.cascade import CascadeRule, PackedDecodes, pack, packed_bloc
 from flex_nano_vllm.geometry import cdiv
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.masks import layer_mask, of_queries
-from flex_nano_vllm.page_table import upload, visible_pages
+from flex_nano_vllm.page_table import visible_pages
 from flex_nano_vllm.scheduler import Chunk
+from flex_nano_vllm.transfer import upload
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class TiledQueries:
-    """Queries on their way into FlexAttention and back: T of them, all tokens of a step or the C ends of its chunks."""
+    """Queries on their way into FlexAttention and back: of all T tokens of a step, or the W whose logits are wanted."""
 
     tiles: tuple[Tiles, ...]  # of each kind in use
     output_rows: Tensor  # [T, H] int64, where each head's output stands in the concatenated rows of the tiles
@@ -142,9 +143,10 @@ class StepBatch:
     input_ids: Tensor  # [1, T] int64
     position_ids: Tensor  # [1, T] int64, 0-based
     slots: dict[int | None, Tensor]  # [T] int64 by the window of the layer, where each token's keys and values go
-    chunk_ends: Tensor  # [C] int64, the last token of each chunk: its logits are wanted
+    chunk_ends: Tensor  # [C] int64, the last token of each chunk
+    wanted: Tensor  # [W] int64, tokens whose logits are wanted: the ends, and in some chunks tokens before it
     queries: dict[int | None, TiledQueries]  # by the window of the layer
-    end_queries: TiledQueries  # those of the chunks' ends, all that the last layer attends with
+    end_queries: TiledQueries  # of `wanted`, all that the last layer attends with
 
     @property
     def num_tokens(self) -> int:
@@ -165,8 +167,10 @@ class StepBatch:
         positions = np.arange(lengths.sum()) + np.repeat(starts - (ends + 1 - lengths), lengths)
         input_ids = [i for chunk in chunks for i in chunk.sequence.token_ids[chunk.start : chunk.start + chunk.length]]
         slots = [kv.table(window).slots(np.repeat(rows, lengths), positions) for window in layout.windows]
-        arrays = [np.array(input_ids), positions, ends, *slots]
-        input_ids, position_ids, chunk_ends, *slots = upload(arrays, kv.device)
+        num_logits = np.array([chunk.num_logits for chunk in chunks])
+        wanted = np.arange(num_logits.sum()) + np.repeat(ends + 1 - np.cumsum(num_logits), num_logits)
+        arrays = [np.array(input_ids), positions, ends, wanted, *slots]
+        input_ids, position_ids, chunk_ends, wanted_tokens, *slots = upload(arrays, kv.device)
         queries = {}
         if packed is not None:
             window = layout.widest_window
@@ -177,11 +181,11 @@ class StepBatch:
             cuts = cut_into_tiles(rows, lengths, layout)
             queries |= dict.fromkeys(others, TiledQueries.build(cuts, positions, others, kv, layout))
         end_queries = queries[layout.last_window]
-        if len(positions) > len(chunks):
-            cuts = cut_into_tiles(rows, np.ones_like(lengths), layout)
-            end_queries = TiledQueries.build(cuts, positions[ends], (layout.last_window,), kv, layout)
+        if len(positions) > len(wanted):
+            cuts = cut_into_tiles(rows, num_logits, layout)
+            end_queries = TiledQueries.build(cuts, positions[wanted], (layout.last_window,), kv, layout)
         slots = dict(zip(layout.windows, slots))
-        return cls(input_ids[None], position_ids[None], slots, chunk_ends, queries, end_queries)
+        return cls(input_ids[None], position_ids[None], slots, chunk_ends, wanted_tokens, queries, end_queries)
 
 
 def pack_decodes(chunks: list[Chunk], kv: KVManager, layout: TileLayout) -> PackedDecodes | None:

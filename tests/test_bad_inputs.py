@@ -1,8 +1,8 @@
 """Bad inputs to the offline API: the constructor, `generate`, `add_request`, `abort` and `SamplingParams`.
 
-Whatever is wrong is refused at the door: a ValueError that names the numbers (a NotImplementedError for a sampling
-parameter that vLLM knows and we do not), before any page is taken. The fixtures of the engines ask for a good prompt
-after everything that their tests have thrown at them, so each group also claims that the engine has survived it.
+Whatever is wrong is refused at the door: a ValueError that names the numbers, before any page is taken. The fixtures of
+the engines ask for a good prompt after everything that their tests have thrown at them, so each group also claims that
+the engine has survived it.
 """
 
 import copy
@@ -16,7 +16,16 @@ import torch
 from tiny_models import CONFIGS, VOCABULARY, hf_generate, tiny_model
 from transformers import AutoModel, AutoModelForCausalLM, GPT2Config
 
-from flex_nano_vllm import Inference, SamplingParams, inference, memory, patching, runner
+from flex_nano_vllm import (
+    Inference,
+    SamplingParams,
+    StructuredOutputsParams,
+    inference,
+    intake,
+    memory,
+    patching,
+    runner,
+)
 from flex_nano_vllm.attention import PagedKVCache
 from flex_nano_vllm.patching import attention_layers, is_patched
 from flex_nano_vllm.random_models import BYTE_VOCABULARY, byte_tokenizer
@@ -116,7 +125,13 @@ def bare_model():
         ([[None]], "prompt 0 holds None"),
         (5, "5"),
         (b"abc", "abc"),
-        ({"prompt": "abc"}, "abc"),
+        ({"prompt": "abc"}, "prompt 0 is a text.*no tokenizer"),
+        ({"prompt": [5]}, "prompt 0: prompt must be a text"),
+        ({"prompt_token_ids": "abc"}, "prompt 0: prompt_token_ids must be a list"),
+        ({"prompt_token_ids": []}, "prompt 0 is empty"),
+        ({}, "prompt 0 must have one key, prompt or prompt_token_ids"),
+        ({"prompt": "abc", "multi_modal_data": 1}, "prompt 0 must have one key"),
+        ([{5: 6}], "prompt 0 must have one key"),
         ({5, 6}, r"\{5, 6\}"),
         (torch.tensor([5, 6]), "tensor"),
         ([torch.tensor([5, 6])], "prompt 0 .*Tensor"),
@@ -354,40 +369,86 @@ def test_several_greedy_samples_are_refused():
         SamplingParams(n=2, temperature=0)
 
 
-UNIMPLEMENTED = dict(
-    top_p=0.9,
-    top_k=40,
-    min_p=0.1,
-    stop="\n",
-    stop_token_ids=[5],
-    min_tokens=1,
-    logprobs=0,  # vLLM: the sampled token's only. Equal to False, but not to the default None
-    prompt_logprobs=1,
-    presence_penalty=0.5,
-    frequency_penalty=-0.5,
-    repetition_penalty=1.1,
-    logit_bias={5: 1.0},
-    allowed_token_ids=[5],
-    skip_special_tokens=False,
-    include_stop_str_in_output=True,
+BAD_PARAMETERS = dict(
+    top_p=[0, -0.1, 1.0001, NAN, INFINITY, "0.5", None, True],
+    top_k=[-2, 1.5, True, "5", None, NAN],
+    min_p=[-0.1, 1.1, NAN, INFINITY, None, True],
+    stop=["", ["a", ""], 5, [5], [None], ["a"] * 65, "a" * 1025, b"a", {"a"}],
+    stop_token_ids=[5, "5", [-1], [1.5], [True], ["5"], [None], {5}],
+    min_tokens=[-1, 17, 1.5, True, None, "1"],  # max_tokens is 16
+    logprobs=[-1, -2, 21, 10**6, 1.5, True, "1"],
+    prompt_logprobs=[-1, 21, 1.5, True],
+    presence_penalty=[-2.1, 2.1, NAN, INFINITY, None, True],
+    frequency_penalty=[-2.1, 2.1, NAN, "0"],
+    repetition_penalty=[0, -1, 10.1, NAN, INFINITY, None, False],
+    logit_bias=[5, [5], {5: 101}, {5: -101}, {5: NAN}, {5: INFINITY}, {-1: 1}, {"5": 1}, {5: True}, {True: 1.0}],
+    allowed_token_ids=[[], (), 5, [-1], [True], "5", [1.5]],
+    skip_special_tokens=[None, 0, "yes"],
+    include_stop_str_in_output=[None, 1],
+    structured_outputs=["{}", {"json": {}}, True],
+)
+GOOD_PARAMETERS = dict(
+    top_p=[1e-9, 0.5, 1],
+    top_k=[-1, 0, 1, 10**12],
+    min_p=[0, 0.5, 1],
+    stop=["a", [], None, ["a"] * 64, "a" * 1024, ("a", "b")],
+    stop_token_ids=[None, [], [5], (5, 6), [np.int64(5)]],
+    min_tokens=[0, 16],
+    logprobs=[None, 0, 20],
+    prompt_logprobs=[None, 0, 20],
+    presence_penalty=[-2, 2],
+    frequency_penalty=[-2, 2],
+    repetition_penalty=[1e-3, 10],
+    logit_bias=[None, {}, {5: -100}, {5: 100.0}],
+    allowed_token_ids=[None, [5]],
+    skip_special_tokens=[False],
+    include_stop_str_in_output=[True],
+    structured_outputs=[None, StructuredOutputsParams(regex="a")],
 )
 
 
-@pytest.mark.parametrize("name", UNIMPLEMENTED)
-def test_a_sampling_parameter_that_is_not_implemented_is_refused_by_name(name):
-    with pytest.raises(NotImplementedError, match=rf"{name}=.*not implemented"):
-        SamplingParams(**{name: UNIMPLEMENTED[name]})
-
-
-def test_every_sampling_parameter_is_either_implemented_or_refused():
-    names = {field.name for field in dataclasses.fields(SamplingParams)}
-    assert names == {*UNIMPLEMENTED, "n", "temperature", "seed", "max_tokens", "ignore_eos"}
-
-
-@pytest.mark.parametrize(("name", "value"), [("top_p", NAN), ("top_k", False)])
-def test_nonsense_in_a_parameter_that_is_not_implemented_is_refused_too(name, value):
-    with pytest.raises(NotImplementedError, match=name):
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in BAD_PARAMETERS.items() for value in values]
+)
+def test_a_parameter_out_of_range_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=name) as error:
         SamplingParams(**{name: value})
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in GOOD_PARAMETERS.items() for value in values]
+)
+def test_a_parameter_in_range_is_taken(name, value):
+    assert getattr(SamplingParams(**{name: value}), name) is value
+
+
+def test_every_parameter_has_been_tested_at_its_ends():
+    names = {field.name for field in dataclasses.fields(SamplingParams)}
+    assert names == BAD_PARAMETERS.keys() | {"n", "temperature", "seed", "max_tokens", "ignore_eos"}
+    assert BAD_PARAMETERS.keys() == GOOD_PARAMETERS.keys()
+
+
+@pytest.mark.parametrize("given", [{}, dict(json={}, regex="a"), dict(json_object=False)], ids=str)
+def test_exactly_one_structure_is_wanted(given):
+    with pytest.raises(ValueError, match="exactly one"):
+        StructuredOutputsParams(**given)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "match"),
+    [
+        (dict(stop_token_ids=[VOCABULARY]), "stop_token_ids holds 211, .*0 to 210"),
+        (dict(allowed_token_ids=[5, 2**40]), "allowed_token_ids holds 1099511627776, .*0 to 210"),
+        (dict(logit_bias={VOCABULARY: 1.0}), "logit_bias holds 211, .*0 to 210"),
+        (dict(stop="a"), "stop is a text, but the engine has no tokenizer"),
+        (dict(structured_outputs=StructuredOutputsParams(regex="a")), "the engine has no tokenizer"),
+        (dict(allowed_token_ids=[5, 6], stop_token_ids=[5, 6, 7], min_tokens=1), "holds stop tokens only"),
+    ],
+    ids=str,
+)
+def test_what_the_model_does_not_have_is_refused_at_the_door(engine, parameters, match):
+    assert_refused(engine, lambda: generate(engine, [[5], [6]], SamplingParams(**parameters)), f"prompt 0.*{match}")
 
 
 def test_a_parameter_that_nobody_knows_is_refused_by_name():
@@ -553,7 +614,7 @@ def raise_at_call(monkeypatch, owner, name, number):
         (patching.AttentionInterface, "register", 1),
         (patching, "pruned_forward", 1),  # the layers have their caches, the last one not its forward
         (runner, "patch_model", 1),
-        (inference, "_eos_token_ids", 1),
+        (intake, "_eos_token_ids", 1),
     ],
 )
 def test_a_constructor_that_fails_anywhere_leaves_the_model_as_it_was(bare_model, monkeypatch, owner, name, number):

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from flex_nano_vllm.geometry import Geometry
 from flex_nano_vllm.kv_manager import KVManager
+from flex_nano_vllm.sampling_params import SamplingParams
 from flex_nano_vllm.scheduler import Chunk
-from flex_nano_vllm.sequence import SamplingParams, Sequence
+from flex_nano_vllm.sequence import Sequence
 from flex_nano_vllm.step import StepBatch, TiledQueries, TileKind, TileLayout
 
 N_PAGES = 13

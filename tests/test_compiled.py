@@ -29,6 +29,17 @@ from flex_nano_vllm.step import StepBatch, TileKind, TileLayout
 rng = random.Random(0)
 PROMPTS = [[rng.randrange(3, VOCABULARY) for _ in range(length)] for length in (5, 30, 1, 17, 140, 2, 64)]
 
+OF_ALL_KINDS = [
+    dict(top_k=1),
+    dict(top_k=3, top_p=0.9, logprobs=2),
+    dict(top_p=0.5, prompt_logprobs=3),
+    dict(temperature=0, prompt_logprobs=0),
+    dict(min_p=0.1, presence_penalty=1),
+    dict(temperature=0, repetition_penalty=1.1, logprobs=0),
+    dict(temperature=0, logit_bias={5: 1.0}),
+    dict(allowed_token_ids=[5, 6], min_tokens=2),
+]
+
 
 @pytest.mark.compiled
 def test_compiled_engine_equals_generate_and_never_compiles_after_warmup():
@@ -42,15 +53,19 @@ def test_compiled_engine_equals_generate_and_never_compiles_after_warmup():
         torch._dynamo.reset()  # other tests' graphs
         before = num_graphs()
         engine.warmup()
-        # Decodes in 3 buckets, and the model of any length. Its attention: 2 masks in tiles of one token, and 1 in
-        # larger ones (the last layer attends for ends alone), which have 2 buckets.
-        assert num_graphs() - before == engine.runner.max_graphs == 3 + 1 + 2 + 2
+        # Decodes in 3 buckets, and the model of any length. Its attention: 2 masks in tiles of one token, and in larger
+        # ones, which have 2 buckets. (The last layer attends in such for rated prompts only.) The sampler: with ranks
+        # and without.
+        assert num_graphs() - before == engine.runner.max_graphs == 3 + 1 + 2 + 4 + 2
         after_warmup = num_graphs()
         outputs = engine.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
         assert [output.outputs[0].token_ids for output in outputs] == expected
         assert engine.stats().num_preemptions > 0
         for size in range(1, len(PROMPTS)):
             engine.generate(PROMPTS[:size], SamplingParams(temperature=0.7, max_tokens=2), use_tqdm=False)
+            for parameters in OF_ALL_KINDS:
+                params = SamplingParams(max_tokens=3, **parameters)
+                engine.generate(PROMPTS[-size:], params, use_tqdm=False)
         assert num_graphs() == after_warmup, "a step met a shape that the warm-up had not"
 
 
@@ -64,7 +79,7 @@ def test_layers_with_other_windows_keep_their_own_masks_in_one_graph_and_one_req
         for prompt, tokens in zip(PROMPTS, expected):
             (output,) = engine.generate([prompt], SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)
             assert output.outputs[0].token_ids == tokens
-        assert engine.runner.max_graphs == 1 + 1 + 2 + 2
+        assert engine.runner.max_graphs == 1 + 1 + 2 + 4 + 2
 
 
 @pytest.mark.compiled
@@ -251,7 +266,7 @@ def test_a_window_that_nobody_can_notice_needs_no_kernel_of_its_own(max_seq_leng
         runner = engine.runner
         runner.compiled, runner.layout = True, replace(runner.layout, kinds=kinds)
         runner.decode_layout = replace(runner.layout, kinds=(TileKind(1, (1, 2)),))
-        assert runner.max_graphs == 2 + 1 + num_masks * len(small.buckets) + len(large.buckets)
+        assert runner.max_graphs == 2 + 1 + num_masks * (len(small.buckets) + len(large.buckets)) + 2
     num_tokens = max_seq_length - len(prompt)
     assert output.outputs[0].token_ids == hf_generate(model, prompt, num_tokens)
 

@@ -23,7 +23,7 @@ from engines import (
 )
 from tiny_models import hf_generate, tiny_model
 
-from flex_nano_vllm import Inference, SamplingParams, inference
+from flex_nano_vllm import Inference, SamplingParams, inference, sampling
 from flex_nano_vllm.attention import PagedKVCache
 from flex_nano_vllm.exactness import greedy_under_preemption
 from flex_nano_vllm.page_table import PageTable
@@ -80,9 +80,9 @@ SEAMS = [
     (ModelRunner, "forward", 2),
     (PagedKVCache, "update", 4),  # the second layer of the second step: the first has written its keys and values
     (PagedKVCache, "attend", 4),
-    (inference, "sample", 1),
-    (inference, "sample", 3),
-    (inference, "uniform", 3),
+    (inference, "take_samples", 1),
+    (sampling, "draw_of", 3),
+    (ModelRunner, "sample", 3),
     (Scheduler, "commit", 1),
     (Scheduler, "commit", 4),
     (Scheduler, "_release", 1),  # a preemption
@@ -132,9 +132,9 @@ def progress(engine):
         (PagedKVCache, "attend", 1),
         (PagedKVCache, "attend", 4),
         (PagedKVCache, "attend", 9),
-        (inference, "sample", 1),
-        (inference, "sample", 5),
-        (inference, "uniform", 3),
+        (inference, "take_samples", 1),
+        (ModelRunner, "sample", 5),
+        (sampling, "draw_of", 3),
         (Scheduler, "commit", 3),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)).rpartition(".")[2],

@@ -10,8 +10,9 @@ from tiny_models import WINDOW
 from flex_nano_vllm import Inference
 from flex_nano_vllm.geometry import Geometry
 from flex_nano_vllm.kv_manager import KVManager
+from flex_nano_vllm.sampling_params import SamplingParams
 from flex_nano_vllm.scheduler import Scheduler
-from flex_nano_vllm.sequence import SamplingParams, Sequence
+from flex_nano_vllm.sequence import Sequence
 
 
 def geometry(n_pages=100, page_size=4, rows=3, max_seq_length=64, budget=8, windows=(None, 6), release=True):

@@ -10,11 +10,12 @@ import flex_nano_vllm
 PACKAGE = Path(flex_nano_vllm.__file__).parent
 # Whoever stands further right may import whoever stands further left, never the other way round.
 ORDER = [
-    ["metrics", "masks", "workload", "tasks", "random_models", "sampler", "plots", "geometry", "prefix_cache"],
-    ["sequence", "page_table", "report"],
-    ["kv_manager"],
+    ["metrics", "masks", "workload", "tasks", "random_models", "sampling_params", "plots", "geometry", "prefix_cache"],
+    ["transfer", "detokenizer", "grammar", "chat", "loading", "outputs", "report"],
+    ["sequence", "page_table", "sampler"],
+    ["kv_manager", "answers", "intake"],
     ["scheduler", "cascade"],
-    ["step"],
+    ["step", "sampling"],
     ["attention"],
     ["patching"],
     ["memory", "runner"],

@@ -7,7 +7,13 @@ import pytest
 import torch
 from engines import inverse_cdf
 
-from flex_nano_vllm.sampler import NOT_FINITE, sample, uniform
+from flex_nano_vllm.sampler import ARGMAX, NOT_FINITE, Draw, uniform
+from flex_nano_vllm.sampler import sample as sample_tokens
+
+
+def sample(logits, temperatures, levels):
+    draws = [Draw(temperature=t, level=level) if t > 0 else ARGMAX for t, level in zip(temperatures, levels)]
+    return sample_tokens(logits, draws).tolist()
 
 
 def test_uniform_is_a_function_of_seed_and_position_into_the_unit_interval():

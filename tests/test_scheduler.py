@@ -10,8 +10,9 @@ import pytest
 
 from flex_nano_vllm.geometry import Geometry
 from flex_nano_vllm.kv_manager import KVManager
+from flex_nano_vllm.sampling_params import SamplingParams
 from flex_nano_vllm.scheduler import Chunk, Scheduler
-from flex_nano_vllm.sequence import SamplingParams, Sequence
+from flex_nano_vllm.sequence import Sequence
 
 EOS = 0
 

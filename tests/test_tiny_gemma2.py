@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flex_nano_vllm import Inference, SamplingParams, masks
 from flex_nano_vllm.exactness import greedy_in_all_company, greedy_tokens, greedy_under_preemption, hf_generate
-from flex_nano_vllm.inference import EMBEDDED_MODELS
+from flex_nano_vllm.loading import EMBEDDED_MODELS
 from flex_nano_vllm.page_table import PageTable
 from flex_nano_vllm.patching import layer_windows
 from flex_nano_vllm.tasks import held_out_questions, is_right, prompt_text

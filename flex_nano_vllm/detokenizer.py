@@ -1,0 +1,107 @@
+"""Token ids to text, as they come, up to the first stop text. Knows nothing of requests or of other ends.
+
+Two things keep text back. A token may be part of a character, and what has come so far of a text may become one that
+ends the output, so that nobody must see it:
+
+    stop "END"    tokens    "the E"      "N"       "emy E"      "ND of"
+                  shown     "the "       ""        "ENemy "     ""       and the output ends before "END"
+"""
+
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerBase
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], skip_special_tokens: bool) -> str:
+    """The text of tokens. Without `clean_up_tokenization_spaces`, which some tokenizers have switched on: made for
+    English word pieces, it takes spaces out of whatever looks like them, code included."""
+    return tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+
+
+class StopMatcher:
+    """How much of a stop text the latest characters are (Knuth, Morris and Pratt, https://doi.org/10.1137/0206024)."""
+
+    def __init__(self, stop: str):
+        self.stop = stop
+        self.num_matched = 0
+        self._shorter = [0]  # by number of matched characters - 1: the longest match that is left without its first
+        for char in stop[1:]:
+            self._shorter.append(self._next(self._shorter[-1], char))
+
+    def _next(self, num_matched: int, char: str) -> int:
+        while num_matched and self.stop[num_matched] != char:
+            num_matched = self._shorter[num_matched - 1]
+        return num_matched + (self.stop[num_matched] == char)
+
+    def feed(self, char: str) -> bool:
+        """Whether the stop text ends with this character."""
+        if self.num_matched == len(self.stop):  # it was not to end the output
+            self.num_matched = self._shorter[-1]
+        self.num_matched = self._next(self.num_matched, char)
+        return self.num_matched == len(self.stop)
+
+
+class Detokenizer:
+    """The text of one output, token by token.
+
+    Args:
+        tokenizer: a fast one.
+        silent: tokens that have no text: EOS and stop tokens, unless the text is to end with them.
+        stops: the output ends where one of these begins. If several end with the same character, the longest counts.
+        include_stop: let the text end with the stop text.
+        min_tokens: stop texts that end within so many tokens do not count.
+    Raises:
+        ValueError: for a tokenizer that cannot decode a stream of tokens.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        silent: frozenset[int] = frozenset(),
+        skip_special_tokens: bool = True,
+        stops: tuple[str, ...] = (),
+        include_stop: bool = False,
+        min_tokens: int = 0,
+    ):
+        if not tokenizer.is_fast:
+            raise ValueError(f"stop texts and streams need a fast tokenizer, not a {type(tokenizer).__name__}")
+        self.tokenizer, self.silent, self.skip_special_tokens = tokenizer, silent, skip_special_tokens
+        self.include_stop, self.min_tokens = include_stop, min_tokens
+        self.text = ""  # all that is decoded, what is held back included; up to the stop text
+        self.stop_reason: str | None = None
+        self._matchers = [StopMatcher(stop) for stop in stops]
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._num_tokens = 0
+        self._is_complete = False
+
+    def update(self, token_ids: list[int], is_complete: bool = False) -> bool:
+        """Take what is new in an output's tokens. `is_complete`: no more will come, so nothing is held back. Returns
+        whether a stop text has been met; what comes after it has no text."""
+        while self._num_tokens < len(token_ids) and self.stop_reason is None:
+            token_id = token_ids[self._num_tokens]
+            new = None if token_id in self.silent else self._stream.step(self.tokenizer.backend_tokenizer, token_id)
+            self._num_tokens += 1
+            self._take(new or "")
+        if is_complete and not self._is_complete and self.stop_reason is None:
+            # A character that has not come to its end: the decoder's signs for what is missing.
+            spoken = [token_id for token_id in token_ids if token_id not in self.silent]
+            self._take(decode(self.tokenizer, spoken, self.skip_special_tokens)[len(self.text) :])
+        self._is_complete |= is_complete
+        return self.stop_reason is not None
+
+    def _take(self, new: str) -> None:
+        for end, char in enumerate(new, start=1) if self._matchers else ():
+            met = [matcher.stop for matcher in self._matchers if matcher.feed(char)]
+            if met and self._num_tokens > self.min_tokens:
+                self.stop_reason = max(met, key=len)
+                self.text += new[:end]
+                if not self.include_stop:
+                    self.text = self.text[: -len(self.stop_reason)]
+                return
+        self.text += new
+
+    @property
+    def num_shown(self) -> int:
+        """Characters of `text` that will stay, whatever comes."""
+        if self._is_complete or self.stop_reason is not None:
+            return len(self.text)
+        return len(self.text) - max((matcher.num_matched for matcher in self._matchers), default=0)

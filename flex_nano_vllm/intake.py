@@ -1,0 +1,216 @@
+"""Requests checked at the door: from prompts and parameters to sequences. Knows nothing of pages or queues.
+
+Whatever is wrong raises ValueError with the numbers and the remedy, before anything is taken.
+"""
+
+import itertools
+import threading
+from collections.abc import Sequence as SequenceOf
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flex_nano_vllm.detokenizer import Detokenizer
+from flex_nano_vllm.geometry import Geometry, cdiv
+from flex_nano_vllm.grammar import Grammar, GrammarCompiler
+from flex_nano_vllm.metrics import RequestMetrics
+from flex_nano_vllm.sampling_params import MAX_SEED, SamplingParams, is_int
+from flex_nano_vllm.sequence import Sequence
+
+Prompt = str | SequenceOf[int] | dict
+
+
+class Intake:
+    """Makes sequences of requests, and numbers them. Any thread may ask; one at a time is served."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, geometry: Geometry):
+        self.tokenizer, self.geometry = tokenizer, geometry
+        self.num_embeddings = model.get_input_embeddings().num_embeddings
+        self.num_logits = model.get_output_embeddings().weight.shape[0]
+        self.eos_token_ids = _eos_token_ids(model, tokenizer)
+        self._request_ids = itertools.count()
+        self._grammars: GrammarCompiler | None = None
+        # A tokenizer that is asked by two threads at once may refuse one of them; a compiler of grammars need not.
+        self._lock = threading.Lock()
+
+    def requests(
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None,
+        cache_salt: str | None,
+    ) -> list[list[Sequence]]:
+        """The samples of each prompt, all of them checked before the first is numbered."""
+        is_list = isinstance(prompts, list | tuple)
+        is_one = isinstance(prompts, str | dict) or (is_list and prompts and is_int(prompts[0]))
+        prompts = [prompts] if is_one else prompts
+        if not isinstance(prompts, list | tuple) or not prompts:
+            raise ValueError(f"prompts must be a text, a list of token ids, or a non-empty list of such: {prompts!r}")
+        if sampling_params is None:
+            sampling_params = SamplingParams()
+        if isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params] * len(prompts)
+        if not isinstance(sampling_params, list | tuple):
+            raise ValueError(f"sampling_params must be SamplingParams or a list of them, got {sampling_params!r}")
+        if len(sampling_params) != len(prompts):
+            raise ValueError(f"got {len(prompts)} prompts but {len(sampling_params)} sampling_params")
+        return [
+            self.request(prompt, params, cache_salt, f"prompt {i}")
+            for i, (prompt, params) in enumerate(zip(prompts, sampling_params))
+        ]
+
+    def request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        cache_salt: str | None = None,
+        name: str = "prompt",
+        follow: bool = False,
+    ) -> list[Sequence]:
+        """The samples of one request.
+
+        Args:
+            name: of the prompt, in errors.
+            follow: decode the output token by token, so that its text can be shown as it comes.
+        """
+        if cache_salt is not None and not (isinstance(cache_salt, str) and cache_salt):
+            raise ValueError(f"cache_salt must be None or a text that is not empty, got {cache_salt!r}")
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"{name}: sampling_params must be SamplingParams, got {params!r}")
+        if isinstance(prompt, dict):
+            prompt = _of_dict(prompt, name)
+        with self._lock:
+            token_ids = self.token_ids(prompt, name)
+            refusal = self.geometry.refusal(len(token_ids))
+            if refusal is not None:
+                raise ValueError(f"{name} {refusal}")
+            eos_token_ids = frozenset() if params.ignore_eos else self.eos_token_ids
+            stop_token_ids = eos_token_ids.union(params.stop_token_ids or ())
+            self._check_ids(params, stop_token_ids, name)
+            allowed = self._allowed(params)
+            grammar = self._grammar(params, name)
+            self._check_texts(params, follow, name)
+            request_id = next(self._request_ids)
+        room = self.geometry.max_request_tokens - len(token_ids)
+        seed = _draw_seed(params)
+        group: list[Sequence] = []
+        metrics = RequestMetrics()
+        for index in range(params.n):
+            text = None
+            if self.tokenizer is not None and (follow or params.stops):
+                text = Detokenizer(
+                    self.tokenizer,
+                    frozenset() if params.include_stop_str_in_output else stop_token_ids,
+                    params.skip_special_tokens,
+                    params.stops,
+                    params.include_stop_str_in_output,
+                    params.min_tokens,
+                )
+            Sequence(
+                request_id=request_id,
+                prompt=prompt if isinstance(prompt, str) else None,
+                token_ids=list(token_ids),
+                num_prompt_tokens=len(token_ids),
+                params=params,
+                seed=(seed + index) % (MAX_SEED + 1),
+                eos_token_ids=eos_token_ids,
+                max_total_tokens=len(token_ids) + (room if params.max_tokens is None else min(room, params.max_tokens)),
+                cache_salt=cache_salt,
+                text=text,
+                allowed=allowed,
+                grammar=None if grammar is None else grammar.follow(),
+                metrics=metrics,
+                group=group,
+            )
+        return group
+
+    def token_ids(self, prompt: str | SequenceOf[int], name: str) -> list[int]:
+        """A prompt's tokens, none of them unknown to the model."""
+        if isinstance(prompt, str | list | tuple) and not prompt:
+            raise ValueError(f"{name} is empty")
+        text = None
+        if isinstance(prompt, str):
+            text = prompt
+            if self.tokenizer is None:
+                raise ValueError(f"{name} is a text, but the engine has no tokenizer: pass token ids")
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{name} is not valid Unicode: {error}") from None
+            # A prompt from a chat template brings its own BOS.
+            has_bos = bool(self.tokenizer.bos_token) and prompt.startswith(self.tokenizer.bos_token)
+            prompt = self.tokenizer(prompt, add_special_tokens=not has_bos).input_ids
+        if not isinstance(prompt, list | tuple):
+            raise ValueError(f"{name} must be a text or a list of token ids, got {type(prompt).__name__}")
+        for token_id in prompt:
+            if not is_int(token_id) or not 0 <= token_id < self.num_embeddings:
+                known = f"the model's token ids are 0 to {self.num_embeddings - 1}"
+                raise ValueError(f"{name} holds {token_id!r}, but {known}")
+        if not prompt:
+            raise ValueError(f"{name} has no tokens: the tokenizer makes none of {text!r}")
+        return [int(token_id) for token_id in prompt]
+
+    def _check_ids(self, params: SamplingParams, stop_token_ids: frozenset[int], name: str) -> None:
+        """Tokens that the parameters name must be the model's, and one of them must be possible."""
+        for parameter in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            for token_id in getattr(params, parameter) or ():
+                if token_id >= self.num_logits:
+                    known = f"the model's token ids are 0 to {self.num_logits - 1}"
+                    raise ValueError(f"{name}: {parameter} holds {token_id}, but {known}")
+        allowed = params.allowed_token_ids
+        if allowed is not None and params.min_tokens and stop_token_ids.issuperset(allowed):
+            raise ValueError(f"{name}: allowed_token_ids holds stop tokens only, but min_tokens={params.min_tokens}")
+        for parameter in ("logprobs", "prompt_logprobs"):
+            if (getattr(params, parameter) or 0) > self.num_logits:
+                raise ValueError(f"{name}: {parameter} is more than the {self.num_logits} tokens of the model")
+
+    def _check_texts(self, params: SamplingParams, follow: bool, name: str) -> None:
+        if self.tokenizer is None and params.stops:
+            raise ValueError(f"{name}: stop is a text, but the engine has no tokenizer: use stop_token_ids")
+        if self.tokenizer is not None and (follow or params.stops) and not self.tokenizer.is_fast:
+            kind = type(self.tokenizer).__name__
+            raise ValueError(f"{name}: stop texts and streams need a fast tokenizer, not a {kind}")
+
+    def _allowed(self, params: SamplingParams) -> np.ndarray | None:
+        """The bits of `allowed_token_ids`, as `sampler.Draw` has them."""
+        if params.allowed_token_ids is None:
+            return None
+        bits = np.zeros(32 * cdiv(self.num_logits, 32), dtype=bool)
+        bits[list(params.allowed_token_ids)] = True
+        return np.packbits(bits, bitorder="little").view(np.int32)
+
+    def _grammar(self, params: SamplingParams, name: str) -> Grammar | None:
+        if params.structured_outputs is None:
+            return None
+        if self.tokenizer is None:
+            raise ValueError(f"{name}: structured_outputs are about text, but the engine has no tokenizer")
+        if self._grammars is None:
+            self._grammars = GrammarCompiler(self.tokenizer, self.num_logits, self.eos_token_ids)
+        try:
+            return self._grammars.compile(*params.structured_outputs.kind_and_source)
+        except ValueError as error:
+            raise ValueError(f"{name}: structured_outputs: {error}") from error
+
+
+def _of_dict(prompt: dict, name: str) -> str | SequenceOf[int]:
+    """vLLM's form of a prompt: `{"prompt": text}` or `{"prompt_token_ids": [...]}`."""
+    if len(prompt) != 1 or not prompt.keys() <= {"prompt", "prompt_token_ids"}:
+        raise ValueError(f"{name} must have one key, prompt or prompt_token_ids, and has {sorted(map(str, prompt))}")
+    ((key, value),) = prompt.items()
+    if isinstance(value, str) != (key == "prompt"):
+        raise ValueError(f"{name}: {key} must be {'a text' if key == 'prompt' else 'a list of token ids'}")
+    return value
+
+
+def _draw_seed(params: SamplingParams) -> int:
+    """The request's seed, or one from torch's global generator; greedy requests need none and draw none."""
+    if params.seed is None:
+        return 0 if params.greedy else int(torch.randint(MAX_SEED, ()))
+    return params.seed
+
+
+def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
+    """Every id that ends a text for the model, its configs or its tokenizer: chat models have more than one."""
+    sources = [model.generation_config, model.config, tokenizer]
+    ids = [getattr(source, "eos_token_id", None) for source in sources]
+    return frozenset(i for entry in ids if entry is not None for i in ([entry] if is_int(entry) else entry))

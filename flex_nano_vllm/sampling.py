@@ -1,0 +1,115 @@
+"""What the sequences of a step ask of its logits, and what each gets: a token, log-probabilities. Knows no pages.
+
+logits [W, V]: of each chunk's last token, and before it those of prompt tokens whose successors are to be rated
+    ─► draws, one a chunk ─► tokens
+    ─► ratings: of tokens drawn, where `logprobs` were asked for, and of prompt tokens
+all of it comes to the host in one transfer, the only one of a step
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flex_nano_vllm.sampler import ARGMAX, Draw, Edits, logprobs_of, uniform
+from flex_nano_vllm.scheduler import Chunk
+from flex_nano_vllm.sequence import Rating, Sequence
+from flex_nano_vllm.transfer import upload
+
+# Rows of logits that are rated at once: their float32 copies would be several times the logits of a whole prompt.
+RATED_AT_ONCE = 128
+
+
+class Sample(NamedTuple):
+    """What a chunk's logits have given."""
+
+    token_id: int  # negative: there was none to take
+    rating: Rating | None = None  # of the token, if it was asked for
+    prompt_ratings: tuple[Rating, ...] = ()  # of prompt tokens, in their order
+
+
+def draw_of(sequence: Sequence) -> Draw:
+    """How the next token of a sequence is chosen."""
+    params = sequence.params
+    edits, allowed = _edits(sequence), sequence.allowed_tokens()
+    if params.greedy:
+        return ARGMAX if edits is None and allowed is None else Draw(edits=edits, allowed=allowed)
+    return Draw(
+        temperature=params.temperature,
+        level=uniform(sequence.seed, sequence.num_tokens),
+        top_k=max(0, params.top_k),
+        top_p=params.top_p,
+        min_p=params.min_p,
+        edits=edits,
+        allowed=allowed,
+    )
+
+
+def _edits(sequence: Sequence) -> Edits | None:
+    """The logits that `min_tokens`, `logit_bias` and the penalties change."""
+    params, output = sequence.params, sequence.output_token_ids
+    banned = sequence.stop_token_ids if len(output) < params.min_tokens else frozenset()
+    if not (banned or params.logit_bias or params.penalises):
+        return None
+    bias = dict(params.logit_bias or {}) | dict.fromkeys(banned, -np.inf)
+    spoken, counts = np.unique(output, return_counts=True) if params.penalises else (np.array([], int), 0)
+    prompt = sequence.token_ids[: sequence.num_prompt_tokens] if params.repetition_penalty != 1 else []
+    token_ids = np.unique(np.concatenate([list(bias), spoken, prompt]).astype(np.int64))
+    said = np.zeros(len(token_ids))
+    said[np.searchsorted(token_ids, spoken)] = counts
+    known = (said > 0) | np.isin(token_ids, prompt)
+    return Edits(
+        token_ids=token_ids,
+        bias=np.array([bias.get(token_id, 0.0) for token_id in token_ids.tolist()]),
+        divisor=np.where(known, params.repetition_penalty, 1.0),
+        penalty=params.frequency_penalty * said + params.presence_penalty * (said > 0),
+    )
+
+
+def take_samples(logits: Tensor, chunks: list[Chunk], sample: Callable[[Tensor, list[Draw]], Tensor]) -> list[Sample]:
+    """What each chunk gets of a step's logits [W, V]; `sample` is `sampler.sample`, or a compiled one."""
+    draws = [draw_of(chunk.sequence) if chunk.samples else ARGMAX for chunk in chunks]
+    rated = [
+        index for index, chunk in enumerate(chunks) if chunk.samples and chunk.sequence.params.logprobs is not None
+    ]
+    if not rated and len(logits) == len(chunks):
+        return [Sample(token_id) for token_id in sample(logits, draws).tolist()]
+
+    num_logits = np.array([chunk.num_logits for chunk in chunks])
+    ends = np.cumsum(num_logits) - 1
+    firsts = ends + 1 - num_logits
+    prompt_rows = [firsts[i] + j for i, chunk in enumerate(chunks) for j in range(len(chunk.rated))]
+    prompt_tokens = [chunk.sequence.token_ids[position + 1] for chunk in chunks for position in chunk.rated]
+    asked = [chunk.sequence.params for chunk in chunks]
+    num_top = max(params.logprobs or 0 for params in asked), max(params.prompt_logprobs or 0 for params in asked)
+    arrays = [np.array(numbers, dtype=np.int64) for numbers in (ends, rated, prompt_rows, prompt_tokens)]
+    ends, rated_rows, prompt_rows, prompt_tokens = upload(arrays, logits.device)
+    at_ends = logits[ends]
+    tokens = sample(at_ends, draws)
+    parts = [tokens.double(), _rate(at_ends, rated_rows, tokens[rated_rows].clamp(min=0), num_top[0])]
+    parts.append(_rate(logits, prompt_rows, prompt_tokens, num_top[1]))
+    numbers = torch.cat([part.flatten() for part in parts]).cpu().numpy()  # here the host waits for the step
+    token_ids, *numbers = np.split(numbers, np.cumsum([part.numel() for part in parts[:2]]))
+    of_tokens, of_prompts = (iter(rows.reshape(-1, 2 + 2 * k).tolist()) for rows, k in zip(numbers, num_top))
+
+    samples = []
+    for index, chunk in enumerate(chunks):
+        params = chunk.sequence.params
+        rating = _rating(next(of_tokens), params.logprobs) if index in rated else None
+        prompt_ratings = tuple(_rating(next(of_prompts), params.prompt_logprobs) for _ in chunk.rated)
+        samples.append(Sample(int(token_ids[index]), rating, prompt_ratings))
+    return samples
+
+
+def _rate(logits: Tensor, rows: Tensor, token_ids: Tensor, num_top: int) -> Tensor:
+    """`logprobs_of` rows of logits, some of them at a time."""
+    parts = zip(rows.split(RATED_AT_ONCE), token_ids.split(RATED_AT_ONCE))
+    return torch.cat([logprobs_of(logits[some], tokens, num_top) for some, tokens in parts])
+
+
+def _rating(numbers: list[float], num_top: int) -> Rating:
+    logprob, rank, *top = numbers
+    half = len(top) // 2
+    return Rating(logprob, int(rank), [(int(i), value) for i, value in zip(top[:num_top], top[half : half + num_top])])
