@@ -70,23 +70,45 @@ class Detokenizer:
         self.stop_reason: str | None = None
         self._matchers = [StopMatcher(stop) for stop in stops]
         self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
-        self._num_tokens = 0
+        self._num_tokens = self._num_decoded = 0  # the latter have their characters in `text`
         self._is_complete = False
 
     def update(self, token_ids: list[int], is_complete: bool = False) -> bool:
         """Take what is new in an output's tokens. `is_complete`: no more will come, so nothing is held back. Returns
         whether a stop text has been met; what comes after it has no text."""
         while self._num_tokens < len(token_ids) and self.stop_reason is None:
-            token_id = token_ids[self._num_tokens]
-            new = None if token_id in self.silent else self._stream.step(self.tokenizer.backend_tokenizer, token_id)
             self._num_tokens += 1
-            self._take(new or "")
+            self._take(self._step(token_ids[: self._num_tokens]))
         if is_complete and not self._is_complete and self.stop_reason is None:
             # A character that has not come to its end: the decoder's signs for what is missing.
-            spoken = [token_id for token_id in token_ids if token_id not in self.silent]
-            self._take(decode(self.tokenizer, spoken, self.skip_special_tokens)[len(self.text) :])
+            whole = self._decode(token_ids)
+            is_longer = whole.startswith(self.text)  # if not: see `_step`
+            self._take(whole[len(self.text) :] if is_longer else self._decode(token_ids[self._num_decoded :]))
         self._is_complete |= is_complete
         return self.stop_reason is not None
+
+    def _step(self, token_ids: list[int]) -> str:
+        """The characters that are complete with the last token."""
+        latest = token_ids[-1]
+        if latest in self.silent:
+            return ""
+        try:
+            new = self._stream.step(self.tokenizer.backend_tokenizer, latest)
+        except Exception as error:
+            if "Invalid prefix" not in str(error):
+                raise
+            # Where single bytes are tokens (Llama, Gemma), and those in a row are no text, all of them are decoded as
+            # errors, even the letters among them. What was shown stays.
+            self._stream = DecodeStream([latest], self.skip_special_tokens)
+            new = self._decode(token_ids[self._num_decoded :])
+        if new is None:
+            return ""
+        self._num_decoded = len(token_ids)
+        return new
+
+    def _decode(self, token_ids: list[int]) -> str:
+        spoken = [token_id for token_id in token_ids if token_id not in self.silent]
+        return decode(self.tokenizer, spoken, self.skip_special_tokens)
 
     def _take(self, new: str) -> None:
         for end, char in enumerate(new, start=1) if self._matchers else ():

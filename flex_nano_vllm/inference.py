@@ -279,6 +279,11 @@ class Inference:
             params = SamplingParams() if sampling_params is None else sampling_params
             return self._add(self.intake.request(prompt, params, cache_salt))
 
+    def add(self, group: list[Sequence]) -> None:
+        """Queue a request that `intake` has made, for callers that check prompts while a step runs."""
+        with self._exclusively():
+            self._add(group)
+
     def has_unfinished_requests(self) -> bool:
         """Whether there is a request whose output has not been returned."""
         return self.scheduler.has_unfinished_requests() or bool(self._unreported)
@@ -295,6 +300,18 @@ class Inference:
             self._follow_texts(aborted)
             self._close(aborted[0].group)
             return request_output(self._unreported.pop(request_id), self.tokenizer)
+
+    def give_up_step(self) -> list[int]:
+        """After a step that has failed: end the requests that took part in it with finish_reason "error", and return
+        their ids. Nobody gets an answer of them; their pages are free."""
+        with self._exclusively():
+            queue = self.scheduler.running or self.scheduler.waiting  # all, if it did not come to choosing them
+            request_ids = {sequence.request_id for sequence in queue} | self._unreported.keys()
+            for request_id in request_ids:
+                self.scheduler.abort(request_id, "error")
+                self._unreported.pop(request_id, None)
+            self._num_finished += len(request_ids)
+            return sorted(request_ids)
 
     def run_one_step(self) -> list[RequestOutput]:
         """Compute one step and return the requests that finished in it.

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flex_nano_vllm.detokenizer import Detokenizer
+from flex_nano_vllm.detokenizer import Detokenizer, decode
 from flex_nano_vllm.geometry import Geometry, cdiv
 from flex_nano_vllm.grammar import Grammar, GrammarCompiler
 from flex_nano_vllm.metrics import RequestMetrics
@@ -32,7 +32,7 @@ class Intake:
         self._request_ids = itertools.count()
         self._grammars: GrammarCompiler | None = None
         # A tokenizer that is asked by two threads at once may refuse one of them; a compiler of grammars need not.
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
 
     def requests(
         self,
@@ -79,7 +79,7 @@ class Intake:
             raise ValueError(f"{name}: sampling_params must be SamplingParams, got {params!r}")
         if isinstance(prompt, dict):
             prompt = _of_dict(prompt, name)
-        with self._lock:
+        with self.lock:
             token_ids = self.token_ids(prompt, name)
             refusal = self.geometry.refusal(len(token_ids))
             if refusal is not None:
@@ -123,6 +123,17 @@ class Intake:
                 group=group,
             )
         return group
+
+    def tokenize(self, text: str) -> list[int]:
+        """The tokens that a prompt of this text has."""
+        with self.lock:
+            return self.token_ids(text, "prompt")
+
+    def detokenize(self, token_ids: list[int]) -> str:
+        """The text of tokens, control tokens included."""
+        if not all(token_id < self.num_embeddings for token_id in token_ids):
+            raise ValueError(f"the model's token ids are 0 to {self.num_embeddings - 1}")
+        return decode(self.tokenizer, token_ids, skip_special_tokens=False)
 
     def token_ids(self, prompt: str | SequenceOf[int], name: str) -> list[int]:
         """A prompt's tokens, none of them unknown to the model."""
@@ -184,11 +195,11 @@ class Intake:
             return None
         if self.tokenizer is None:
             raise ValueError(f"{name}: structured_outputs are about text, but the engine has no tokenizer")
-        if self._grammars is None:
-            self._grammars = GrammarCompiler(self.tokenizer, self.num_logits, self.eos_token_ids)
         try:
+            if self._grammars is None:
+                self._grammars = GrammarCompiler(self.tokenizer, self.num_logits, self.eos_token_ids)
             return self._grammars.compile(*params.structured_outputs.kind_and_source)
-        except ValueError as error:
+        except (ValueError, ImportError) as error:
             raise ValueError(f"{name}: structured_outputs: {error}") from error
 
 

@@ -10,7 +10,7 @@ class Logprob(NamedTuple):
     """How likely the model found a token, before sampling parameters changed that."""
 
     logprob: float  # natural logarithm
-    rank: int | None  # 1: the most likely one; None of a token that was neither taken nor among the most likely
+    rank: int  # 1: the most likely one
     decoded_token: str | None  # None where the engine has no tokenizer
 
 

@@ -205,6 +205,17 @@ class PageTable:
         """The rows that use the page."""
         return [row for row, pages in self._pages.items() if page in pages.values()]
 
+    def holders(self) -> list[int]:
+        """For each page the lowest row that uses it, 0 if it is free, -1 if it is idle; -2 for page 0."""
+        holders = [0] * self.n_pages
+        for page in self._idle:
+            holders[page] = -1
+        for row in sorted(self._pages, reverse=True):
+            for page in self._pages[row].values():
+                holders[page] = row
+        holders[0] = -2
+        return holders
+
     def keep(self, page: int, owner: object) -> None:
         """Let a page in use not be free, but idle, when nobody uses it anymore. `on_evict(owner)` says when it ends."""
         self.owners[page] = owner

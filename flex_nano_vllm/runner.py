@@ -6,6 +6,8 @@ import math
 import os
 import shutil
 import sysconfig
+import threading
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -224,6 +226,16 @@ class ModelRunner:
         logits = torch.zeros(2, self.model.get_output_embeddings().weight.shape[0], device=self.model.device)
         self.sample(logits.to(self.model.dtype), [Draw(temperature=1.0)] * 2)
         gc.collect()  # compiling leaves so much behind that a step of serving would soon pause for it, 0.3 s
+
+
+def let_thread_use_cuda_graphs() -> None:
+    """Give the calling thread a place for the CUDA graphs that it will record. They are a thread's own, and before 2.15
+    torch has such a place in one thread only (https://github.com/pytorch/pytorch/issues/123177)."""
+    from torch._inductor import cudagraph_trees as trees
+
+    if not hasattr(trees.local, "tree_manager_containers"):
+        trees.local.tree_manager_containers = {}
+        trees.local.tree_manager_locks = defaultdict(threading.Lock)
 
 
 def padding_chunk(length: int, rated: bool = False) -> Chunk:

@@ -81,14 +81,13 @@ def choose(
     scaled = torch.where(scaled < least, -torch.inf, scaled)
     if width > 0:
         ranked = scaled.topk(width).values  # [S, width]
-        rank = torch.arange(width, device=logits.device)
-        ranked = torch.where((top_k > 0)[:, None] & (rank >= top_k[:, None]), -torch.inf, ranked)
-        probability = ranked.softmax(dim=-1)
+        least = ranked.gather(1, top_k.clamp(1, width).long()[:, None] - 1)
+        # Whoever is as likely as the last one stays too, here and below.
+        scaled = torch.where((top_k > 0)[:, None] & (scaled < least), -torch.inf, scaled)
+        probability = (ranked - scaled.logsumexp(dim=-1, keepdim=True)).exp()  # of what top_k has left
         before = probability.cumsum(dim=-1) - probability
-        is_kept = before < torch.where(top_p < 1, top_p, torch.inf)[:, None]
-        last = torch.where(is_kept, ranked, torch.inf).amin(dim=-1)  # whoever is as likely as the last one stays too
-        last = torch.where((top_k > 0) | (top_p < 1), last, -torch.inf)
-        scaled = torch.where(scaled < last[:, None], -torch.inf, scaled)
+        least = torch.where(before < top_p[:, None], ranked, torch.inf).amin(dim=-1, keepdim=True)
+        scaled = torch.where((top_p < 1)[:, None] & (scaled < least), -torch.inf, scaled)
     cumulative = scaled.softmax(dim=-1).cumsum(dim=-1)  # [S, V]
     exceeded = level[:, None] * cumulative[:, -1:]  # the last entry is 1 up to rounding
     drawn = torch.searchsorted(cumulative, exceeded, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
@@ -120,7 +119,7 @@ def sample(logits: Tensor, draws: list[Draw], choose: Callable[..., Tensor] = ch
     logits = _only_allowed(logits, draws)
     width = 0
     if any(draw.cuts for draw in draws):
-        width = min(vocabulary, max(2, *(draw.top_k or vocabulary for draw in draws if draw.cuts), 2))
+        width = min(vocabulary, max(2, *(draw.top_k or vocabulary for draw in draws if draw.cuts)))
     names = ("temperature", "level", "min_p", "top_k", "top_p")
     per_row = [np.array([getattr(draw, name) for draw in draws], dtype=np.float64) for name in names]
     arrays = upload([*_edits(draws), *per_row], logits.device, np.float64)

@@ -20,6 +20,7 @@ from flex_nano_vllm.transfer import upload
 
 # Rows of logits that are rated at once: their float32 copies would be several times the logits of a whole prompt.
 RATED_AT_ONCE = 128
+MAX_TOP_K = 2**31  # more than any vocabulary; a user's number may be more than a float can hold
 
 
 class Sample(NamedTuple):
@@ -39,7 +40,7 @@ def draw_of(sequence: Sequence) -> Draw:
     return Draw(
         temperature=params.temperature,
         level=uniform(sequence.seed, sequence.num_tokens),
-        top_k=max(0, params.top_k),
+        top_k=min(max(0, params.top_k), MAX_TOP_K),
         top_p=params.top_p,
         min_p=params.min_p,
         edits=edits,
@@ -74,7 +75,7 @@ def take_samples(logits: Tensor, chunks: list[Chunk], sample: Callable[[Tensor, 
     rated = [
         index for index, chunk in enumerate(chunks) if chunk.samples and chunk.sequence.params.logprobs is not None
     ]
-    if not rated and len(logits) == len(chunks):
+    if not rated and not any(chunk.rated for chunk in chunks):
         return [Sample(token_id) for token_id in sample(logits, draws).tolist()]
 
     num_logits = np.array([chunk.num_logits for chunk in chunks])

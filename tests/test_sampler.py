@@ -1,14 +1,21 @@
 """Logits to tokens, against sums in plain Python."""
 
+import itertools
 import math
+import random
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from engines import inverse_cdf
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from flex_nano_vllm.sampler import ARGMAX, NOT_FINITE, Draw, uniform
+from flex_nano_vllm.sampler import ARGMAX, NOT_FINITE, Draw, Edits, logprobs_of, uniform
 from flex_nano_vllm.sampler import sample as sample_tokens
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 
 
 def sample(logits, temperatures, levels):
@@ -47,7 +54,7 @@ def test_consecutive_uniforms_are_independent():
     assert chi_square < 48  # 15 degrees of freedom
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@DTYPES
 @pytest.mark.parametrize("vocabulary", [2, 50, 1000])
 def test_sample_is_the_inverse_of_the_distribution(dtype, vocabulary):
     generator = torch.Generator().manual_seed(vocabulary)
@@ -72,7 +79,7 @@ def test_sampled_frequencies_are_the_probabilities():
     assert chi_square < 25  # 4 degrees of freedom: exceeded once in 20,000 times
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@DTYPES
 @pytest.mark.parametrize("vocabulary", [5, 256, 100_003])
 def test_of_equal_logits_greedy_takes_the_lowest_id(dtype, vocabulary):
     logits = torch.zeros(4, vocabulary, dtype=dtype)
@@ -83,7 +90,7 @@ def test_of_equal_logits_greedy_takes_the_lowest_id(dtype, vocabulary):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@DTYPES
 def test_rows_that_are_not_finite_have_no_token_and_the_others_have_theirs(dtype, temperature):
     logits = torch.zeros(7, 9, dtype=dtype)
     logits[:, 4] = 50.0  # the answer at any temperature
@@ -116,3 +123,251 @@ def test_rows_are_sampled_each_at_its_own_temperature():
 
 def test_no_rows_are_no_tokens():
     assert sample(torch.zeros(0, 9), [], []) == []
+
+
+# --- everything that changes the distribution --------------------------------------------------------------------
+
+
+def edits_of(changes):
+    """Edits of {token id: (bias, divisor, penalty)}."""
+    columns = zip(*changes.values()) if changes else ((), (), ())
+    return Edits(np.array(list(changes), dtype=np.int64), *(np.array(column, dtype=float) for column in columns))
+
+
+def bits_of(token_ids, vocabulary, beyond=0):
+    """The bitmask of tokens, by sums of powers of two; `beyond`: bits of tokens that there are not."""
+    words = [sum(1 << i % 32 for i in token_ids if i // 32 == word) for word in range((vocabulary + 31) // 32)]
+    words[-1] |= beyond & ~((1 << (vocabulary - 1) % 32 + 1) - 1)
+    return np.array(words, dtype=np.uint32).view(np.int32)
+
+
+def oracle(logits, draw, changes, allowed, is_double):
+    """The token of one row, in the order that `SamplingParams` states. None where rounding decides."""
+    if any(math.isnan(logit) or logit == math.inf for logit in logits):
+        return NOT_FINITE
+    logits = [logit if allowed is None or i in allowed else -math.inf for i, logit in enumerate(logits)]
+    for i, (bias, divisor, penalty) in changes.items():
+        logit = logits[i] + bias
+        logit = (logit / divisor if logit > 0 else logit * divisor) - penalty
+        logits[i] = logit if is_double else float(np.float32(logit))
+    highest = max(logits)
+    if highest == -math.inf:
+        return NOT_FINITE
+    if draw.temperature == 0:
+        return logits.index(highest)
+    scaled = [logit / draw.temperature for logit in logits]
+    weights = {i: math.exp(s - max(scaled)) for i, s in enumerate(scaled) if s > -math.inf}
+    margins = [abs(weight - draw.min_p) for weight in weights.values() if draw.min_p > 0 and weight < 1]
+    weights = {i: weight for i, weight in weights.items() if weight >= draw.min_p}
+    if draw.top_k > 0:
+        last = sorted((scaled[i] for i in weights), reverse=True)[: draw.top_k][-1]
+        weights = {i: weight for i, weight in weights.items() if scaled[i] >= last}
+    if draw.top_p < 1:
+        before, total, last = 0.0, math.fsum(weights.values()), math.inf
+        for i in sorted(weights, key=lambda i: -scaled[i]):
+            if before == 0 or scaled[i] < last:  # not one of several that are as likely
+                margins += [abs(before / total - draw.top_p)] * (before > 0)
+                if before / total >= draw.top_p:
+                    break
+            last = scaled[i]
+            before += weights[i]
+        weights = {i: weight for i, weight in weights.items() if scaled[i] >= last}
+    sums = list(itertools.accumulate(weights.values()))
+    margins += [abs(s / sums[-1] - draw.level) for s in sums[:-1]]
+    if min(margins, default=1) < 1e-9:
+        return None
+    return next(i for i, s in zip(weights, sums) if s > draw.level * sums[-1])
+
+
+def random_row(rng, vocabulary, some=0.5):
+    """(logits, a draw without its arrays, changes, allowed): each parameter is in use with the odds of `some`."""
+    grid = rng.choice([1, 4, 1e9])  # coarse: many are equally likely
+    logits = [round(rng.gauss(0, 3) * grid) / grid for _ in range(vocabulary)]
+
+    def maybe(value, otherwise):
+        return value if rng.random() < some else otherwise
+
+    draw = Draw(
+        temperature=maybe(rng.uniform(0.1, 2), rng.choice([0.0, 1.0])),
+        level=rng.random(),
+        top_k=maybe(rng.choice([1, 2, 3, vocabulary - 1, vocabulary, vocabulary + 5, 2**31]), 0),
+        top_p=maybe(rng.choice([1e-9, 0.3, 0.7, 0.95, 0.999]), 1.0),
+        min_p=maybe(rng.choice([1e-4, 0.05, 0.3, 1.0]), 0.0),
+    )
+    edited = rng.sample(range(vocabulary), maybe(rng.randint(0, min(vocabulary, 9)), 0))
+    biases = [rng.choice([0.0, -math.inf, rng.uniform(-5, 5)]) for _ in edited]
+    changes = {i: (bias, rng.choice([1.0, 0.5, 1.3]), rng.choice([0.0, 1.5, -2.0])) for i, bias in zip(edited, biases)}
+    allowed = maybe({i for i in range(vocabulary) if rng.random() < 0.6} | {rng.randrange(vocabulary)}, None)
+    return logits, draw, changes, allowed
+
+
+def sampled(rows, dtype, beyond=0):
+    """The tokens of a batch, and those of the oracle."""
+    logits = torch.tensor([row[0] for row in rows], dtype=torch.float64).to(dtype)
+    vocabulary, draws = logits.shape[1], []
+    for _, draw, changes, allowed in rows:
+        edits = edits_of(changes) if changes else None
+        bits = None if allowed is None else bits_of(allowed, vocabulary, beyond)
+        draws.append(Draw(**{**vars(draw), "edits": edits, "allowed": bits}))
+    tokens = sample_tokens(logits, draws).tolist()
+    rounded = logits.double().tolist()
+    return tokens, [oracle(numbers, *row[1:], dtype == torch.float64) for numbers, row in zip(rounded, rows)]
+
+
+@DTYPES
+@pytest.mark.parametrize("num_rows", [1, 2, 9])
+@pytest.mark.parametrize("vocabulary", [2, 31, 32, 33, 1000])
+def test_all_parameters_together_mean_what_is_stated(dtype, num_rows, vocabulary):
+    rng = random.Random(f"{dtype} {num_rows} {vocabulary}")
+    num_unclear, num_batches = 0, 8 if vocabulary == 1000 else 40
+    for batch in range(num_batches):
+        rows = [random_row(rng, vocabulary, some=(0.2, 0.5, 0.9)[batch % 3]) for _ in range(num_rows)]
+        tokens, wanted = sampled(rows, dtype)
+        num_unclear += wanted.count(None)
+        assert [t for t, w in zip(tokens, wanted) if w is not None] == [w for w in wanted if w is not None]
+    assert num_unclear <= 0.05 * num_rows * num_batches + 1
+
+
+finite = st.sampled_from([0.0, 1.0, -1.0, 2.5, -30.0, 30.0, -math.inf]) | st.floats(-100, 100, width=32)
+broken = st.sampled_from([math.nan, math.inf])
+
+
+@st.composite
+def batches(draw):
+    vocabulary = draw(st.integers(2, 40))
+    tokens = st.integers(0, vocabulary - 1)
+    bias = st.floats(-100, 100) | st.just(-math.inf)
+    changes = st.dictionaries(tokens, st.tuples(bias, st.floats(0.01, 10), st.floats(-50, 50)), max_size=6)
+    row = st.tuples(
+        st.lists(draw(st.sampled_from([finite, finite, finite | broken])), min_size=vocabulary, max_size=vocabulary),
+        st.builds(
+            Draw,
+            temperature=st.just(0.0) | st.floats(1e-5, 2),
+            level=st.floats(0, 1, exclude_max=True),
+            top_k=st.integers(0, 45),
+            top_p=st.just(1.0) | st.floats(0, 1, exclude_min=True),
+            min_p=st.just(0.0) | st.floats(0, 1),
+        ),
+        changes,
+        st.none() | st.sets(tokens),
+    )
+    return draw(st.lists(row, min_size=1, max_size=4))
+
+
+@settings(max_examples=300, deadline=None, database=None)
+@given(batches(), st.sampled_from([torch.float64, torch.float32]), st.integers(0, 2**32 - 1))
+def test_no_values_mean_anything_else_whatever_stands_beside_them(rows, dtype, beyond):
+    """NaN, infinities, everything banned, ties, and bits beyond the vocabulary."""
+    for token, wanted in zip(*sampled(rows, dtype, beyond)):
+        assert wanted is None or token == wanted
+
+
+@settings(max_examples=100, deadline=None, database=None)
+@given(batches(), st.randoms(use_true_random=False))
+def test_a_row_does_not_depend_on_its_neighbours(rows, rng):
+    alone = [sampled([row], torch.float64)[0][0] for row in rows]
+    order = rng.sample(range(len(rows)), len(rows))
+    assert sampled([rows[i] for i in order], torch.float64)[0] == [alone[i] for i in order]
+
+
+LOG = [math.log(weight) for weight in (16, 8, 4, 4, 2, 1)]
+
+
+def test_frequencies_are_the_odds_of_all_parameters_in_their_order():
+    """Weights 16 8 4 4 2 1; the first is not allowed, the last times 4; squared by the temperature: - 64 16 16 4 16.
+    min_p takes 4; top_k has all three 16 as its second; 64 of 112 are less than top_p, so they stay: 4 to 1, 1, 1."""
+    changes, allowed, num_draws = {5: (math.log(4), 1.0, 0.0)}, bits_of({1, 2, 3, 4, 5}, 6), 20_000
+    options = dict(temperature=0.5, min_p=0.1, top_k=2, top_p=0.6, edits=edits_of(changes), allowed=allowed)
+    logits = torch.tensor([LOG], dtype=torch.float64).expand(num_draws, -1)
+    draws = [Draw(level=uniform(i, 4), **options) for i in range(num_draws)]
+    counts = Counter(sample_tokens(logits, draws).tolist())
+    assert counts.keys() == {1, 2, 3, 5}
+    wanted = {1: 4 / 7 * num_draws} | dict.fromkeys([2, 3, 5], num_draws / 7)
+    assert sum((counts[i] - wanted[i]) ** 2 / wanted[i] for i in wanted) < 22  # 3 degrees of freedom: 1 in 15,000
+
+
+def support(weights, **options):
+    """All tokens that are ever drawn."""
+    logits = torch.tensor([[math.log(weight) for weight in weights]], dtype=torch.float64).expand(1000, -1)
+    return set(sample_tokens(logits, [Draw(temperature=1.0, level=i / 1000, **options) for i in range(1000)]).tolist())
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "tokens"),
+    [
+        ((1, 5, 4), dict(top_k=1), {1}),
+        ((3, 3, 3, 2), dict(top_k=2), {0, 1, 2}),
+        ((5, 3, 2), dict(top_p=0.49), {0}),
+        ((5, 3, 2), dict(top_p=0.51), {0, 1}),
+        ((5, 3, 2), dict(top_k=2, top_p=0.6), {0}),  # 5 of 8
+        ((4, 3, 3), dict(top_k=2, top_p=0.5), {0, 1, 2}),  # 4 of 10
+        ((2, 2, 2, 1), dict(top_p=1e-9), {0, 1, 2}),
+        ((50, 30, *[1] * 20), dict(min_p=0.1, top_p=0.6), {0}),  # 50 of 80
+        ((2, 1, 1), dict(min_p=1.0), {0}),
+        ((4, 3, 2), dict(top_k=3, top_p=1.0, min_p=0.6), {0, 1}),
+    ],
+)
+def test_who_is_drawn_from(weights, options, tokens):
+    assert support(weights, **options) == tokens
+
+
+def test_a_batch_of_one_kind_of_cut_does_not_widen_another():
+    """Two rows look at fewer ranks than the third, which looks at all."""
+    logits = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]]).expand(3, -1)
+    draws = [Draw(temperature=1.0, top_k=1), Draw(temperature=1.0, top_k=3), Draw(temperature=1.0, top_p=0.999999)]
+    assert sample_tokens(logits, draws).tolist() == [4, 2, 0]
+
+
+@DTYPES
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_that_is_not_finite_stays_so_under_a_mask_and_edits(dtype, temperature):
+    """Even where all that is wrong with it would be masked: what else it says cannot be relied on."""
+    logits = torch.zeros(5, 40, dtype=dtype)
+    logits[0, 7], logits[1, 7], logits[2, 7] = math.nan, math.inf, -math.inf
+    logits[3] = -math.inf
+    draw = Draw(temperature=temperature, allowed=bits_of({3}, 40), edits=edits_of({3: (5.0, 2.0, 1.0)}), top_p=0.5)
+    assert sample_tokens(logits, [draw] * 5).tolist() == [NOT_FINITE, NOT_FINITE, 3, NOT_FINITE, 3]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_where_everything_is_banned_there_is_no_token(temperature):
+    ban = edits_of({i: (-math.inf, 1.0, 0.0) for i in (1, 3)})
+    nothing, odd = bits_of(set(), 5), bits_of({1, 3}, 5)
+    options = [dict(allowed=nothing), dict(allowed=odd, edits=ban), dict(edits=ban), dict(allowed=odd)]
+    tokens = sample_tokens(torch.zeros(4, 5), [Draw(temperature=temperature, level=0.1, **o) for o in options])
+    assert tokens.tolist() == [NOT_FINITE, NOT_FINITE, 0, 1]
+
+
+def test_the_logits_are_left_as_they_are():
+    logits = torch.zeros(2, 8)
+    sample_tokens(logits, [Draw(edits=edits_of({2: (9.0, 1.0, 0.0)})), Draw(allowed=bits_of({5}, 8))])
+    assert torch.equal(logits, torch.zeros(2, 8))
+
+
+# --- log-probabilities -------------------------------------------------------------------------------------------
+
+
+@DTYPES
+@pytest.mark.parametrize("num_top", [0, 1, 7])
+@pytest.mark.parametrize("vocabulary", [7, 500])
+def test_logprobs_are_logarithms_of_a_softmax_and_ranks_count_who_is_more_likely(dtype, num_top, vocabulary):
+    rng = random.Random(vocabulary)
+    values = [[round(rng.gauss(0, 4)) / 2 for _ in range(vocabulary)] for _ in range(6)]  # with many ties
+    token_ids = [rng.randrange(vocabulary) for _ in values]
+    rows = logprobs_of(torch.tensor(values, dtype=torch.float64).to(dtype), torch.tensor(token_ids), num_top)
+    assert rows.shape == (6, 2 + 2 * num_top) and rows.dtype == torch.float64
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    for numbers, token_id, row in zip(values, token_ids, rows.tolist()):
+        total = math.fsum(math.exp(number) for number in numbers)
+        wanted = [math.log(math.exp(number) / total) for number in numbers]
+        logprob, rank, ids, tops = row[0], row[1], row[2 : 2 + num_top], row[2 + num_top :]
+        assert logprob == pytest.approx(wanted[token_id], abs=tolerance)
+        assert rank == 1 + sum(number > numbers[token_id] for number in numbers)
+        assert len(set(ids)) == num_top
+        assert tops == pytest.approx([wanted[int(i)] for i in ids], abs=tolerance)
+        assert tops == pytest.approx(sorted(wanted, reverse=True)[:num_top], abs=tolerance)
+
+
+def test_a_token_of_minus_infinity_has_that_logprob_and_the_last_rank():
+    (row,) = logprobs_of(torch.tensor([[0.0, -math.inf, 0.0]]), torch.tensor([1]), 2).tolist()
+    assert row[:2] == [-math.inf, 3.0] and set(row[2:4]) == {0.0, 2.0}

@@ -1,0 +1,391 @@
+"""An engine for many callers under asyncio: one thread owns it and runs its steps. Knows nothing of HTTP.
+
+    event loop                                       owner thread
+    stream(prompt) ── checked, tokenized ─► command ─► engine.add(group)
+        ▲                                             engine.run_one_step(), again and again
+        └──────── mailbox ◄── what each step brought ──┘
+    cancelled, or not read to its end ────► command ─► engine.abort(id)
+
+A mailbox holds one delta for each sample: what has come since it was last emptied. So a reader that is slow gets larger
+deltas, nobody waits for it, and what it can make pile up is the length of its own answer.
+"""
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from flex_nano_vllm.answers import Reader, request_output
+from flex_nano_vllm.chat import chat_token_ids
+from flex_nano_vllm.inference import Inference
+from flex_nano_vllm.intake import Prompt
+from flex_nano_vllm.outputs import CompletionDelta, RequestOutput
+from flex_nano_vllm.runner import let_thread_use_cuda_graphs
+from flex_nano_vllm.sampling_params import SamplingParams
+from flex_nano_vllm.sequence import Sequence
+
+logger = logging.getLogger(__name__)
+
+
+class EngineError(RuntimeError):
+    """A step has failed, and the request with it. The engine goes on with others."""
+
+
+class EngineDead(EngineError):
+    """No step can be run any more."""
+
+
+class EngineBusy(RuntimeError):
+    """As many requests wait as may."""
+
+
+class EngineClosing(RuntimeError):
+    """No more requests are taken."""
+
+
+@dataclass(eq=False)
+class Mailbox:
+    """What one request has brought and its caller has not yet taken. Filled by the owner thread."""
+
+    group: list[Sequence]
+    reader: Reader | None  # None: the caller wants the answer, and not how it comes
+    loop: asyncio.AbstractEventLoop
+    filled: asyncio.Event
+    deltas: dict[int, CompletionDelta] = field(default_factory=dict)
+    output: RequestOutput | None = None
+    error: EngineError | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def request_id(self) -> int:
+        return self.group[0].request_id
+
+    def take(self) -> list[CompletionDelta]:
+        """Empty the mailbox."""
+        with self.lock:
+            deltas, self.deltas = list(self.deltas.values()), {}
+        return deltas
+
+    def put(self, deltas: list[CompletionDelta]) -> None:
+        with self.lock:
+            for delta in deltas:
+                before = self.deltas.get(delta.index)
+                self.deltas[delta.index] = delta if before is None else _joined(before, delta)
+
+
+def _joined(first: CompletionDelta, second: CompletionDelta) -> CompletionDelta:
+    return replace(
+        second,
+        text=None if second.text is None else first.text + second.text,
+        token_ids=first.token_ids + second.token_ids,
+        logprobs=None if second.logprobs is None else first.logprobs + second.logprobs,
+    )
+
+
+class Answers:
+    """What requests that were handed over together bring, in the order in which it comes: pairs of a request's index
+    and a delta, or, when it has ended, its whole answer. Raises `EngineError` if one of them fails.
+
+    Leaving the `with` block, or `leave()`, ends the requests that have not ended.
+    """
+
+    def __init__(self, owner: "AsyncInference", mailboxes: list[Mailbox], filled: asyncio.Event):
+        self._owner, self._mailboxes, self._filled = owner, mailboxes, filled
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, CompletionDelta | RequestOutput]]:
+        unfinished = dict(enumerate(self._mailboxes))
+        while unfinished:
+            await self._filled.wait()
+            self._filled.clear()
+            for index, mailbox in list(unfinished.items()):
+                if mailbox.error is not None:
+                    raise mailbox.error
+                output = mailbox.output  # looked at first: what came before it is in the box
+                for delta in mailbox.take():
+                    yield index, delta
+                if output is not None:
+                    del unfinished[index]
+                    yield index, output
+
+    def so_far(self, index: int) -> RequestOutput:
+        """The answer to one of the requests as far as it has come. Its prompt is whole once there is a delta."""
+        return request_output(self._mailboxes[index].group, self._owner.engine.tokenizer)
+
+    def leave(self) -> None:
+        """End the requests that have not ended."""
+        for mailbox in self._mailboxes:
+            if mailbox.output is None and mailbox.error is None:
+                self._owner.abort(mailbox.request_id)
+
+    def __enter__(self) -> "Answers":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.leave()
+
+
+class AsyncInference:
+    """Shares an engine between coroutines.
+
+        async with AsyncInference(engine) as shared:
+            async for delta in shared.stream("The 12 months are"):
+                print(delta.text, end="")
+            answers = await asyncio.gather(*(shared.generate(prompt) for prompt in prompts))
+
+    Until it is closed the engine is its own, and must not be called by anybody else but for `stats()` and `plan()`.
+    Closing it leaves the engine open. A coroutine that is cancelled, or a stream that is not read to its end, ends its
+    request and frees its pages.
+
+    A step that fails ends the requests that took part in it, with `EngineError`; the engine goes on. If it cannot,
+    `error` says why, and everything raises `EngineDead`.
+
+    Args:
+        engine: without unfinished requests.
+        max_waiting: requests that may wait to be run, those just handed over included; one more raises `EngineBusy`.
+    """
+
+    def __init__(self, engine: Inference, max_waiting: int = 1024):
+        if engine.has_unfinished_requests():
+            raise ValueError("the engine has unfinished requests: finish or abort them first")
+        self.engine, self.max_waiting = engine, max_waiting
+        self.error: BaseException | None = None
+        self._commands: deque[Callable[[], None]] = deque()
+        self._mailboxes: dict[int, Mailbox] = {}  # of the requests that the engine has; the owner thread's
+        self._num_pending = 0  # requests taken and not yet with the engine
+        self._wake = threading.Condition()
+        self._is_closing = self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="flex-nano-vllm engine", daemon=True)
+        self._thread.start()
+
+    # What coroutines call.
+
+    async def generate(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, cache_salt: str | None = None
+    ) -> RequestOutput:
+        """Complete one prompt. Raises what `Inference.generate` does, `EngineBusy`, `EngineClosing`, `EngineError`."""
+        with await self.submit([prompt], sampling_params, cache_salt, follow=False) as answers:
+            async for _, item in answers:
+                return item
+
+    async def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, cache_salt: str | None = None
+    ) -> AsyncIterator[CompletionDelta]:
+        """Complete one prompt, and give what is new as it comes. Raises what `generate` does."""
+        with await self.submit([prompt], sampling_params, cache_salt) as answers:
+            async for _, item in answers:
+                if isinstance(item, CompletionDelta):
+                    yield item
+
+    async def chat(
+        self, messages: list[dict], sampling_params: SamplingParams | None = None, cache_salt: str | None = None
+    ) -> RequestOutput:
+        """Answer one conversation. Raises what `Inference.chat` does, and what `generate` does."""
+        return await self.generate(await self.chat_prompt(messages), sampling_params, cache_salt)
+
+    async def chat_prompt(self, messages: list[dict]) -> list[int]:
+        """The tokens of a conversation."""
+        intake = self.engine.intake
+
+        def tokenize() -> list[int]:
+            with intake.lock:
+                return chat_token_ids(intake.tokenizer, messages)
+
+        return await asyncio.to_thread(tokenize)
+
+    async def warmup(self) -> None:
+        """`Inference.warmup`, in the thread that needs it."""
+        await self.call(self.engine.warmup)
+
+    def abort(self, request_id: int) -> None:
+        """End a request; whoever waits for it gets what it has, with finish_reason "abort"."""
+        self._command(partial(self._abort, request_id))
+
+    async def call(self, function: Callable[[], Any]) -> Any:
+        """Run a function between two steps, and return what it returns."""
+        self.check_open()
+        future: Future = Future()
+
+        def command() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._command(command)
+        return await asyncio.wrap_future(future)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that are taken and do not run yet."""
+        return self._num_pending + len(self.engine.scheduler.waiting)
+
+    async def close(self, timeout: float = 30.0) -> None:
+        """Take no more requests, let those that are there finish, and stop the thread. After `timeout` seconds what is
+        left is ended with finish_reason "abort"."""
+        self._is_closing = True
+        self._command(lambda: None)
+        await asyncio.to_thread(self._thread.join, timeout)
+        if self._thread.is_alive():
+            self._command(self._abort_all)
+            await asyncio.to_thread(self._thread.join)
+
+    async def __aenter__(self) -> "AsyncInference":
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.close()
+
+    async def submit(
+        self,
+        prompts: list[Prompt],
+        params: SamplingParams | None = None,
+        cache_salt: str | None = None,
+        follow: bool = True,
+    ) -> "Answers":
+        """Check requests, off the event loop, and hand them over, all or none. Raises what `generate` does.
+
+        Args:
+            follow: tell what is new as it comes; otherwise whole answers only, which takes less work.
+        """
+        self.check_open()
+        if self.num_waiting + len(prompts) > self.max_waiting:
+            raise EngineBusy(f"{self.num_waiting} of at most {self.max_waiting} requests wait already: try again later")
+        self._pend(len(prompts))
+        try:
+            params = SamplingParams() if params is None else params
+            groups = await asyncio.to_thread(self._groups, prompts, params, cache_salt, follow)
+            self.check_open()
+        except BaseException:
+            self._pend(-len(prompts))
+            raise
+        loop, filled, tokenizer = asyncio.get_running_loop(), asyncio.Event(), self.engine.tokenizer
+        mailboxes = [Mailbox(group, Reader(group, tokenizer) if follow else None, loop, filled) for group in groups]
+
+        def add() -> None:
+            self._pend(-len(prompts))
+            for mailbox in mailboxes:
+                self._mailboxes[mailbox.request_id] = mailbox
+                self.engine.add(mailbox.group)
+
+        self._command(add)
+        return Answers(self, mailboxes, filled)
+
+    def _groups(
+        self, prompts: list[Prompt], params: SamplingParams, cache_salt: str | None, follow: bool
+    ) -> list[list[Sequence]]:
+        names = [f"prompt {i}" if len(prompts) > 1 else "prompt" for i in range(len(prompts))]
+        request = self.engine.intake.request
+        return [request(prompt, params, cache_salt, name, follow) for prompt, name in zip(prompts, names)]
+
+    def _pend(self, change: int) -> None:
+        with self._wake:
+            self._num_pending += change
+
+    def check_open(self) -> None:
+        """Raises `EngineDead` or `EngineClosing` where no requests are taken."""
+        if self.error is not None:
+            raise EngineDead(f"the engine has died: {self.error!r}")
+        if self._is_closing:
+            raise EngineClosing("the engine is closing and takes no more requests")
+
+    def _command(self, command: Callable[[], None]) -> None:
+        with self._wake:
+            self._commands.append(command)
+            self._wake.notify()
+
+    # What the owner thread does.
+
+    def _run(self) -> None:
+        try:
+            if self.engine.model.device.type == "cuda":
+                let_thread_use_cuda_graphs()
+            while True:
+                with self._wake:
+                    while not (self._commands or self._mailboxes or self._is_closing):
+                        self._wake.wait()
+                while self._commands:
+                    self._commands.popleft()()
+                if self.engine.has_unfinished_requests():
+                    self._step()
+                elif self._is_closing and not self._commands:
+                    return
+        except BaseException as error:
+            logger.exception("the engine has died")
+            self.error = error  # from here on nobody comes any more; those who have come are told
+            while self._commands:
+                with suppress(Exception):
+                    self._commands.popleft()()
+            self._fail(list(self._mailboxes), EngineDead(f"the engine has died: {error!r}"))
+
+    def _step(self) -> None:
+        try:
+            outputs = self.engine.run_one_step()
+        except Exception as error:
+            logger.exception("a step has failed")
+            ended = self.engine.give_up_step()
+            self._fail(ended, EngineError(f"the step has failed: {type(error).__name__}"))
+            if self.engine.model.device.type == "cuda":
+                torch.cuda.synchronize()  # raises again where the device takes no more work: then nothing can go on
+            self.engine.check_invariants()
+            return
+        news = []
+        for mailbox in self._mailboxes.values():
+            if mailbox.reader is not None and (deltas := list(mailbox.reader.news())):
+                mailbox.put(deltas)
+                news.append(mailbox)
+        for output in outputs:
+            mailbox = self._mailboxes.pop(output.request_id)
+            mailbox.output = output
+            if mailbox not in news:
+                news.append(mailbox)
+        self._tell(news)
+
+    def _fail(self, request_ids: list[int], error: EngineError) -> None:
+        failed = [self._mailboxes.pop(request_id) for request_id in request_ids]
+        for mailbox in failed:
+            mailbox.error = error
+        self._tell(failed)
+
+    def _tell(self, mailboxes: list[Mailbox]) -> None:
+        """Wake those who wait, with one message for each loop: to send one costs more than to fill a mailbox."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[Mailbox]] = {}
+        for mailbox in mailboxes:
+            by_loop.setdefault(mailbox.loop, []).append(mailbox)
+        for loop, group in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_set_all, group)
+            except RuntimeError:  # the loop is closed: its coroutines are gone, and nobody has said so
+                for mailbox in group:
+                    self._commands.append(partial(self._abort, mailbox.request_id))
+
+    def _abort(self, request_id: int) -> None:
+        """End a request that somebody has left, or that takes too long."""
+        mailbox = self._mailboxes.pop(request_id, None)
+        if mailbox is None:
+            return
+        try:
+            output = self.engine.abort(request_id)
+            if mailbox.reader is not None:
+                mailbox.put(list(mailbox.reader.news()))
+            mailbox.output = output
+        except Exception as error:  # its pages are free all the same
+            logger.exception("the answer of an aborted request cannot be made")
+            mailbox.error = EngineError(f"the answer cannot be made: {type(error).__name__}")
+        self._tell([mailbox])
+
+    def _abort_all(self) -> None:
+        for request_id in list(self._mailboxes):
+            self._abort(request_id)
+
+
+def _set_all(mailboxes: list[Mailbox]) -> None:
+    for mailbox in mailboxes:
+        mailbox.filled.set()
