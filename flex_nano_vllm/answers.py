@@ -72,8 +72,9 @@ def token_text(token_id: int, tokenizer: PreTrainedTokenizerBase | None) -> str 
         return ""
     if "\ufffd" in text:
         return name
-    # Some decoders take the space from the first token of a text.
-    return f" {text}" if name.startswith("▁") and not text.startswith(" ") else text
+    # Some decoders take one space from the first token of a text.
+    spaces = " " * (len(name) - len(name.lstrip("▁")))
+    return text if text.startswith((spaces, "▁")) else spaces + text.lstrip(" ")
 
 
 @dataclass

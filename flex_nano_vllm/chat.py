@@ -6,7 +6,8 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 ROLES = ("system", "user", "assistant")
-# Around numbers, these stand for control tokens in what people say, until the template is through.
+# Around numbers, these stand for control tokens in what people say, until the template is through; and for the first of
+# the two itself, so that nobody can forge them.
 _OPEN, _CLOSE = "\ue000", "\ue001"
 
 
@@ -28,9 +29,8 @@ def chat_token_ids(tokenizer: PreTrainedTokenizerBase | None, messages: list[dic
         raise ValueError("the tokenizer has no chat template: use a completion, or a model that was made to chat")
     if not isinstance(messages, list | tuple) or not messages:
         raise ValueError(f"messages must be a non-empty list of dicts with role and content, got {messages!r}")
-    mark = f"{_OPEN}([0-9]+){_CLOSE}"
     control_tokens = sorted(_control_tokens(tokenizer), key=len, reverse=True)
-    pattern = re.compile("|".join([mark, *map(re.escape, control_tokens)]))
+    pattern = re.compile("|".join(map(re.escape, [_OPEN, *control_tokens])))
     conversation, spoken = [], []
 
     def defused(match: re.Match) -> str:
@@ -42,10 +42,10 @@ def chat_token_ids(tokenizer: PreTrainedTokenizerBase | None, messages: list[dic
         conversation.append({"role": role, "content": pattern.sub(defused, content)})
     try:
         text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
+    except (TemplateError, ArithmeticError, LookupError, TypeError) as error:
         raise ValueError(f"the chat template refuses the messages: {error}") from error
     token_ids = []
-    for position, part in enumerate(re.split(mark, text)):
+    for position, part in enumerate(re.split(f"{_OPEN}([0-9]+){_CLOSE}", text)):
         is_spoken = position % 2 == 1
         part = spoken[int(part)] if is_spoken else part
         token_ids += tokenizer(part, add_special_tokens=False, split_special_tokens=is_spoken).input_ids

@@ -7,6 +7,8 @@ ends the output, so that nobody must see it:
                   shown     "the "       ""        "ENemy "     ""       and the output ends before "END"
 """
 
+import functools
+
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
@@ -23,21 +25,29 @@ class StopMatcher:
     def __init__(self, stop: str):
         self.stop = stop
         self.num_matched = 0
-        self._shorter = [0]  # by number of matched characters - 1: the longest match that is left without its first
-        for char in stop[1:]:
-            self._shorter.append(self._next(self._shorter[-1], char))
-
-    def _next(self, num_matched: int, char: str) -> int:
-        while num_matched and self.stop[num_matched] != char:
-            num_matched = self._shorter[num_matched - 1]
-        return num_matched + (self.stop[num_matched] == char)
+        self._shorter = _shorter_matches(stop)
 
     def feed(self, char: str) -> bool:
         """Whether the stop text ends with this character."""
         if self.num_matched == len(self.stop):  # it was not to end the output
             self.num_matched = self._shorter[-1]
-        self.num_matched = self._next(self.num_matched, char)
+        self.num_matched = _next_match(self.stop, self._shorter, self.num_matched, char)
         return self.num_matched == len(self.stop)
+
+
+@functools.lru_cache(1024)  # the samples of a request, thousands perhaps, share them
+def _shorter_matches(stop: str) -> list[int]:
+    """By number of matched characters - 1: the longest match that is left without its first."""
+    shorter = [0]
+    for char in stop[1:]:
+        shorter.append(_next_match(stop, shorter, shorter[-1], char))
+    return shorter
+
+
+def _next_match(stop: str, shorter: list[int], num_matched: int, char: str) -> int:
+    while num_matched and stop[num_matched] != char:
+        num_matched = shorter[num_matched - 1]
+    return num_matched + (stop[num_matched] == char)
 
 
 class Detokenizer:

@@ -21,6 +21,10 @@ from flex_nano_vllm.sequence import Sequence
 Prompt = str | SequenceOf[int] | dict
 
 
+class StructureError(ValueError):
+    """`structured_outputs` that cannot be had."""
+
+
 class Intake:
     """Makes sequences of requests, and numbers them. Any thread may ask; one at a time is served."""
 
@@ -28,7 +32,8 @@ class Intake:
         self.tokenizer, self.geometry = tokenizer, geometry
         self.num_embeddings = model.get_input_embeddings().num_embeddings
         self.num_logits = model.get_output_embeddings().weight.shape[0]
-        self.eos_token_ids = _eos_token_ids(model, tokenizer)
+        # A tokenizer may have more tokens than the model, and a config name one that there is not.
+        self.eos_token_ids = _eos_token_ids(model, tokenizer).intersection(range(self.num_logits))
         self._request_ids = itertools.count()
         self._grammars: GrammarCompiler | None = None
         # A tokenizer that is asked by two threads at once may refuse one of them; a compiler of grammars need not.
@@ -200,7 +205,7 @@ class Intake:
                 self._grammars = GrammarCompiler(self.tokenizer, self.num_logits, self.eos_token_ids)
             return self._grammars.compile(*params.structured_outputs.kind_and_source)
         except (ValueError, ImportError) as error:
-            raise ValueError(f"{name}: structured_outputs: {error}") from error
+            raise StructureError(f"{name}: structured_outputs: {error}") from error
 
 
 def _of_dict(prompt: dict, name: str) -> str | SequenceOf[int]:

@@ -1,4 +1,4 @@
-"""The OpenAI API as data: what its requests may hold, and the answers' shapes. Knows no engine and no HTTP.
+"""The OpenAI API as data: what its requests may hold, and the shapes of answers. Knows no engine and no HTTP.
 
 Fields that vLLM adds to OpenAI's have vLLM's names. What OpenAI has and we do not is refused by name if it is asked for;
 fields that nobody knows are ignored, as OpenAI's clients send more of them every month. Numbers are strict: `true` and

@@ -33,6 +33,7 @@ from flex_nano_vllm import protocol
 from flex_nano_vllm.answers import token_text
 from flex_nano_vllm.async_inference import Answers, AsyncInference, EngineBusy, EngineClosing, EngineDead, EngineError
 from flex_nano_vllm.inference import Inference
+from flex_nano_vllm.intake import StructureError
 from flex_nano_vllm.outputs import CompletionDelta, RequestOutput
 from flex_nano_vllm.protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
@@ -84,6 +85,8 @@ def api_error(error: Exception) -> APIError:
             return APIError(503, "the engine has died", "engine_dead")
         case EngineError():
             return APIError(500, str(error), "engine_error")
+        case StructureError():
+            return APIError(400, str(error), param="response_format")
         case ValueError():
             return APIError(400, str(error))
     logger.error("an unexpected error", exc_info=error)
