@@ -12,7 +12,9 @@ deltas, nobody waits for it, and what it can make pile up is the length of its o
 
 import asyncio
 import logging
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
@@ -62,6 +64,7 @@ class Mailbox:
     deltas: dict[int, CompletionDelta] = field(default_factory=dict)
     output: RequestOutput | None = None
     error: EngineError | None = None
+    told_at: float = -math.inf  # when deltas were put in
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -150,12 +153,14 @@ class AsyncInference:
     Args:
         engine: without unfinished requests.
         max_waiting: requests that may wait to be run, those just handed over included; one more raises `EngineBusy`.
+        stream_interval: seconds that the deltas of a stream are apart at least. With a small model, more of them take
+            the processor from the steps. The first and the last one do not wait.
     """
 
-    def __init__(self, engine: Inference, max_waiting: int = 1024):
+    def __init__(self, engine: Inference, max_waiting: int = 1024, stream_interval: float = 0.02):
         if engine.has_unfinished_requests():
             raise ValueError("the engine has unfinished requests: finish or abort them first")
-        self.engine, self.max_waiting = engine, max_waiting
+        self.engine, self.max_waiting, self.stream_interval = engine, max_waiting, stream_interval
         self.error: BaseException | None = None
         self._commands: deque[Callable[[], None]] = deque()
         self._mailboxes: dict[int, Mailbox] = {}  # of the requests that the engine has; the owner thread's
@@ -206,7 +211,8 @@ class AsyncInference:
 
     def abort(self, request_id: int) -> None:
         """End a request; whoever waits for it gets what it has, with finish_reason "abort"."""
-        self._command(partial(self._abort, request_id))
+        with suppress(EngineDead, EngineClosing):  # then it has ended already
+            self._command(partial(self._abort, request_id))
 
     async def call(self, function: Callable[[], Any]) -> Any:
         """Run a function between two steps, and return what it returns."""
@@ -214,6 +220,8 @@ class AsyncInference:
         future: Future = Future()
 
         def command() -> None:
+            if not future.set_running_or_notify_cancel():  # nobody waits any more
+                return
             try:
                 future.set_result(function())
             except BaseException as error:
@@ -231,11 +239,11 @@ class AsyncInference:
         """Take no more requests, let those that are there finish, and stop the thread. After `timeout` seconds what is
         left is ended with finish_reason "abort"."""
         self._is_closing = True
-        self._command(lambda: None)
-        await asyncio.to_thread(self._thread.join, timeout)
-        if self._thread.is_alive():
+        with suppress(EngineDead, EngineClosing):  # the thread has ended already
+            self._command(lambda: None)
+            await asyncio.to_thread(self._thread.join, timeout)
             self._command(self._abort_all)
-            await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._thread.join)
 
     async def __aenter__(self) -> "AsyncInference":
         return self
@@ -275,7 +283,11 @@ class AsyncInference:
                 self._mailboxes[mailbox.request_id] = mailbox
                 self.engine.add(mailbox.group)
 
-        self._command(add)
+        try:
+            self._command(add)
+        except BaseException:
+            self._pend(-len(prompts))
+            raise
         return Answers(self, mailboxes, filled)
 
     def _groups(
@@ -291,13 +303,20 @@ class AsyncInference:
 
     def check_open(self) -> None:
         """Raises `EngineDead` or `EngineClosing` where no requests are taken."""
+        if self.error is not None or self._is_closing:
+            raise self._refusal()
+
+    def _refusal(self) -> EngineDead | EngineClosing:
         if self.error is not None:
-            raise EngineDead(f"the engine has died: {self.error!r}")
-        if self._is_closing:
-            raise EngineClosing("the engine is closing and takes no more requests")
+            return EngineDead(f"the engine has died: {self.error!r}")
+        return EngineClosing("the engine is closing and takes no more requests")
 
     def _command(self, command: Callable[[], None]) -> None:
+        """Let the owner thread do something before its next step. Raises `EngineDead` or `EngineClosing` if the thread
+        has ended, be it since the caller has looked."""
         with self._wake:
+            if self._is_closed:
+                raise self._refusal()
             self._commands.append(command)
             self._wake.notify()
 
@@ -315,36 +334,49 @@ class AsyncInference:
                     self._commands.popleft()()
                 if self.engine.has_unfinished_requests():
                     self._step()
-                elif self._is_closing and not self._commands:
+                elif self._is_closing and self._close_door():
                     return
         except BaseException as error:
             logger.exception("the engine has died")
             self.error = error  # from here on nobody comes any more; those who have come are told
-            while self._commands:
+            while not self._close_door():
                 with suppress(Exception):
                     self._commands.popleft()()
             self._fail(list(self._mailboxes), EngineDead(f"the engine has died: {error!r}"))
+
+    def _close_door(self) -> bool:
+        """Take no more commands, if none is left."""
+        with self._wake:
+            self._is_closed = not self._commands
+            return self._is_closed
 
     def _step(self) -> None:
         try:
             outputs = self.engine.run_one_step()
         except Exception as error:
             logger.exception("a step has failed")
-            ended = self.engine.give_up_step()
+            self.engine.give_up_step()
+            # Whoever it does not have: those it gave up, and who was between its queues and its answer.
+            queues = self.engine.scheduler.running, self.engine.scheduler.waiting
+            left = {sequence.request_id for queue in queues for sequence in queue}
+            ended = [request_id for request_id in self._mailboxes if request_id not in left]
             self._fail(ended, EngineError(f"the step has failed: {type(error).__name__}"))
             if self.engine.model.device.type == "cuda":
                 torch.cuda.synchronize()  # raises again where the device takes no more work: then nothing can go on
             self.engine.check_invariants()
             return
-        news = []
-        for mailbox in self._mailboxes.values():
-            if mailbox.reader is not None and (deltas := list(mailbox.reader.news())):
-                mailbox.put(deltas)
-                news.append(mailbox)
+        news, now = [], time.perf_counter()
         for output in outputs:
             mailbox = self._mailboxes.pop(output.request_id)
+            if mailbox.reader is not None:
+                mailbox.put(list(mailbox.reader.news()))
             mailbox.output = output
-            if mailbox not in news:
+            news.append(mailbox)
+        for mailbox in self._mailboxes.values():
+            is_due = mailbox.reader is not None and now - mailbox.told_at >= self.stream_interval
+            if is_due and (deltas := list(mailbox.reader.news())):
+                mailbox.put(deltas)
+                mailbox.told_at = now
                 news.append(mailbox)
         self._tell(news)
 

@@ -109,7 +109,7 @@ class Detokenizer:
                 raise
             # Where single bytes are tokens (Llama, Gemma), and those in a row are no text, all of them are decoded as
             # errors, even the letters among them. What was shown stays.
-            self._stream = DecodeStream([latest], self.skip_special_tokens)
+            self._stream = DecodeStream(ids=[latest], skip_special_tokens=self.skip_special_tokens)
             new = self._decode(token_ids[self._num_decoded :])
         if new is None:
             return ""

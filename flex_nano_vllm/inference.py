@@ -6,9 +6,10 @@ import logging
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import torch
@@ -140,6 +141,7 @@ class Inference:
         self._num_finished = self._num_steps = 0
         self._num_computed_tokens = self._num_generated_tokens = 0
         self._unreported: dict[int, list[Sequence]] = {}  # requests that have ended and were not yet returned
+        self._abandoned: deque[int] = deque()  # requests of streams that were thrown away while the engine was in use
         self._in_use = threading.Lock()
         compiled = obstacle is None if compile is None else compile
         with torch.inference_mode(False):
@@ -249,8 +251,17 @@ class Inference:
                     news = list(reader.news())
                 yield from news
         finally:
-            if not reader.has_ended and self._give_back.alive:
-                self.abort(request_id)
+            if not reader.has_ended:
+                # A stream may be thrown away in the middle of a step, or by another thread: then the next call ends it.
+                self._abandoned.append(request_id)
+                with suppress(RuntimeError), self._exclusively():
+                    pass
+
+    def stream_chat(
+        self, messages: list[dict], sampling_params: SamplingParams | None = None, cache_salt: str | None = None
+    ) -> Iterator[CompletionDelta]:
+        """Answer one conversation, as `stream` does a prompt."""
+        return self.stream(chat_token_ids(self.tokenizer, messages), sampling_params, cache_salt)
 
     def chat(
         self,
@@ -294,12 +305,16 @@ class Inference:
         None, and no harm, if it has ended already or never was.
         """
         with self._exclusively():
-            aborted = self.scheduler.abort(request_id)
-            if not aborted:
-                return None
-            self._follow_texts(aborted)
-            self._close(aborted[0].group)
-            return request_output(self._unreported.pop(request_id), self.tokenizer)
+            group = self._abort(request_id)
+            return None if group is None else request_output(group, self.tokenizer)
+
+    def _abort(self, request_id: int) -> list[Sequence] | None:
+        aborted = self.scheduler.abort(request_id)
+        if not aborted:
+            return None
+        self._follow_texts(aborted)
+        self._close(aborted[0].group)
+        return self._unreported.pop(request_id)
 
     def give_up_step(self) -> list[int]:
         """After a step that has failed: end the requests that took part in it with finish_reason "error", and return
@@ -487,6 +502,10 @@ class Inference:
         if not self._in_use.acquire(blocking=False):
             raise RuntimeError("the engine is busy with another call, from another thread or from inside a step")
         try:
+            while self._abandoned:
+                request_id = self._abandoned.popleft()
+                self._abort(request_id)
+                self._unreported.pop(request_id, None)
             yield
         finally:
             self._in_use.release()

@@ -1,8 +1,8 @@
 """The OpenAI API as data: what its requests may hold, and the shapes of answers. Knows no engine and no HTTP.
 
-Fields that vLLM adds to OpenAI's have vLLM's names. What OpenAI has and we do not is refused by name if it is asked for;
-fields that nobody knows are ignored, as OpenAI's clients send more of them every month. Numbers are strict: `true` and
-"2" are no ints, NaN and Infinity are nothing.
+Fields that vLLM adds to OpenAI's have vLLM's names. What OpenAI has and we do not is refused by name if it is asked
+for; fields that nobody knows are ignored, as OpenAI's clients send more of them every month. Numbers are strict: `true`
+and "2" are no ints, NaN and Infinity are nothing.
 """
 
 import time
@@ -125,12 +125,14 @@ class GenerationRequest(Strict):
 
 
 class CompletionRequest(GenerationRequest):
-    prompt: (
+    # Left to right: else each of many tokens would be tried as a text as well.
+    prompt: Annotated[
         str
         | Annotated[list[TokenId], Field(min_length=1)]
         | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[list[TokenId]], Field(min_length=1, max_length=MAX_PROMPTS)]
-    )
+        | Annotated[list[list[TokenId]], Field(min_length=1, max_length=MAX_PROMPTS)],
+        Field(union_mode="left_to_right"),
+    ]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None

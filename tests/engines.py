@@ -8,6 +8,7 @@ import itertools
 import math
 import random
 
+import numpy as np
 import torch
 from hypothesis import HealthCheck
 from tiny_models import CONFIGS, VOCABULARY, tiny_model
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from flex_nano_vllm import SamplingParams
 from flex_nano_vllm.random_models import BYTE_VOCABULARY
+from flex_nano_vllm.sampler import NOT_FINITE
 
 # Of the two machines that draw requests: what a step does to them takes its time.
 MACHINE = dict(
@@ -107,6 +109,52 @@ def inverse_cdf(logits, temperature, level):
     sums = list(itertools.accumulate(math.exp((logit - largest) / temperature) for logit in logits))
     token = bisect.bisect_right(sums, level * sums[-1])
     return token, min(abs(s / sums[-1] - level) for s in sums)
+
+
+def token_of(logits, draw, changes, allowed, is_double, margin=1e-9):
+    """The oracle of all that changes a distribution: the token of one row, by the order that `SamplingParams` states.
+
+    Args:
+        draw: without its arrays, which are given as
+        changes: {token id: (bias, divisor, penalty)}, and
+        allowed: a set of token ids, or None.
+    Returns:
+        NOT_FINITE where there is no token, None where a probability is within `margin` of deciding otherwise.
+    """
+    if any(math.isnan(logit) or logit == math.inf for logit in logits):
+        return NOT_FINITE
+    logits = [logit if allowed is None or i in allowed else -math.inf for i, logit in enumerate(logits)]
+    for i, (bias, divisor, penalty) in changes.items():
+        logit = logits[i] + bias
+        logit = (logit / divisor if logit > 0 else logit * divisor) - penalty
+        logits[i] = logit if is_double else float(np.float32(logit))
+    highest = max(logits)
+    if highest == -math.inf:
+        return NOT_FINITE
+    if draw.temperature == 0:
+        return logits.index(highest)
+    scaled = [logit / draw.temperature for logit in logits]
+    weights = {i: math.exp(s - max(scaled)) for i, s in enumerate(scaled) if s > -math.inf}
+    margins = [abs(weight - draw.min_p) for weight in weights.values() if draw.min_p > 0 and weight < 1]
+    weights = {i: weight for i, weight in weights.items() if weight >= draw.min_p}
+    if draw.top_k > 0:
+        last = sorted((scaled[i] for i in weights), reverse=True)[: draw.top_k][-1]
+        weights = {i: weight for i, weight in weights.items() if scaled[i] >= last}
+    if draw.top_p < 1:
+        before, total, last = 0.0, math.fsum(weights.values()), math.inf
+        for i in sorted(weights, key=lambda i: -scaled[i]):
+            if before == 0 or scaled[i] < last:  # not one of several that are as likely
+                margins += [abs(before / total - draw.top_p)] * (before > 0)
+                if before / total >= draw.top_p:
+                    break
+            last = scaled[i]
+            before += weights[i]
+        weights = {i: weight for i, weight in weights.items() if scaled[i] >= last}
+    sums = list(itertools.accumulate(weights.values()))
+    margins += [abs(s / sums[-1] - draw.level) for s in sums[:-1]]
+    if min(margins, default=1) < margin:
+        return None
+    return next(i for i, s in zip(weights, sums) if s > draw.level * sums[-1])
 
 
 def num_graphs() -> int:

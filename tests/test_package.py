@@ -21,9 +21,11 @@ ORDER = [
     ["memory", "runner"],
     ["planner"],
     ["inference", "crossover"],
-    ["exactness", "__init__"],
-    ["baselines", "overhead", "savings"],
-    ["roofline"],
+    ["exactness", "async_inference", "llm"],
+    ["__init__"],
+    ["baselines", "overhead", "savings", "protocol", "bench"],
+    ["roofline", "server"],
+    ["cli"],
 ]
 
 

@@ -12,7 +12,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```\n```text\n(.*?)```", README.read_tex
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize(("snippet", "shown"), SNIPPETS, ids=("in a notebook", "what is shared"))
+@pytest.mark.parametrize(("snippet", "shown"), SNIPPETS, ids=("in a notebook", "what is shared", "sampling"))
 def test_snippet_prints_what_the_readme_shows(snippet, shown, capsys):
     exec(compile(snippet, "README.md", "exec"), {})
     assert capsys.readouterr().out == shown

@@ -1,0 +1,113 @@
+"""`flex-nano-vllm chat | serve | bench`: the engine in a terminal. Knows nothing of what is behind its commands."""
+
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from flex_nano_vllm.inference import Inference
+from flex_nano_vllm.sampling_params import SamplingParams
+
+app = typer.Typer(
+    help=__doc__.split(":")[0].replace("`", ""),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+HELP = "/new begins another conversation, /exit or Ctrl-D ends; Ctrl-C breaks an answer off"
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Option(help="Folder, hub id, or tiny-gemma2.")] = "tiny-gemma2",
+    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the most likely tokens of this probability.")] = 1.0,
+    max_tokens: Annotated[int | None, typer.Option(help="Of each answer.")] = None,
+    max_seq_length: Annotated[int | None, typer.Option(help="Of the conversation, in tokens.")] = None,
+    compile: Annotated[bool, typer.Option(help="Compile the model: minutes the first time, faster then.")] = False,
+) -> None:
+    """Talk to a model in the terminal. Lines of a pipe are answered one after another."""
+    console = Console(highlight=False)
+    with console.status("loading"):
+        sizes = dict(max_batch_size=1, max_seq_length=max_seq_length, compile=None if compile else False)
+        try:
+            params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
+            engine = Inference.from_pretrained(model, **sizes)
+        except (ValueError, OSError) as error:
+            raise SystemExit(str(error)) from None
+    opening = [{"role": "system", "content": system}] if system else []
+    messages = list(opening)
+    if console.is_terminal:
+        console.print(f"[bold]{escape(model)}[/] [dim]{HELP}[/]")
+    with engine:
+        while True:
+            try:
+                text = console.input("[bold cyan]> [/]" if console.is_terminal else "").strip()
+            except (EOFError, KeyboardInterrupt):
+                break
+            if text == "/exit":
+                break
+            if text == "/new":
+                messages = list(opening)
+            elif text:
+                messages = answer(engine, [*messages, {"role": "user", "content": text}], params, console)
+
+
+def answer(engine: Inference, messages: list[dict], params: SamplingParams, console: Console) -> list[dict]:
+    """Print what the model says, as it comes. Returns the conversation with it; without the last turn if it cannot be
+    answered."""
+    said = []
+    try:
+        for delta in engine.stream_chat(messages, params):
+            said.append(delta.text)
+            console.print(delta.text, end="", markup=False, soft_wrap=True)
+    except KeyboardInterrupt:
+        console.print(" [dim](broken off)[/]", end="")
+    except ValueError as error:
+        console.print(f"[red]{escape(str(error))}[/]")
+        return messages[:-1]
+    console.print()
+    return [*messages, {"role": "assistant", "content": "".join(said)}]
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Option(help="Folder, hub id, or tiny-gemma2.")] = "tiny-gemma2",
+    num_requests: Annotated[int, typer.Option(help="Of each run.")] = 256,
+    num_clients: Annotated[int, typer.Option(help="That ask at the same time.")] = 64,
+    repeats: Annotated[int, typer.Option(help="Runs of each kind, in turns.")] = 3,
+) -> None:
+    """Measure the server under load beside the same engine offline. The last line is JSON."""
+    needs_serve()
+    from flex_nano_vllm.bench import bench as run
+
+    print(json.dumps(run(model, num_requests, num_clients, repeats, Console())))
+
+
+def needs_serve() -> None:
+    """Exit with the remedy where the extra is missing."""
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise SystemExit(f"{error}: the server is an extra, pip install 'flex-nano-vllm[serve]'") from None
+
+
+def main() -> None:
+    """The console script. `serve` is there with its options if the extra is."""
+    try:
+        from flex_nano_vllm.server import serve
+    except ImportError:
+
+        @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+        def serve() -> None:
+            """Serve a model over the OpenAI API (needs the extra: flex-nano-vllm[serve])."""
+            needs_serve()
+    else:
+        app.command()(serve)
+    app()

@@ -1,0 +1,191 @@
+"""A gate that holds an engine's steps, a server in a thread of this process, and clients that speak HTTP by hand."""
+
+import asyncio
+import http.client
+import json
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from engines import byte_model
+
+from flex_nano_vllm import Inference
+from flex_nano_vllm.async_inference import AsyncInference
+from flex_nano_vllm.random_models import byte_tokenizer
+from flex_nano_vllm.server import Limits, create_app
+
+PATIENCE = 60  # seconds after which a test has hung; nothing here waits for a time to pass
+MODEL = "tiny-random"
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+ROOMY = dict(max_batch_size=4, max_seq_length=64, n_pages=65, page_size=4, compile=False)
+
+
+def new_engine(**sizes: object) -> Inference:
+    """The same weights every time, so that one of two can say what the other one should."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return Inference(byte_model(), tokenizer, **(ROOMY | sizes))
+
+
+def run(coroutine: Awaitable) -> Any:
+    """Run a coroutine in a loop of its own."""
+
+    async def bounded() -> Any:
+        return await asyncio.wait_for(coroutine, PATIENCE)
+
+    return asyncio.run(bounded())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the others go on until something holds."""
+    while not condition():
+        await asyncio.sleep(0)
+
+
+class Gate:
+    """Each step of an engine stands here, its requests chosen, until it is let through."""
+
+    def __init__(self, engine: Inference):
+        self._arrived, self._permits, self._is_open = threading.Semaphore(0), threading.Semaphore(0), False
+        forward = engine.runner.forward
+
+        def gated(chunks: list) -> Any:
+            self._arrived.release()
+            if not self._is_open:
+                assert self._permits.acquire(timeout=PATIENCE), "nobody lets the step through"
+            return forward(chunks)
+
+        engine.runner.forward = gated
+
+    def wait(self) -> None:
+        """Until a step stands at the gate."""
+        assert self._arrived.acquire(timeout=PATIENCE), "no step comes"
+
+    async def arrival(self) -> None:
+        await asyncio.to_thread(self.wait)
+
+    def let_pass(self) -> None:
+        self._permits.release()
+
+    def open(self) -> None:
+        """For good."""
+        self._is_open = True
+        self._permits.release()
+
+
+class Calls:
+    """Counts the calls of a method, and lets a test wait for the next one."""
+
+    def __init__(self, monkeypatch: Any, owner: object, name: str):
+        self.number, self._semaphore = 0, threading.Semaphore(0)
+        original = getattr(owner, name)
+
+        def call(*args: object, **kwargs: object) -> Any:
+            result = original(*args, **kwargs)
+            self.number += 1
+            self._semaphore.release()
+            return result
+
+        monkeypatch.setattr(owner, name, call)
+
+    def wait(self) -> None:
+        assert self._semaphore.acquire(timeout=PATIENCE), "it is not called"
+
+
+class Served:
+    """A server that runs."""
+
+    def __init__(self, shared: AsyncInference, port: int):
+        self.shared, self.engine, self.port = shared, shared.engine, port
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def connection(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+
+    def begin(self, path: str, body: dict, **headers: str) -> http.client.HTTPConnection:
+        """Send a request, and leave its answer unread."""
+        connection = self.connection()
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"} | headers)
+        return connection
+
+    def ask(
+        self, method: str, path: str, body: object = None, headers: dict | None = None
+    ) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body of an answer; a body that is neither bytes nor text is sent as JSON."""
+        connection = self.connection()
+        if body is not None and not isinstance(body, str | bytes):
+            body = json.dumps(body)
+        if isinstance(body, str):
+            body = body.encode()
+        given = {} if body is None else {"Content-Type": "application/json"}
+        try:
+            connection.request(method, path, body, given | (headers or {}))
+            response = connection.getresponse()
+            return response.status, {k.lower(): v for k, v in response.getheaders()}, response.read()
+        finally:
+            connection.close()
+
+    def raw(self, request: bytes) -> bytes:
+        """What comes back to bytes that may be no HTTP at all."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as connection:
+            try:
+                connection.sendall(request)
+            except (BrokenPipeError, ConnectionResetError):
+                pass  # refused before all of it was read
+            parts = []
+            try:
+                while part := connection.recv(65536):
+                    parts.append(part)
+            except ConnectionResetError:
+                pass
+            return b"".join(parts)
+
+    def between_steps(self, function: Callable[[], Any]) -> Any:
+        """What a function returns in the thread that owns the engine; all commands before it are done."""
+        return run(self.shared.call(function))
+
+    def wait_until_idle(self) -> None:
+        while self.between_steps(self.engine.has_unfinished_requests):
+            pass
+
+
+@contextmanager
+def serving(
+    engine: Inference, api_key: str | None = None, limits: Limits | None = None, max_waiting: int = 1024
+) -> Iterator[Served]:
+    """Serve an engine as `python -m flex_nano_vllm.server` does, on a free port."""
+    shared = AsyncInference(engine, max_waiting, stream_interval=0)
+    app = create_app(shared, MODEL, api_key, limits)
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        access_log=False,
+        server_header=False,
+        log_config=None,
+        timeout_graceful_shutdown=PATIENCE,
+    )
+    server = uvicorn.Server(config)
+    listener = socket.create_server(("127.0.0.1", 0))  # whoever connects before the thread is up waits in the queue
+    thread = threading.Thread(target=server.run, kwargs=dict(sockets=[listener]), daemon=True)
+    thread.start()
+    try:
+        yield Served(shared, listener.getsockname()[1])
+    finally:
+        server.should_exit = True
+        thread.join(PATIENCE)
+        assert not thread.is_alive(), "the server does not end"
+
+
+def events_of(body: bytes) -> list[dict | str]:
+    """The data of server-sent events."""
+    *events, rest = body.split(b"\n\n")
+    assert rest == b"" and all(event.startswith(b"data: ") for event in events), body
+    data = [event.removeprefix(b"data: ").decode() for event in events]
+    return [text if text == "[DONE]" else json.loads(text) for text in data]

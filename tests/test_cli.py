@@ -1,0 +1,114 @@
+"""`flex-nano-vllm chat | serve | bench`, as typed."""
+
+import json
+import sys
+from contextlib import contextmanager
+
+import pytest
+from rich.console import Console
+from serving import MODEL, new_engine, serving
+from typer.testing import CliRunner
+
+from flex_nano_vllm import bench, cli
+
+SUM, WORDS = "What is 17 plus 8?", "Reverse these words: lamp key drum boat."
+
+
+def chat(text, *options):
+    return CliRunner().invoke(cli.app, ["chat", "--max-seq-length", "256", *options], input=text)
+
+
+def test_lines_of_a_pipe_are_answered_one_after_another():
+    result = chat(f"{SUM}\n\n/new\n{WORDS}\n/exit\n{SUM}\n")
+    assert (result.exit_code, result.stdout) == (0, "25.\nboat drum key lamp.\n")
+
+
+def test_a_turn_that_cannot_be_answered_says_why_and_the_chat_goes_on():
+    result = chat(f"{'long ' * 300}\n{SUM}\n")
+    assert result.exit_code == 0
+    error, answer = result.stdout.rsplit("\n", 2)[:2]
+    assert "prompt and output together get 256" in error.replace("\n", " ") and answer == "25."
+
+
+def test_a_new_conversation_forgets_the_one_before(monkeypatch):
+    conversations = []
+    stream_chat = cli.Inference.stream_chat
+
+    def noted(self, messages, params):
+        conversations.append([message["content"] for message in messages])
+        return stream_chat(self, messages, params)
+
+    monkeypatch.setattr(cli.Inference, "stream_chat", noted)
+    chat(f"{SUM}\n{SUM}\n/new\n{SUM}\n")
+    assert conversations == [[SUM], [SUM, "25.", SUM], [SUM]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--temperature", "3"], "temperature must be a number in [0, 2]"),
+        (["--model", "/no/such/folder"], "/no/such/folder"),
+        (["--max-seq-length", "1"], "max_seq_length must be"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(options, message):
+    result = CliRunner().invoke(cli.app, ["chat", *options], input="")
+    assert result.exit_code == 1 and "Traceback" not in result.output
+    assert message in str(result.exception) + result.output
+
+
+def test_serve_has_the_servers_options(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["flex-nano-vllm", "serve", "--help"])
+    monkeypatch.setattr(cli.app, "registered_commands", list(cli.app.registered_commands))
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    shown = capsys.readouterr().out
+    assert "--api-key" in shown and "--drain-timeout" in shown
+
+
+def test_without_the_extra_serve_and_bench_name_it(monkeypatch, capsys):
+    for module in ("fastapi", "flex_nano_vllm.server"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for arguments in (["serve", "--port", "1"], ["bench"]):
+        monkeypatch.setattr(sys, "argv", ["flex-nano-vllm", *arguments])
+        monkeypatch.setattr(cli.app, "registered_commands", list(cli.app.registered_commands))
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        assert exit_.value.code not in (0, None)
+    assert "flex-nano-vllm[serve]" in str(exit_.value.code) + capsys.readouterr().err
+
+
+def test_bench_measures_whole_answers_and_streams_beside_the_engine(monkeypatch):
+    @contextmanager
+    def local_server(*arguments):
+        with serving(new_engine(max_seq_length=512)) as server:
+            yield server.port
+
+    monkeypatch.setattr(bench, "server", local_server)
+    monkeypatch.setattr(bench, "PROMPT_LENS", (2, 5))
+    monkeypatch.setattr(bench, "OUTPUT_LENS", (2, 4))
+    monkeypatch.setattr(bench.Inference, "from_pretrained", lambda model, **options: new_engine())
+    console = Console(record=True, width=120)
+    results = bench.bench(MODEL, num_requests=5, num_clients=3, repeats=2, console=console)
+    json.dumps(results)
+    assert {name: len(runs) for name, runs in results["runs"].items()} == {
+        "offline": 2,
+        "server": 2,
+        "server, streams": 2,
+    }
+    by_kind = [runs[0] for runs in results["runs"].values()]
+    assert len({(run["num_requests"], run["prompt_tokens"], run["output_tokens"]) for run in by_kind}) == 1
+    assert results["runs"]["server, streams"][0]["ttft_p50_ms"] > 0
+    assert "of offline" in console.export_text()
+
+
+def test_bench_does_not_take_an_error_for_an_answer(monkeypatch):
+    @contextmanager
+    def local_server(*arguments):
+        with serving(new_engine(max_seq_length=64)) as server:
+            yield server.port
+
+    monkeypatch.setattr(bench, "server", local_server)
+    monkeypatch.setattr(bench.Inference, "from_pretrained", lambda model, **options: new_engine(max_seq_length=512, n_pages=129))
+    with pytest.raises(RuntimeError, match="the server answered.*400"):
+        bench.bench(MODEL, num_requests=1, num_clients=1, repeats=1, console=Console(quiet=True))
