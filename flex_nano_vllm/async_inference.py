@@ -30,7 +30,7 @@ from flex_nano_vllm.chat import chat_token_ids
 from flex_nano_vllm.inference import Inference
 from flex_nano_vllm.intake import Prompt
 from flex_nano_vllm.outputs import CompletionDelta, RequestOutput
-from flex_nano_vllm.runner import let_thread_use_cuda_graphs
+from flex_nano_vllm.runner import let_thread_use_cuda_graphs, release_openmp_threads
 from flex_nano_vllm.sampling_params import SamplingParams
 from flex_nano_vllm.sequence import Sequence
 
@@ -157,7 +157,7 @@ class AsyncInference:
             the processor from the steps. The first and the last one do not wait.
     """
 
-    def __init__(self, engine: Inference, max_waiting: int = 1024, stream_interval: float = 0.02):
+    def __init__(self, engine: Inference, max_waiting: int = 1024, stream_interval: float = 0.04):
         if engine.has_unfinished_requests():
             raise ValueError("the engine has unfinished requests: finish or abort them first")
         self.engine, self.max_waiting, self.stream_interval = engine, max_waiting, stream_interval
@@ -167,6 +167,8 @@ class AsyncInference:
         self._num_pending = 0  # requests taken and not yet with the engine
         self._wake = threading.Condition()
         self._is_closing = self._is_closed = False
+        if engine.model.device.type == "cpu":
+            release_openmp_threads()
         self._thread = threading.Thread(target=self._run, name="flex-nano-vllm engine", daemon=True)
         self._thread.start()
 

@@ -79,17 +79,19 @@ def choose(
     scaled = logits.double() / torch.where(temperature > 0, temperature, 1.0)[:, None]
     least = scaled.amax(dim=-1, keepdim=True) + min_p.log()[:, None]
     scaled = torch.where(scaled < least, -torch.inf, scaled)
+    # Whoever is as likely as the last one stays too, here and below.
     if width > 0:
         ranked = scaled.topk(width).values  # [S, width]
         least = ranked.gather(1, top_k.clamp(1, width).long()[:, None] - 1)
-        # Whoever is as likely as the last one stays too, here and below.
         scaled = torch.where((top_k > 0)[:, None] & (scaled < least), -torch.inf, scaled)
-        probability = (ranked - scaled.logsumexp(dim=-1, keepdim=True)).exp()  # of what top_k has left
+    weight = (scaled - scaled.amax(dim=-1, keepdim=True)).exp()  # [S, V]
+    if width > 0:
+        probability = (ranked - ranked[:, :1]).exp() / weight.sum(dim=-1, keepdim=True)  # of what top_k has left
         before = probability.cumsum(dim=-1) - probability
         least = torch.where(before < top_p[:, None], ranked, torch.inf).amin(dim=-1, keepdim=True)
-        scaled = torch.where((top_p < 1)[:, None] & (scaled < least), -torch.inf, scaled)
-    cumulative = scaled.softmax(dim=-1).cumsum(dim=-1)  # [S, V]
-    exceeded = level[:, None] * cumulative[:, -1:]  # the last entry is 1 up to rounding
+        weight = torch.where((top_p < 1)[:, None] & (scaled < least), 0, weight)
+    cumulative = weight.cumsum(dim=-1)  # [S, V]
+    exceeded = level[:, None] * cumulative[:, -1:]
     drawn = torch.searchsorted(cumulative, exceeded, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
     return torch.where(highest.isfinite(), torch.where(temperature > 0, drawn, likeliest), NOT_FINITE)
 

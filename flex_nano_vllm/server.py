@@ -43,6 +43,7 @@ PUBLIC_PATHS = {"/", "/health"}
 PAGE = (Path(__file__).parent / "page.html").read_text()
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 MAX_SHOWN_PAGES, MAX_SHOWN_REQUESTS = 4096, 64
+MAX_MESSAGE_LEN = 400  # of an error: some name what is wrong, and that may be long
 ERRORS = {status: {"model": protocol.ErrorResponse} for status in (400, 401, 404, 413, 429, 500, 503)}
 
 
@@ -58,7 +59,7 @@ class APIError(Exception):
     """An error in OpenAI's shape."""
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None):
-        super().__init__(message)
+        super().__init__(message if len(message) <= MAX_MESSAGE_LEN else f"{message[:MAX_MESSAGE_LEN]}…")
         self.status, self.code, self.param = status, code, param
 
     @property
@@ -468,6 +469,8 @@ def create_app(
         model_name: what requests must call the model.
         api_key: None lets everybody in.
     """
+    if api_key == "":  # the variable of an environment that was meant to hold one
+        raise ValueError("the API key is empty: give one, or none at all")
     api = API(shared, model_name)
 
     @asynccontextmanager
@@ -484,11 +487,14 @@ def create_app(
     async def on_invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         location = [str(part) for part in first["loc"] if part != "body"]
+        param = location[0] if location and first["type"] != "json_invalid" else None  # else it is a place in the text
         where = f"{'.'.join(location)}: " if location else ""
-        return APIError(400, f"{where}{first['msg']}", param=location[0] if location else None).response()
+        return APIError(400, where + first["msg"].removeprefix("Value error, "), param=param).response()
 
     async def on_http_error(request: Request, error: HTTPException) -> Response:
-        return APIError(error.status_code, error.detail).response()
+        response = APIError(error.status_code, error.detail).response()
+        response.headers.update(error.headers or {})  # Allow
+        return response
 
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http_error)
@@ -496,13 +502,14 @@ def create_app(
         app.add_exception_handler(kind, on_error)
     app.add_exception_handler(Exception, on_error)
 
-    app.post("/v1/completions")(api.completions)
-    app.post("/v1/chat/completions")(api.chat_completions)
+    streamed, text = ({200: {"content": {kind: {}}}} for kind in ("text/event-stream", "text/plain"))
+    app.post("/v1/completions", responses=streamed)(api.completions)
+    app.post("/v1/chat/completions", responses=streamed)(api.chat_completions)
     app.get("/v1/models")(api.models)
     app.post("/tokenize")(api.tokenize)
     app.post("/detokenize")(api.detokenize)
     app.get("/health")(api.health)
-    app.get("/metrics")(api.prometheus)
+    app.get("/metrics", response_class=Response, responses=text)(api.prometheus)
     app.get("/version")(api.version)
     app.get("/state")(api.state)
     app.get("/", include_in_schema=False)(api.page)

@@ -6,7 +6,7 @@ import json
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import uvicorn
@@ -134,16 +134,12 @@ class Served:
     def raw(self, request: bytes) -> bytes:
         """What comes back to bytes that may be no HTTP at all."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as connection:
-            try:
-                connection.sendall(request)
-            except (BrokenPipeError, ConnectionResetError):
-                pass  # refused before all of it was read
             parts = []
-            try:
+            with suppress(BrokenPipeError, ConnectionResetError):  # refused before all of it was read
+                connection.sendall(request)
+            with suppress(ConnectionResetError):
                 while part := connection.recv(65536):
                     parts.append(part)
-            except ConnectionResetError:
-                pass
             return b"".join(parts)
 
     def between_steps(self, function: Callable[[], Any]) -> Any:
@@ -157,7 +153,11 @@ class Served:
 
 @contextmanager
 def serving(
-    engine: Inference, api_key: str | None = None, limits: Limits | None = None, max_waiting: int = 1024
+    engine: Inference,
+    api_key: str | None = None,
+    limits: Limits | None = None,
+    max_waiting: int = 1024,
+    send_buffer: int | None = None,
 ) -> Iterator[Served]:
     """Serve an engine as `python -m flex_nano_vllm.server` does, on a free port."""
     shared = AsyncInference(engine, max_waiting, stream_interval=0)
@@ -173,6 +173,8 @@ def serving(
     )
     server = uvicorn.Server(config)
     listener = socket.create_server(("127.0.0.1", 0))  # whoever connects before the thread is up waits in the queue
+    if send_buffer is not None:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     thread = threading.Thread(target=server.run, kwargs=dict(sockets=[listener]), daemon=True)
     thread.start()
     try:

@@ -109,6 +109,7 @@ def test_bench_does_not_take_an_error_for_an_answer(monkeypatch):
             yield server.port
 
     monkeypatch.setattr(bench, "server", local_server)
-    monkeypatch.setattr(bench.Inference, "from_pretrained", lambda model, **options: new_engine(max_seq_length=512, n_pages=129))
-    with pytest.raises(RuntimeError, match="the server answered.*400"):
+    roomy = dict(max_seq_length=512, n_pages=129)
+    monkeypatch.setattr(bench.Inference, "from_pretrained", lambda model, **options: new_engine(**roomy))
+    with pytest.raises(RuntimeError, match=r"the server answered[\s\S]*400"):
         bench.bench(MODEL, num_requests=1, num_clients=1, repeats=1, console=Console(quiet=True))

@@ -1,6 +1,5 @@
 """Logits to tokens, against sums in plain Python."""
 
-import itertools
 import math
 import random
 from collections import Counter
@@ -8,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from engines import inverse_cdf
+from engines import inverse_cdf, token_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -141,44 +140,6 @@ def bits_of(token_ids, vocabulary, beyond=0):
     return np.array(words, dtype=np.uint32).view(np.int32)
 
 
-def oracle(logits, draw, changes, allowed, is_double):
-    """The token of one row, in the order that `SamplingParams` states. None where rounding decides."""
-    if any(math.isnan(logit) or logit == math.inf for logit in logits):
-        return NOT_FINITE
-    logits = [logit if allowed is None or i in allowed else -math.inf for i, logit in enumerate(logits)]
-    for i, (bias, divisor, penalty) in changes.items():
-        logit = logits[i] + bias
-        logit = (logit / divisor if logit > 0 else logit * divisor) - penalty
-        logits[i] = logit if is_double else float(np.float32(logit))
-    highest = max(logits)
-    if highest == -math.inf:
-        return NOT_FINITE
-    if draw.temperature == 0:
-        return logits.index(highest)
-    scaled = [logit / draw.temperature for logit in logits]
-    weights = {i: math.exp(s - max(scaled)) for i, s in enumerate(scaled) if s > -math.inf}
-    margins = [abs(weight - draw.min_p) for weight in weights.values() if draw.min_p > 0 and weight < 1]
-    weights = {i: weight for i, weight in weights.items() if weight >= draw.min_p}
-    if draw.top_k > 0:
-        last = sorted((scaled[i] for i in weights), reverse=True)[: draw.top_k][-1]
-        weights = {i: weight for i, weight in weights.items() if scaled[i] >= last}
-    if draw.top_p < 1:
-        before, total, last = 0.0, math.fsum(weights.values()), math.inf
-        for i in sorted(weights, key=lambda i: -scaled[i]):
-            if before == 0 or scaled[i] < last:  # not one of several that are as likely
-                margins += [abs(before / total - draw.top_p)] * (before > 0)
-                if before / total >= draw.top_p:
-                    break
-            last = scaled[i]
-            before += weights[i]
-        weights = {i: weight for i, weight in weights.items() if scaled[i] >= last}
-    sums = list(itertools.accumulate(weights.values()))
-    margins += [abs(s / sums[-1] - draw.level) for s in sums[:-1]]
-    if min(margins, default=1) < 1e-9:
-        return None
-    return next(i for i, s in zip(weights, sums) if s > draw.level * sums[-1])
-
-
 def random_row(rng, vocabulary, some=0.5):
     """(logits, a draw without its arrays, changes, allowed): each parameter is in use with the odds of `some`."""
     grid = rng.choice([1, 4, 1e9])  # coarse: many are equally likely
@@ -211,7 +172,7 @@ def sampled(rows, dtype, beyond=0):
         draws.append(Draw(**{**vars(draw), "edits": edits, "allowed": bits}))
     tokens = sample_tokens(logits, draws).tolist()
     rounded = logits.double().tolist()
-    return tokens, [oracle(numbers, *row[1:], dtype == torch.float64) for numbers, row in zip(rounded, rows)]
+    return tokens, [token_of(numbers, *row[1:], dtype == torch.float64) for numbers, row in zip(rounded, rows)]
 
 
 @DTYPES
@@ -331,7 +292,7 @@ def test_a_row_that_is_not_finite_stays_so_under_a_mask_and_edits(dtype, tempera
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_where_everything_is_banned_there_is_no_token(temperature):
-    ban = edits_of({i: (-math.inf, 1.0, 0.0) for i in (1, 3)})
+    ban = edits_of(dict.fromkeys([1, 3], (-math.inf, 1.0, 0.0)))
     nothing, odd = bits_of(set(), 5), bits_of({1, 3}, 5)
     options = [dict(allowed=nothing), dict(allowed=odd, edits=ban), dict(edits=ban), dict(allowed=odd)]
     tokens = sample_tokens(torch.zeros(4, 5), [Draw(temperature=temperature, level=0.1, **o) for o in options])

@@ -1,0 +1,312 @@
+"""Token ids to text as they come, against the text of all of them; stop texts, against a search at each character."""
+
+import itertools
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from flex_nano_vllm.answers import token_text
+from flex_nano_vllm.detokenizer import Detokenizer, StopMatcher, decode
+from flex_nano_vllm.loading import EMBEDDED_MODELS
+from flex_nano_vllm.random_models import byte_tokenizer
+
+SPECIAL = ["<unk>", "<s>", "</s>"]
+BYTES = [f"<0x{i:02X}>" for i in range(256)]
+PIECES = ["▁", "▁▁", "▁the", "a", "b", "ab", "aab", "é", "END", "E", "ND", "你", "�", "▁END"]
+
+
+def fast(model, decoder):
+    tokenizer = Tokenizer(model)
+    if decoder is not None:
+        tokenizer.decoder = decoder
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def with_byte_fallback(*last):
+    """Bytes are tokens of their own beside pieces, as Llama's and Gemma's tokenizers have them."""
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *BYTES, *PIECES])}
+    model = models.BPE(vocabulary, merges=[], byte_fallback=True, unk_token="<unk>")
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *last]
+    return fast(model, decoders.Sequence(steps))
+
+
+def word_pieces():
+    words = [*SPECIAL, "hello", "##ing", "##s", "world", ",", "do", "n't", "'s", "##é", "##", "a", "b"]
+    return fast(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="<unk>"), decoders.WordPiece())
+
+
+def whole_words():
+    words = {word: i for i, word in enumerate([*SPECIAL, "hello", "world"])}
+    return fast(models.WordLevel(words, unk_token="<unk>"), None)
+
+
+TOKENIZERS = {
+    "bytes": byte_tokenizer(),
+    "tiny-gemma2": AutoTokenizer.from_pretrained(EMBEDDED_MODELS["tiny-gemma2"]),
+    "llama": with_byte_fallback(decoders.Strip(" ", 1, 0)),
+    "gemma": with_byte_fallback(),
+    "word pieces": word_pieces(),
+    "whole words": whole_words(),
+}
+IS_BYTES = TOKENIZERS["bytes"]
+
+
+def follow(tokenizer, token_ids, **options):
+    """(the detokenizer in the end, what is shown after each token, the number of tokens that were taken)"""
+    text = Detokenizer(tokenizer, **options)
+    shown = []
+    for end in range(1, len(token_ids) + 1):
+        has_stopped = text.update(token_ids[:end], is_complete=end == len(token_ids))
+        assert has_stopped == (text.stop_reason is not None)
+        shown.append(text.text[: text.num_shown])
+        if has_stopped:
+            return text, shown, end
+    return text, shown, len(token_ids)
+
+
+def check_growth(shown, final):
+    """Nobody has to take back what was shown."""
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(shown))
+    assert shown[-1] == final
+
+
+def of_valid_text(tokenizer, rng):
+    """Tokens of a text of many kinds of characters, each of them cut into its bytes where that is possible."""
+    chars = [rng.choice("aé你😀 \n▁bEND�\u0301") for _ in range(rng.randint(1, 12))]
+    vocabulary, token_ids = tokenizer.get_vocab(), []
+    for char in chars:
+        if rng.random() < 0.5 and char in vocabulary:
+            token_ids.append(vocabulary[char])
+        elif "<0x00>" in vocabulary:
+            token_ids += [vocabulary[f"<0x{byte:02X}>"] for byte in char.encode()]
+        else:
+            token_ids += tokenizer(char, add_special_tokens=False).input_ids
+    return token_ids
+
+
+@pytest.mark.parametrize("skip_special_tokens", [True, False])
+@pytest.mark.parametrize("name", ["bytes", "tiny-gemma2", "word pieces", "whole words"])
+def test_the_pieces_of_any_tokens_are_the_text_of_all(name, skip_special_tokens):
+    """Characters that never end, special tokens, ids beyond the vocabulary. A sign for a missing character is shown
+    only where the text has one in the end: what is shown is always its beginning."""
+    tokenizer = TOKENIZERS[name]
+    rng = random.Random(name)
+    for _ in range(500):
+        token_ids = rng.choices(range(len(tokenizer) + 3), k=rng.randint(1, 14))
+        text, shown, _ = follow(tokenizer, token_ids, skip_special_tokens=skip_special_tokens)
+        assert text.text == decode(tokenizer, token_ids, skip_special_tokens)
+        check_growth(shown, text.text)
+
+
+@pytest.mark.parametrize("skip_special_tokens", [True, False])
+@pytest.mark.parametrize("name", list(TOKENIZERS))
+def test_the_pieces_of_a_valid_text_are_the_text(name, skip_special_tokens):
+    tokenizer = TOKENIZERS[name]
+    rng = random.Random(name)
+    for _ in range(300):
+        token_ids = of_valid_text(tokenizer, rng)
+        if rng.random() < 0.5:
+            token_ids.append(tokenizer.eos_token_id)
+        text, shown, _ = follow(tokenizer, token_ids, skip_special_tokens=skip_special_tokens)
+        assert text.text == decode(tokenizer, token_ids, skip_special_tokens)
+        check_growth(shown, text.text)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+@pytest.mark.parametrize("skip_special_tokens", [True, False])
+def test_bytes_that_turn_out_to_be_no_text_take_back_nothing_and_lose_nothing(name, skip_special_tokens):
+    """These decoders make errors of all bytes in a row if they are no text, even of the letters among them."""
+    tokenizer = TOKENIZERS[name]
+    rng = random.Random(name)
+    odd = [*(tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in b"\nA\xe2\xff\xe4\xbd\xa0"), 1, 2, 9999]
+    odd += tokenizer.convert_tokens_to_ids(["a", "▁the", "▁"])
+    num_contradictions = 0
+    for _ in range(1000):
+        token_ids = rng.choices(odd, k=rng.randint(1, 14))
+        text, shown, _ = follow(tokenizer, token_ids, skip_special_tokens=skip_special_tokens)
+        whole = decode(tokenizer, token_ids, skip_special_tokens)
+        check_growth(shown, text.text)
+        num_contradictions += text.text != whole
+        pieces = ["a", " the", "<s>", "</s>"]
+        assert [text.text.count(piece) for piece in pieces] == [whole.count(piece) for piece in pieces]
+    assert num_contradictions > 50
+
+
+def test_a_newline_byte_before_half_a_character_stays_a_newline():
+    tokenizer = TOKENIZERS["llama"]
+    tokens = ["▁the", "<0x0A>", "<0xE2>", "▁the", "▁END", "<0xE4>", "<0xBD>", "<0xA0>"]
+    _, shown, _ = follow(tokenizer, tokenizer.convert_tokens_to_ids(tokens))
+    new = [later.removeprefix(earlier) for earlier, later in zip(["", *shown], shown)]
+    assert new == ["the", "\n", "", "� the", " END", "", "", "你"]
+
+
+def test_a_text_that_ends_in_the_middle_of_a_character_shows_that_in_the_end_only():
+    token_ids = IS_BYTES("añ", add_special_tokens=False).input_ids
+    text, shown, _ = follow(IS_BYTES, token_ids[:2])
+    assert shown == ["a", "a�"] and text.num_shown == 2
+
+
+def test_the_end_can_come_without_a_token_and_more_than_once():
+    text = Detokenizer(IS_BYTES, stops=("bc",))
+    token_ids = IS_BYTES("ab", add_special_tokens=False).input_ids
+    assert not text.update(token_ids) and text.text[: text.num_shown] == "a"
+    for _ in range(2):
+        assert not text.update(token_ids, is_complete=True) and text.text[: text.num_shown] == "ab"
+
+
+def test_the_end_can_come_before_the_first_token():
+    text = Detokenizer(IS_BYTES, stops=("b",))
+    assert not text.update([], is_complete=True) and (text.text, text.num_shown) == ("", 0)
+
+
+def test_several_tokens_at_once_are_the_same_as_one_by_one():
+    token_ids = IS_BYTES("x y 你 END z", add_special_tokens=False).input_ids
+    text = Detokenizer(IS_BYTES, stops=("END",))
+    assert text.update(token_ids) and (text.text, text.stop_reason) == ("x y 你 ", "END")
+
+
+def test_silent_tokens_have_no_text_whether_special_or_not():
+    token_ids = IS_BYTES("ab", add_special_tokens=False).input_ids
+    text, *_ = follow(IS_BYTES, [*token_ids, 1], silent=frozenset([1, token_ids[1]]), skip_special_tokens=False)
+    assert text.text == "a"
+    text, *_ = follow(IS_BYTES, [*token_ids, 1], skip_special_tokens=False)
+    assert text.text == "ab<eos>"
+
+
+def test_spaces_are_left_where_the_tokenizer_would_clean_them_up():
+    tokenizer = byte_tokenizer()
+    tokenizer.clean_up_tokenization_spaces = True
+    token_ids = tokenizer("x [ 1 , 2 ] . y", add_special_tokens=False).input_ids
+    text, *_ = follow(tokenizer, token_ids)
+    assert text.text == decode(tokenizer, token_ids, True) == "x [ 1 , 2 ] . y"
+
+
+def test_a_slow_tokenizer_is_refused():
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(ValueError, match="fast tokenizer, not a Slow"):
+        Detokenizer(Slow())
+
+
+# --- stop texts --------------------------------------------------------------------------------------------------
+
+
+def first_stop(pieces, stops, min_tokens):
+    """The oracle: (where the output ends, the stop text, the number of tokens), the earliest end of any stop text that
+    ends with a token after the first `min_tokens`; of several the longest."""
+    text = ""
+    for num_tokens, piece in enumerate(pieces, start=1):
+        for char in piece:
+            text += char
+            met = [stop for stop in stops if text.endswith(stop)]
+            if met and num_tokens > min_tokens:
+                return text, max(met, key=len), num_tokens
+    return text, None, len(pieces)
+
+
+def check_stops(tokenizer, token_ids, stops, include_stop, min_tokens, pieces=None):
+    if pieces is None:  # of a decoder without stop texts
+        _, shown, _ = follow(tokenizer, token_ids)
+        pieces = [later[len(earlier) :] for earlier, later in zip(["", *shown], shown)]
+    reached, stop, num_tokens = first_stop(pieces, stops, min_tokens)
+    text, shown, num_taken = follow(tokenizer, token_ids, stops=stops, include_stop=include_stop, min_tokens=min_tokens)
+    wanted = reached if stop is None or include_stop else reached[: -len(stop)]
+    assert (text.text, text.stop_reason, num_taken) == (wanted, stop, num_tokens)
+    check_growth(shown, text.text)
+    # No more is held back than may become a stop text.
+    for num_tokens, piece in enumerate(shown[:-1], start=1):
+        come = "".join(pieces[:num_tokens])
+        assert any(stop.startswith(come[len(piece) :]) for stop in stops) or piece == come
+
+
+texts = st.text("aab你", min_size=1, max_size=4)
+
+
+@settings(max_examples=500, deadline=None, database=None)
+@given(
+    text=st.text("aab你c", min_size=1, max_size=20),
+    stops=st.lists(texts, min_size=1, max_size=4).map(tuple),
+    include_stop=st.booleans(),
+    min_tokens=st.just(0) | st.integers(0, 12),
+)
+def test_the_output_ends_before_the_first_stop_text(text, stops, include_stop, min_tokens):
+    """Overlapping ones, one a prefix of another, at the first character, several at the same one, cut into bytes."""
+    pieces = [piece for char in text for piece in [*[""] * (len(char.encode()) - 1), char]]
+    token_ids = IS_BYTES(text, add_special_tokens=False).input_ids
+    check_stops(IS_BYTES, token_ids, stops, include_stop, min_tokens, pieces)
+
+
+@pytest.mark.parametrize("name", ["bytes", "tiny-gemma2", "llama", "word pieces"])
+def test_stop_texts_begin_and_end_in_the_middle_of_tokens_of_any_kind(name):
+    """They are cut out of the text itself, and may hold signs of missing characters."""
+    tokenizer = TOKENIZERS[name]
+    rng = random.Random(name)
+    num_stopped = 0
+    for _ in range(400):
+        token_ids = rng.choices(range(len(tokenizer) + 2), k=rng.randint(1, 12))
+        whole = follow(tokenizer, token_ids)[0].text
+        places = [rng.randrange(len(whole)) for _ in range(2)] if whole else []
+        stops = (*(whole[place : place + rng.randint(1, 4)] for place in places), "never", "ing")
+        check_stops(tokenizer, token_ids, stops, rng.random() < 0.5, rng.choice([0, 0, 3]))
+        num_stopped += follow(tokenizer, token_ids, stops=stops)[0].stop_reason is not None
+    assert num_stopped > 150
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "left", "reason"),
+    [
+        ("aaab", ("aab",), "a", "aab"),
+        ("ENENDx", ("END",), "EN", "END"),
+        ("abc", ("abcd", "b"), "a", "b"),
+        ("abcd", ("abcd", "bcd", "cd"), "", "abcd"),
+        ("abc", ("ab", "abc"), "", "ab"),
+        ("a\nb", ("\n",), "a", "\n"),
+        ("x😀y", ("😀",), "x", "😀"),
+    ],
+)
+def test_which_stop_text_counts(text, stops, left, reason):
+    result, *_ = follow(IS_BYTES, IS_BYTES(text, add_special_tokens=False).input_ids, stops=stops)
+    assert (result.text, result.stop_reason) == (left, reason)
+
+
+def test_a_stop_text_may_end_with_the_sign_of_half_a_character():
+    token_ids = IS_BYTES("añ", add_special_tokens=False).input_ids[:2]
+    text, shown, _ = follow(IS_BYTES, token_ids, stops=("a�",))
+    assert (shown, text.stop_reason) == (["", ""], "a�")
+
+
+@settings(max_examples=500, deadline=None, database=None)
+@given(st.text("ab", min_size=1, max_size=8), st.text("ab", max_size=40))
+def test_a_matcher_knows_the_longest_beginning_of_the_stop_text_that_has_come(stop, text):
+    matcher = StopMatcher(stop)
+    for end, char in enumerate(text, start=1):
+        longest = max(n for n in range(len(stop) + 1) if text[:end].endswith(stop[:n]))
+        assert matcher.feed(char) == (longest == len(stop))
+        assert matcher.num_matched == longest
+
+
+# --- names of single tokens --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_a_token_is_called_by_its_text_with_all_of_its_spaces(name):
+    tokenizer = TOKENIZERS[name]
+    names = {token: token_text(tokenizer.convert_tokens_to_ids(token), tokenizer) for token in PIECES}
+    assert names == {token: token.replace("▁", " ") for token in PIECES}
+
+
+def test_a_token_that_is_part_of_a_character_is_called_by_its_name():
+    token_ids = IS_BYTES("ñ", add_special_tokens=False).input_ids
+    assert [token_text(token_id, IS_BYTES) for token_id in token_ids] == ["Ã", "±"]
+    llama = TOKENIZERS["llama"]
+    assert token_text(llama.convert_tokens_to_ids("<0xE2>"), llama) == "<0xE2>"
+
+
+def test_special_tokens_have_names_and_tokens_beyond_the_vocabulary_have_none():
+    assert [token_text(token_id, IS_BYTES) for token_id in (1, len(IS_BYTES), 10**6)] == ["<eos>", "", ""]
+    assert token_text(5, None) is None
