@@ -1,11 +1,12 @@
 """What users see of sequences: texts, log-probabilities, what is new since they last looked. Knows nothing of steps."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from flex_nano_vllm.detokenizer import decode
+from flex_nano_vllm.detokenizer import decode, whole_text
 from flex_nano_vllm.outputs import CompletionDelta, CompletionOutput, Logprob, RequestOutput
 from flex_nano_vllm.sequence import Rating, Sequence
 
@@ -37,8 +38,8 @@ def _completion(index: int, sequence: Sequence, tokenizer: PreTrainedTokenizerBa
     if sequence.text is not None:
         text = sequence.text.text[: sequence.text.num_shown]
     elif tokenizer is not None:
-        is_silent = not params.include_stop_str_in_output and token_ids and token_ids[-1] in sequence.stop_token_ids
-        text = decode(tokenizer, token_ids[:-1] if is_silent else token_ids, params.skip_special_tokens)
+        silent = frozenset() if params.include_stop_str_in_output else sequence.stop_token_ids
+        text = whole_text(tokenizer, token_ids, silent, params.skip_special_tokens)
     else:
         text = None
     return CompletionOutput(
@@ -70,7 +71,7 @@ def token_text(token_id: int, tokenizer: PreTrainedTokenizerBase | None) -> str 
     name = tokenizer.convert_ids_to_tokens(token_id)
     if name is None:  # beyond the tokenizer's vocabulary, in the padding of the model's
         return ""
-    if "\ufffd" in text:
+    if "\ufffd" in text or re.fullmatch("<0x[0-9A-F]{2}>", name):
         return name
     # Some decoders take one space from the first token of a text.
     spaces = " " * (len(name) - len(name.lstrip("▁")))

@@ -26,7 +26,6 @@ from typing import Any
 import torch
 
 from flex_nano_vllm.answers import Reader, request_output
-from flex_nano_vllm.chat import chat_token_ids
 from flex_nano_vllm.inference import Inference
 from flex_nano_vllm.intake import Prompt
 from flex_nano_vllm.outputs import CompletionDelta, RequestOutput
@@ -199,13 +198,7 @@ class AsyncInference:
 
     async def chat_prompt(self, messages: list[dict]) -> list[int]:
         """The tokens of a conversation."""
-        intake = self.engine.intake
-
-        def tokenize() -> list[int]:
-            with intake.lock:
-                return chat_token_ids(intake.tokenizer, messages)
-
-        return await asyncio.to_thread(tokenize)
+        return await asyncio.to_thread(self.engine.intake.chat_prompt, messages)
 
     async def warmup(self) -> None:
         """`Inference.warmup`, in the thread that needs it."""

@@ -88,7 +88,7 @@ class Detokenizer:
         whether a stop text has been met; what comes after it has no text."""
         while self._num_tokens < len(token_ids) and self.stop_reason is None:
             self._num_tokens += 1
-            self._take(self._step(token_ids[: self._num_tokens]))
+            self._take(self._step(token_ids))
         if is_complete and not self._is_complete and self.stop_reason is None:
             # A character that has not come to its end: the decoder's signs for what is missing.
             whole = self._decode(token_ids)
@@ -98,8 +98,8 @@ class Detokenizer:
         return self.stop_reason is not None
 
     def _step(self, token_ids: list[int]) -> str:
-        """The characters that are complete with the last token."""
-        latest = token_ids[-1]
+        """The characters that are complete with the latest token."""
+        latest = token_ids[self._num_tokens - 1]
         if latest in self.silent:
             return ""
         try:
@@ -110,10 +110,10 @@ class Detokenizer:
             # Where single bytes are tokens (Llama, Gemma), and those in a row are no text, all of them are decoded as
             # errors, even the letters among them. What was shown stays.
             self._stream = DecodeStream(ids=[latest], skip_special_tokens=self.skip_special_tokens)
-            new = self._decode(token_ids[self._num_decoded :])
+            new = self._decode(token_ids[self._num_decoded : self._num_tokens])
         if new is None:
             return ""
-        self._num_decoded = len(token_ids)
+        self._num_decoded = self._num_tokens
         return new
 
     def _decode(self, token_ids: list[int]) -> str:
@@ -137,3 +137,15 @@ class Detokenizer:
         if self._is_complete or self.stop_reason is not None:
             return len(self.text)
         return len(self.text) - max((matcher.num_matched for matcher in self._matchers), default=0)
+
+
+def whole_text(
+    tokenizer: PreTrainedTokenizerBase, token_ids: list[int], silent: frozenset[int], skip_special_tokens: bool
+) -> str:
+    """The text that a `Detokenizer` would have shown of the tokens, which costs less if nobody has followed them."""
+    text = decode(tokenizer, [token_id for token_id in token_ids if token_id not in silent], skip_special_tokens)
+    if "\ufffd" in text and tokenizer.is_fast:  # decoded one by one, bytes that are no text may make other signs
+        detokenizer = Detokenizer(tokenizer, silent, skip_special_tokens)
+        detokenizer.update(token_ids, is_complete=True)
+        return detokenizer.text
+    return text

@@ -17,7 +17,6 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flex_nano_vllm.answers import Reader, request_output
-from flex_nano_vllm.chat import chat_token_ids
 from flex_nano_vllm.geometry import Geometry, cdiv
 from flex_nano_vllm.intake import Intake, Prompt
 from flex_nano_vllm.kv_manager import KVManager
@@ -261,7 +260,7 @@ class Inference:
         self, messages: list[dict], sampling_params: SamplingParams | None = None, cache_salt: str | None = None
     ) -> Iterator[CompletionDelta]:
         """Answer one conversation, as `stream` does a prompt."""
-        return self.stream(chat_token_ids(self.tokenizer, messages), sampling_params, cache_salt)
+        return self.stream(self.intake.chat_prompt(messages), sampling_params, cache_salt)
 
     def chat(
         self,
@@ -279,7 +278,7 @@ class Inference:
         """
         is_list = isinstance(messages, list | tuple)
         conversations = messages if is_list and messages and isinstance(messages[0], list | tuple) else [messages]
-        prompts = [chat_token_ids(self.tokenizer, conversation) for conversation in conversations]
+        prompts = [self.intake.chat_prompt(conversation) for conversation in conversations]
         return self.generate(prompts, sampling_params, use_tqdm, cache_salt)
 
     def add_request(
@@ -380,7 +379,7 @@ class Inference:
             except Exception:
                 logger.exception("request %s: its text cannot be decoded", sequence.request_id)
                 reason = "error"
-            if reason is not None:
+            if reason == "error" or (reason == "stop" and sequence.finish_reason in (None, "length")):
                 if not is_last:
                     self.scheduler.finish(sequence, reason)
                     ended.append(sequence)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from flex_nano_vllm.chat import chat_token_ids
 from flex_nano_vllm.detokenizer import Detokenizer, decode
 from flex_nano_vllm.geometry import Geometry, cdiv
 from flex_nano_vllm.grammar import Grammar, GrammarCompiler
@@ -133,6 +134,11 @@ class Intake:
         """The tokens that a prompt of this text has."""
         with self.lock:
             return self.token_ids(text, "prompt")
+
+    def chat_prompt(self, messages: list[dict]) -> list[int]:
+        """The tokens of a conversation, see `chat_token_ids`."""
+        with self.lock:  # among other things, to split control tokens is a switch of the tokenizer
+            return chat_token_ids(self.tokenizer, messages)
 
     def detokenize(self, token_ids: list[int]) -> str:
         """The text of tokens, control tokens included."""
