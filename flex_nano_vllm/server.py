@@ -9,7 +9,6 @@ the API key if there is one, and no answer holds what a request or a file held.
 import asyncio
 import hashlib
 import hmac
-import importlib.metadata
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
@@ -29,7 +28,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from flex_nano_vllm import protocol
+from flex_nano_vllm import __version__, protocol
 from flex_nano_vllm.answers import token_text
 from flex_nano_vllm.async_inference import Answers, AsyncInference, EngineBusy, EngineClosing, EngineDead, EngineError
 from flex_nano_vllm.inference import Inference
@@ -298,7 +297,7 @@ class API:
         return JSONResponse({"status": "ok"})
 
     async def version(self) -> dict:
-        return {"version": importlib.metadata.version("flex-nano-vllm")}
+        return {"version": __version__}
 
     async def prometheus(self) -> Response:
         return Response(generate_latest(self.metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")

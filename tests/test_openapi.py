@@ -1,0 +1,115 @@
+"""The server's description of itself is valid, and whatever fits it, or does not, is answered as it says."""
+
+import json
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.strategies import one_of
+from schemathesis import GenerationMode
+from schemathesis.checks import (
+    allow_header_conformance,
+    content_type_conformance,
+    not_a_server_error,
+    response_schema_conformance,
+    status_code_conformance,
+    unsupported_method,
+)
+from serving import MODEL, new_engine, serving
+
+ABSENT = """tools tool_choice functions function_call modalities audio prediction web_search_options reasoning_effort
+    chat_template chat_template_kwargs best_of suffix""".split()
+OPERATIONS = {
+    *[("post", path) for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")],
+    *[("get", path) for path in ("/v1/models", "/health", "/metrics", "/version", "/state")],
+}
+# What nobody would guess.
+FIELDS = {
+    "/v1/completions": dict(model=MODEL, prompt="a", logit_bias=None) | dict.fromkeys(ABSENT),
+    "/v1/chat/completions": dict(model=MODEL, messages=[{"role": "user", "content": "a"}], logit_bias=None)
+    | dict.fromkeys(ABSENT),
+    "/tokenize": dict(model=MODEL),
+    "/detokenize": dict(model=MODEL),
+}
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+    allow_header_conformance,
+    unsupported_method,
+]
+
+
+@pytest.fixture(scope="module")
+def served():
+    with new_engine(max_seq_length=16, max_batch_size=16) as engine, serving(engine) as served:
+        yield served
+        served.wait_until_idle()
+        served.between_steps(engine.check_invariants)
+        assert engine.stats().num_used_pages == 0
+
+
+@pytest.fixture(scope="module")
+def description(served):
+    status, _, body = served.ask("GET", "/openapi.json")
+    assert status == 200
+    return json.loads(body)
+
+
+@pytest.fixture(scope="module")
+def schema(served):
+    return schemathesis.openapi.from_url(f"{served.url}/openapi.json")
+
+
+def test_the_description_is_a_valid_document_of_all_that_is_offered(description, schema):
+    schema.validate()
+    offered = {(method, path) for path, methods in description["paths"].items() for method in methods}
+    assert offered == OPERATIONS
+
+
+def test_the_description_says_what_an_error_looks_like(description):
+    for path, methods in description["paths"].items():
+        for operation in methods.values():
+            for status in ("400", "401", "404", "413", "429", "500", "503"):
+                content = operation["responses"][status]["content"]["application/json"]
+                assert content["schema"]["$ref"].endswith("/ErrorResponse"), path
+
+
+def answers_as_described(operation, modes, **fields):
+    """Draw requests of an operation, with some fields given, and hold the answers against the description. Returns the
+    statuses that were met."""
+    statuses = set()
+
+    @settings(
+        max_examples=30,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(one_of([operation.as_strategy(generation_mode=mode) for mode in modes]))
+    def ask(case):
+        if isinstance(case.body, dict):
+            case.body.update(fields)
+        statuses.add(case.call_and_validate(checks=CHECKS).status_code)
+
+    ask()
+    return statuses
+
+
+@pytest.mark.parametrize("path", sorted(path for method, path in OPERATIONS if method == "get"))
+def test_what_is_asked_for_is_what_the_description_says(schema, path):
+    assert answers_as_described(schema[path]["GET"], [GenerationMode.POSITIVE]) == {200}
+
+
+@pytest.mark.parametrize("path", FIELDS)
+@pytest.mark.parametrize("mode", GenerationMode)
+def test_whatever_comes_is_answered_as_the_description_says(schema, path, mode):
+    assert answers_as_described(schema[path]["POST"], [mode]) <= {200, 400, 404}
+
+
+@pytest.mark.parametrize("path", FIELDS)
+def test_whatever_comes_with_the_right_model_and_prompt_is_answered_as_the_description_says(schema, path):
+    assert {200, 400} <= answers_as_described(schema[path]["POST"], GenerationMode, **FIELDS[path])
