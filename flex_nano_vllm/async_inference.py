@@ -63,7 +63,7 @@ class Mailbox:
     deltas: dict[int, CompletionDelta] = field(default_factory=dict)
     output: RequestOutput | None = None
     error: EngineError | None = None
-    told_at: float = -math.inf  # when deltas were put in
+    is_new: bool = True  # nothing has been put in
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -165,6 +165,7 @@ class AsyncInference:
         self._mailboxes: dict[int, Mailbox] = {}  # of the requests that the engine has; the owner thread's
         self._num_pending = 0  # requests taken and not yet with the engine
         self._wake = threading.Condition()
+        self._told_at = -math.inf  # when all streams were told what is new
         self._is_closing = self._is_closed = False
         if engine.model.device.type == "cpu":
             release_openmp_threads()
@@ -361,6 +362,9 @@ class AsyncInference:
             self.engine.check_invariants()
             return
         news, now = [], time.perf_counter()
+        # All streams at once: each time that the event loop runs, it takes a processor from the step.
+        all_are_due = now - self._told_at >= self.stream_interval
+        self._told_at = now if all_are_due else self._told_at
         for output in outputs:
             mailbox = self._mailboxes.pop(output.request_id)
             if mailbox.reader is not None:
@@ -368,10 +372,10 @@ class AsyncInference:
             mailbox.output = output
             news.append(mailbox)
         for mailbox in self._mailboxes.values():
-            is_due = mailbox.reader is not None and now - mailbox.told_at >= self.stream_interval
+            is_due = mailbox.reader is not None and (all_are_due or mailbox.is_new)
             if is_due and (deltas := list(mailbox.reader.news())):
                 mailbox.put(deltas)
-                mailbox.told_at = now
+                mailbox.is_new = False
                 news.append(mailbox)
         self._tell(news)
 
