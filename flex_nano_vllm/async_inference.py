@@ -151,7 +151,7 @@ class AsyncInference:
 
     Args:
         engine: without unfinished requests.
-        max_waiting: requests that may wait to be run, those just handed over included; one more raises `EngineBusy`.
+        max_waiting: sequences that may wait to be run, those just handed over included; one more raises `EngineBusy`.
         stream_interval: seconds that the deltas of a stream are apart at least. With a small model, more of them take
             the processor from the steps. The first and the last one do not wait.
     """
@@ -198,7 +198,9 @@ class AsyncInference:
         return await self.generate(await self.chat_prompt(messages), sampling_params, cache_salt)
 
     async def chat_prompt(self, messages: list[dict]) -> list[int]:
-        """The tokens of a conversation."""
+        """The tokens of a conversation, if somebody could answer it."""
+        self.check_open()
+        self.check_room(1)
         return await asyncio.to_thread(self.engine.intake.chat_prompt, messages)
 
     async def warmup(self) -> None:
@@ -228,7 +230,7 @@ class AsyncInference:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that are taken and do not run yet."""
+        """Sequences that are taken and do not run yet."""
         return self._num_pending + len(self.engine.scheduler.waiting)
 
     async def close(self, timeout: float = 30.0) -> None:
@@ -259,22 +261,24 @@ class AsyncInference:
         Args:
             follow: tell what is new as it comes; otherwise whole answers only, which takes less work.
         """
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"sampling_params must be SamplingParams, got {params!r}")
+        num_sequences = len(prompts) * params.n
         self.check_open()
-        if self.num_waiting + len(prompts) > self.max_waiting:
-            raise EngineBusy(f"{self.num_waiting} of at most {self.max_waiting} requests wait already: try again later")
-        self._pend(len(prompts))
+        self.check_room(num_sequences)
+        self._pend(num_sequences)
         try:
-            params = SamplingParams() if params is None else params
             groups = await asyncio.to_thread(self._groups, prompts, params, cache_salt, follow)
             self.check_open()
         except BaseException:
-            self._pend(-len(prompts))
+            self._pend(-num_sequences)
             raise
         loop, filled, tokenizer = asyncio.get_running_loop(), asyncio.Event(), self.engine.tokenizer
         mailboxes = [Mailbox(group, Reader(group, tokenizer) if follow else None, loop, filled) for group in groups]
 
         def add() -> None:
-            self._pend(-len(prompts))
+            self._pend(-num_sequences)
             for mailbox in mailboxes:
                 self._mailboxes[mailbox.request_id] = mailbox
                 self.engine.add(mailbox.group)
@@ -282,7 +286,7 @@ class AsyncInference:
         try:
             self._command(add)
         except BaseException:
-            self._pend(-len(prompts))
+            self._pend(-num_sequences)
             raise
         return Answers(self, mailboxes, filled)
 
@@ -296,6 +300,14 @@ class AsyncInference:
     def _pend(self, change: int) -> None:
         with self._wake:
             self._num_pending += change
+
+    def check_room(self, num_sequences: int) -> None:
+        """Raises `EngineBusy` where so many more cannot wait."""
+        if self.num_waiting + num_sequences > self.max_waiting:
+            raise EngineBusy(
+                f"{self.num_waiting} of at most {self.max_waiting} sequences wait already, and {num_sequences} more "
+                "would be too many: try again later"
+            )
 
     def check_open(self) -> None:
         """Raises `EngineDead` or `EngineClosing` where no requests are taken."""

@@ -12,7 +12,13 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from flex_nano_vllm.outputs import Logprob, RequestOutput
-from flex_nano_vllm.sampling_params import MAX_LOGPROBS, MAX_SEED, SamplingParams, StructuredOutputsParams
+from flex_nano_vllm.sampling_params import (
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_SEED,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 
 MAX_PROMPTS, MAX_SAMPLES = 64, 16
 MAX_CHOICES = 128  # prompts times samples
@@ -80,7 +86,7 @@ class GenerationRequest(Strict):
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_LOGIT_BIAS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
@@ -96,6 +102,15 @@ class GenerationRequest(Strict):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     cache_salt: Annotated[str, Field(min_length=1)] | None = None
+    structured_outputs: unsupported({}) = None  # `response_format` is
+    guided_json: unsupported() = None
+    guided_regex: unsupported() = None
+    guided_choice: unsupported() = None
+    guided_grammar: unsupported() = None
+    prompt_logprobs: unsupported() = None  # `echo` with `logprobs` has them
+    truncate_prompt_tokens: unsupported() = None
+    use_beam_search: unsupported(False) = None
+    bad_words: unsupported([]) = None
 
     _SAME = (
         *("n", "temperature", "top_p", "seed", "stop", "presence_penalty", "frequency_penalty", "top_k", "min_p"),
@@ -161,6 +176,13 @@ class TextPart(Strict):
 class Message(Strict):
     role: str
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """What it says."""
+        if isinstance(self.content, list):
+            return [part.text or "" for part in self.content]
+        return [self.content or ""]
 
     def to_dict(self) -> dict:
         return self.model_dump(include={"role", "content"})
@@ -268,8 +290,8 @@ def completion_logprobs(
     for token_id, entry in zip(token_ids, rated):
         text = first_text if entry is None else entry[token_id].decoded_token
         tokens.append(text)
-        logprobs.append(None if entry is None else entry[token_id].logprob)
-        top.append(None if entry is None else {other.decoded_token: other.logprob for other in entry.values()})
+        logprobs.append(None if entry is None else _finite(entry[token_id].logprob))
+        top.append(None if entry is None else {other.decoded_token: _finite(other.logprob) for other in entry.values()})
         offsets.append(offset)
         offset += len(text)
     return dict(tokens=tokens, token_logprobs=logprobs, top_logprobs=top, text_offset=offsets)
@@ -285,4 +307,10 @@ def chat_logprobs(token_ids: list[int], rated: list[dict[int, Logprob]], num_top
 
 
 def _chat_logprob(logprob: Logprob) -> dict:
-    return dict(token=logprob.decoded_token, logprob=logprob.logprob, bytes=list(logprob.decoded_token.encode()))
+    token = logprob.decoded_token
+    return dict(token=token, logprob=_finite(logprob.logprob), bytes=list(token.encode()))
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity; vLLM has this number in its place."""
+    return max(logprob, -9999.0)

@@ -11,6 +11,7 @@ MAX_SEED = 2**63 - 1
 MAX_SAMPLES = 16_384  # vLLM's limit: more of them are a mistake, or an attack
 MAX_LOGPROBS = 20  # vLLM's default limit
 MAX_STOPS, MAX_STOP_LEN = 64, 1024  # every new character is compared with each of them
+MAX_LOGIT_BIAS = 1024  # entries; all of them go to the device in every step
 
 
 def is_int(value: object) -> bool:
@@ -80,7 +81,7 @@ class SamplingParams:
         frequency_penalty: in [-2, 2], subtracted once for each time that the output has the token.
         repetition_penalty: in (0, 10]; logits of tokens in prompt or output are divided by it, negative ones
             multiplied (Keskar et al., https://arxiv.org/abs/1909.05858).
-        logit_bias: added to the logits of tokens, by their ids; in [-100, 100].
+        logit_bias: added to the logits of at most 1,024 tokens, by their ids; in [-100, 100].
         allowed_token_ids: no others are generated.
         skip_special_tokens: leave special tokens out of the text.
         include_stop_str_in_output: let the text end with the stop text, or the stop token's.
@@ -188,6 +189,8 @@ class SamplingParams:
             return
         if not isinstance(bias, dict) or not all(is_int(token_id) and token_id >= 0 for token_id in bias):
             raise ValueError(f"logit_bias must be a dict by token ids, got {_shortened(bias)}")
+        if len(bias) > MAX_LOGIT_BIAS:
+            raise ValueError(f"logit_bias has {len(bias)} entries, more than {MAX_LOGIT_BIAS}")
         for token_id, value in bias.items():
             is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
             if not is_number or abs(value) > 100:

@@ -42,6 +42,7 @@ PUBLIC_PATHS = {"/", "/health"}
 PAGE = (Path(__file__).parent / "page.html").read_text()
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 MAX_SHOWN_PAGES, MAX_SHOWN_REQUESTS = 4096, 64
+MAX_CHARS_PER_TOKEN = 32  # texts of more on average are too long whatever they say, and are not tokenized to see
 MAX_MESSAGE_LEN = 400  # of an error: some name what is wrong, and that may be long
 ERRORS = {status: {"model": protocol.ErrorResponse} for status in (400, 401, 404, 413, 429, 500, 503)}
 
@@ -237,6 +238,7 @@ class API:
         params = body.to_params()
         if len(body.prompts) * params.n > protocol.MAX_CHOICES:
             raise APIError(400, f"more than {protocol.MAX_CHOICES} completions in one request", param="n")
+        self.check_length(*(prompt for prompt in body.prompts if isinstance(prompt, str)))
         answers = await self.shared.submit(body.prompts, params, body.cache_salt, follow=bool(body.stream))
         if body.stream:
             return EventStream(self.completion_events(body, answers), answers)
@@ -260,7 +262,7 @@ class API:
     async def chat_completions(self, body: ChatCompletionRequest, request: Request) -> Response:
         self.check_model(body.model)
         params = body.to_params()
-        prompt = await self.shared.chat_prompt([message.to_dict() for message in body.messages])
+        prompt = await self.chat_prompt(body.messages)
         answers = await self.shared.submit([prompt], params, body.cache_salt, follow=bool(body.stream))
         if body.stream:
             return EventStream(self.chat_events(body, answers), answers)
@@ -278,10 +280,10 @@ class API:
     async def tokenize(self, body: TokenizeRequest) -> dict:
         self.check_model(body.model or self.model_name)
         if body.messages is not None:
-            token_ids = await self.shared.chat_prompt([message.to_dict() for message in body.messages])
+            token_ids = await self.chat_prompt(body.messages)
         else:
-            intake = self.engine.intake
-            token_ids = await asyncio.to_thread(intake.tokenize, body.prompt)
+            self.check_length(body.prompt)
+            token_ids = await asyncio.to_thread(self.engine.intake.tokenize, body.prompt)
         return {"tokens": token_ids, "count": len(token_ids), "max_model_len": self.engine.max_seq_length}
 
     async def detokenize(self, body: DetokenizeRequest) -> dict:
@@ -327,6 +329,18 @@ class API:
     def check_model(self, name: str) -> None:
         if name != self.model_name:
             raise APIError(404, f"this server has the model {self.model_name!r} only", "model_not_found", "model")
+
+    def check_length(self, *texts: str) -> None:
+        most = MAX_CHARS_PER_TOKEN * self.engine.max_seq_length
+        for text in texts:
+            if len(text) > most:
+                raise APIError(400, f"a text of {len(text)} characters has more than {most}: shorten it")
+
+    async def chat_prompt(self, messages: list[protocol.Message]) -> list[int]:
+        conversation = [message.to_dict() for message in messages]
+        parts = [part for message in messages for part in message.texts]
+        self.check_length("".join(parts))
+        return await self.shared.chat_prompt(conversation)
 
     def echoed(self, output: RequestOutput) -> str:
         if output.prompt is not None:
@@ -400,7 +414,7 @@ class API:
         choices_of: Callable[[int, CompletionDelta], list[dict]],
     ) -> AsyncIterator[bytes]:
         """The events of a stream: a chunk for each choice that `choices_of` makes of a delta, usage, the end."""
-        outputs, response_id = [], protocol.new_id(prefix)
+        outputs, failed, response_id = [], False, protocol.new_id(prefix)
 
         def chunk(choices: list[dict], usage: dict | None = None) -> bytes:
             return _event(protocol.envelope(kind, response_id, self.model_name, choices, usage))
@@ -410,9 +424,12 @@ class API:
                 if isinstance(item, RequestOutput):
                     outputs.append(item)
                     self.metrics.observe(item)
+                    if failed:
+                        raise EngineError(NOT_FINITE)
                     continue
                 if item.finish_reason == "error":
-                    raise EngineError(NOT_FINITE)
+                    failed = True  # its answer, which is counted, comes next
+                    continue
                 for choice in choices_of(index, item):
                     yield chunk([choice])
             if includes_usage:
@@ -468,6 +485,8 @@ def create_app(
         model_name: what requests must call the model.
         api_key: None lets everybody in.
     """
+    if shared.engine.tokenizer is None:
+        raise ValueError("the engine has no tokenizer, and the API is about texts")
     if api_key == "":  # the variable of an environment that was meant to hold one
         raise ValueError("the API key is empty: give one, or none at all")
     api = API(shared, model_name)
@@ -488,6 +507,9 @@ def create_app(
         location = [str(part) for part in first["loc"] if part != "body"]
         param = location[0] if location and first["type"] != "json_invalid" else None  # else it is a place in the text
         where = f"{'.'.join(location)}: " if location else ""
+        if param == "prompt" and len(location) > 1:  # of its forms, pydantic names the first
+            first["msg"] = f"a text or a list of token ids, or a list of up to {protocol.MAX_PROMPTS} such"
+            where = "prompt must be "
         return APIError(400, where + first["msg"].removeprefix("Value error, "), param=param).response()
 
     async def on_http_error(request: Request, error: HTTPException) -> Response:
@@ -564,7 +586,6 @@ def serve(
         limit_concurrency=4096,
         timeout_graceful_shutdown=drain_timeout,
     )
-    engine.close()
 
 
 if __name__ == "__main__":

@@ -402,11 +402,15 @@ def test_one_request_too_many_is_refused_and_nothing_of_it_is_taken():
                 await gate.arrival()
                 with pytest.raises(EngineBusy, match="0 of at most 2"):
                     await shared.submit(["a", "b", "c"], greedy(2))
+                with pytest.raises(EngineBusy, match="0 of at most 2 sequences wait already, and 3 more"):
+                    await shared.generate("a", SamplingParams(n=3))
                 assert shared.num_waiting == 0
                 two = await shared.submit(["a", "b"], greedy(2))
                 assert shared.num_waiting == 2
                 with pytest.raises(EngineBusy, match="2 of at most 2"):
                     await shared.generate("c", greedy(2))
+                with pytest.raises(EngineBusy, match="2 of at most 2"):
+                    await shared.chat_prompt([{"role": "user", "content": "c"}])
                 assert shared.num_waiting == 2
                 gate.open()
                 await last(two)

@@ -392,6 +392,9 @@ FIELDS = [
     dict(model=None),
     dict(model=5),
     dict(prompt=["a"] * 64, n=16, temperature=1),
+    dict(logit_bias={str(i): 0.0 for i in range(1025)}),
+    *[{name: "x"} for name in ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")],
+    *[dict(prompt_logprobs=1), dict(truncate_prompt_tokens=5), dict(use_beam_search=True), dict(bad_words=["a"])],
 ]
 MESSAGES = [
     *[[], None, "hi", [None], ["hi"], [{}], [{"role": "user"}], [{"role": "nobody", "content": "x"}]],
@@ -455,6 +458,33 @@ def test_a_field_that_is_unusual_is_no_error(served, fields):
     assert status == 200, body
     if fields.get("stream"):
         assert events_of(body)[-1] == "[DONE]"
+
+
+@pytest.mark.parametrize(
+    ("path", "request_"),
+    [
+        (COMPLETIONS, SMALL | dict(prompt="a" * 2049)),
+        (COMPLETIONS, SMALL | dict(prompt=["a", "a" * 2049])),
+        (CHATS, CHAT | dict(messages=[{"role": "user", "content": "a" * 1100}] * 2)),
+        (CHATS, CHAT | dict(messages=[{"role": "user", "content": [{"type": "text", "text": "a" * 1100}] * 2}])),
+        ("/tokenize", dict(prompt="a" * 2049)),
+    ],
+)
+def test_a_text_that_is_far_too_long_is_refused_without_being_tokenized(served, monkeypatch, path, request_):
+    """32 characters for each of the 64 tokens that there can be."""
+
+    def fail(*args, **kwargs):
+        raise AssertionError("tokenized")
+
+    monkeypatch.setattr(served.engine.intake, "token_ids", fail)
+    monkeypatch.setattr(served.engine.intake, "chat_prompt", fail)
+    status, _, body = served.ask("POST", path, request_)
+    assert status == 400 and b"characters has more than 2048" in body
+
+
+def test_what_a_token_prompt_may_be_is_said(served):
+    status, _, body = served.ask("POST", COMPLETIONS, SMALL | dict(prompt=[1, -1]))
+    assert status == 400 and b"prompt must be a text or a list of token ids" in body
 
 
 NUMBERS = ["NaN", "Infinity", "-Infinity", "1e400", "-1e400"]
@@ -845,6 +875,7 @@ def test_numbers_that_are_not_finite_are_an_error_of_their_request_only(oracle):
         text = json.loads(good.getresponse().read())["choices"][0]["text"]
         assert text == oracle.generate(["good"], greedy(6), use_tqdm=False)[0]["text"]
         assert served.ask("GET", "/health")[0] == 200
+        assert b'request_success_total{finished_reason="error"} 2.0' in served.ask("GET", "/metrics")[2]
         served.wait_until_idle()
         served.between_steps(lambda: assert_empty(engine))
 
