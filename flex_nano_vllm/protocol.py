@@ -9,7 +9,7 @@ import time
 import uuid
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 from flex_nano_vllm.outputs import Logprob, RequestOutput
 from flex_nano_vllm.sampling_params import (
@@ -37,7 +37,7 @@ def unsupported(*harmless: Any) -> Any:
             raise ValueError("is not supported")
         return value
 
-    return Annotated[Any, AfterValidator(check)]
+    return Annotated[Any, AfterValidator(check), WithJsonSchema({"enum": [None, *harmless]})]
 
 
 class Strict(BaseModel):
