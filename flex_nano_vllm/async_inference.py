@@ -35,6 +35,9 @@ from flex_nano_vllm.sequence import Sequence
 
 logger = logging.getLogger(__name__)
 
+TELLING_SHARE = 0.02  # of the time; the most that goes into telling streams what is new,
+MAX_STREAM_INTERVAL = 0.25  # unless they would wait longer for it, in seconds
+
 
 class EngineError(RuntimeError):
     """A step has failed, and the request with it. The engine goes on with others."""
@@ -152,8 +155,9 @@ class AsyncInference:
     Args:
         engine: without unfinished requests.
         max_waiting: sequences that may wait to be run, those just handed over included; one more raises `EngineBusy`.
-        stream_interval: seconds that the deltas of a stream are apart at least. With a small model, more of them take
-            the processor from the steps. The first and the last one do not wait.
+        stream_interval: seconds that the deltas of a stream are apart at least. Where there are so many streams that
+            telling them would take more than a fiftieth of the time, which is taken from the steps, they are further
+            apart, up to 0.25. The first delta and the last one do not wait.
     """
 
     def __init__(self, engine: Inference, max_waiting: int = 1024, stream_interval: float = 0.04):
@@ -166,6 +170,7 @@ class AsyncInference:
         self._num_pending = 0  # requests taken and not yet with the engine
         self._wake = threading.Condition()
         self._told_at = -math.inf  # when all streams were told what is new
+        self._telling_times = 0.0, 0.0  # seconds that the event loop took for the last two times
         self._is_closing = self._is_closed = False
         if engine.model.device.type == "cpu":
             release_openmp_threads()
@@ -375,7 +380,7 @@ class AsyncInference:
             return
         news, now = [], time.perf_counter()
         # All streams at once: each time that the event loop runs, it takes a processor from the step.
-        all_are_due = now - self._told_at >= self.stream_interval
+        all_are_due = now - self._told_at >= self._stream_interval()
         self._told_at = now if all_are_due else self._told_at
         for output in outputs:
             mailbox = self._mailboxes.pop(output.request_id)
@@ -389,7 +394,12 @@ class AsyncInference:
                 mailbox.put(deltas)
                 mailbox.is_new = False
                 news.append(mailbox)
-        self._tell(news)
+        self._tell(news, is_timed=all_are_due)
+
+    def _stream_interval(self) -> float:
+        """Seconds until all streams are told again."""
+        seconds = min(self._telling_times)  # the longer one may have been a pause for something else
+        return max(self.stream_interval, min(seconds / TELLING_SHARE, MAX_STREAM_INTERVAL))
 
     def _fail(self, request_ids: list[int], error: EngineError) -> None:
         failed = [self._mailboxes.pop(request_id) for request_id in request_ids]
@@ -397,14 +407,14 @@ class AsyncInference:
             mailbox.error = error
         self._tell(failed)
 
-    def _tell(self, mailboxes: list[Mailbox]) -> None:
+    def _tell(self, mailboxes: list[Mailbox], is_timed: bool = False) -> None:
         """Wake those who wait, with one message for each loop: to send one costs more than to fill a mailbox."""
         by_loop: dict[asyncio.AbstractEventLoop, list[Mailbox]] = {}
         for mailbox in mailboxes:
             by_loop.setdefault(mailbox.loop, []).append(mailbox)
         for loop, group in by_loop.items():
             try:
-                loop.call_soon_threadsafe(_set_all, group)
+                loop.call_soon_threadsafe(self._wake_all, group, is_timed)
             except RuntimeError:  # the loop is closed: its coroutines are gone, and nobody has said so
                 for mailbox in group:
                     self._commands.append(partial(self._abort, mailbox.request_id))
@@ -428,7 +438,14 @@ class AsyncInference:
         for request_id in list(self._mailboxes):
             self._abort(request_id)
 
+    # What an event loop does for it.
 
-def _set_all(mailboxes: list[Mailbox]) -> None:
-    for mailbox in mailboxes:
-        mailbox.filled.set()
+    def _wake_all(self, mailboxes: list[Mailbox], is_timed: bool) -> None:
+        started = time.perf_counter()
+        for mailbox in mailboxes:
+            mailbox.filled.set()
+        if is_timed:  # behind those who wait, who read and send before they wait again
+            mailboxes[0].loop.call_soon(self._note_telling, started)
+
+    def _note_telling(self, started: float) -> None:
+        self._telling_times = self._telling_times[1], time.perf_counter() - started

@@ -8,13 +8,15 @@ more of them than the server does.
 import asyncio
 import json
 import random
+import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -36,47 +38,76 @@ class Answer:
     num_events: int
     ttft: float | None  # to the first event of a stream
     seconds: float
+    head: bytes  # in small letters
     body: bytes  # as it came, chunk marks included
 
 
-async def ask(
-    host: str, port: int, request: dict, path: str = "/v1/completions", breaks_off_after: int | None = None
-) -> Answer:
-    """Send one request on a connection of its own, and read the answer: to its end, or up to so many events."""
-    payload = json.dumps(request).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nConnection: close\r\n"
-    started = time.perf_counter()
-    reader, writer = await asyncio.open_connection(host, port)
-    parts, num_events, ttft = [], 0, None
-    try:
+class Client:
+    """Asks one thing after another, on one connection for as long as it lasts. Use it in an `async with` block."""
+
+    def __init__(self, host: str, port: int):
+        self.host, self.port = host, port
+        self._connection: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    async def ask(self, request: dict, path: str = "/v1/completions", breaks_off_after: int | None = None) -> Answer:
+        """Send one request and read the answer: to its end, or up to so many events."""
+        payload = json.dumps(request).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: {self.host}\r\nContent-Type: application/json\r\n"
+        started = time.perf_counter()
+        if self._connection is None:
+            self._connection = await asyncio.open_connection(self.host, self.port)
+        reader, writer = self._connection
         writer.write(f"{head}Content-Length: {len(payload)}\r\n\r\n".encode() + payload)
+        head, body, num_events, ttft = b"", bytearray(), 0, None
         while breaks_off_after is None or num_events < breaks_off_after:
+            if not head:
+                head = (await reader.readuntil(b"\r\n\r\n")).lower()
+            if b"transfer-encoding: chunked" not in head:
+                body += await reader.readexactly(int(re.search(rb"content-length: (\d+)", head)[1]))
+                break
             part = await reader.read(65_536)
             if not part:
-                break
-            parts.append(part)
+                raise ConnectionError("the server has broken off")
+            body += part
             num_events += part.count(b"data: ")
             if num_events and ttft is None:
                 ttft = time.perf_counter() - started
-    finally:
-        writer.close()
-    body = b"".join(parts)
-    broke_off = breaks_off_after is not None and num_events >= breaks_off_after
-    status = 0 if broke_off or not body else int(body.split(b" ", 2)[1])
-    return Answer(status, num_events, ttft, time.perf_counter() - started, body)
+            if body.endswith(b"\r\n0\r\n\r\n"):
+                break
+        else:
+            self.close()
+            return Answer(0, num_events, ttft, time.perf_counter() - started, head, bytes(body))
+        if b"connection: close" in head:
+            self.close()
+        return Answer(int(head.split()[1]), num_events, ttft, time.perf_counter() - started, head, bytes(body))
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection[1].close()
+            self._connection = None
+
+    async def __aenter__(self) -> "Client":
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        self.close()
 
 
 async def ask_all(
-    num_clients: int, requests: list[WorkloadRequest], ask_one: Callable[[WorkloadRequest], object]
-) -> list[Answer]:
+    port: int,
+    num_clients: int,
+    requests: list[WorkloadRequest],
+    ask_one: Callable[[Client, WorkloadRequest], Awaitable[Any]],
+) -> list[Any]:
     """Let so many clients work through the requests, each asking the next one as soon as it has its answer."""
     todo, answers = iter(requests), []
 
-    async def client() -> None:
-        for request in todo:
-            answers.append(await ask_one(request))
+    async def work() -> None:
+        async with Client("127.0.0.1", port) as client:
+            for request in todo:
+                answers.append(await ask_one(client, request))
 
-    await asyncio.gather(*(client() for _ in range(num_clients)))
+    await asyncio.gather(*(work() for _ in range(num_clients)))
     return answers
 
 
@@ -120,18 +151,18 @@ def bench(model: str, num_requests: int, num_clients: int, repeats: int, console
             ]
 
         def served(stream: bool) -> list[FinishedRequest]:
-            async def ask_one(request: WorkloadRequest) -> FinishedRequest:
+            async def ask_one(client: Client, request: WorkloadRequest) -> FinishedRequest:
                 salt = str(random.random())  # nothing is found computed
                 body = dict(model=model, prompt=request.prompt_token_ids, max_tokens=request.max_tokens, temperature=0)
-                answer = await ask("127.0.0.1", port, body | dict(ignore_eos=True, stream=stream, cache_salt=salt))
+                answer = await client.ask(body | dict(ignore_eos=True, stream=stream, cache_salt=salt))
                 if answer.status != 200 or (stream and b"data: [DONE]" not in answer.body[-40:]):
-                    raise RuntimeError(f"the server answered: {answer.body[-500:]!r}")
+                    raise RuntimeError(f"the server answered {answer.status}: {answer.body[-500:]!r}")
                 num_tokens, tpot = request.max_tokens, None
                 if stream:
                     tpot = (answer.seconds - answer.ttft) / (num_tokens - 1)
                 return FinishedRequest(len(request.prompt_token_ids), num_tokens, answer.ttft, tpot)
 
-            return asyncio.run(ask_all(num_clients, requests, ask_one))
+            return asyncio.run(ask_all(port, num_clients, requests, ask_one))
 
         kinds = {"offline": offline, "server": lambda: served(False), "server, streams": lambda: served(True)}
         runs: dict[str, list[dict]] = {name: [] for name in kinds}

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager, suppress
@@ -138,6 +138,7 @@ class Inference:
         self._record_steps = record_steps
         self._start_time = time.perf_counter()
         self._num_finished = self._num_steps = 0
+        self._finish_reasons = Counter()
         self._num_computed_tokens = self._num_generated_tokens = 0
         self._unreported: dict[int, list[Sequence]] = {}  # requests that have ended and were not yet returned
         self._abandoned: deque[int] = deque()  # requests of streams that were thrown away while the engine was in use
@@ -320,11 +321,12 @@ class Inference:
         their ids. Nobody gets an answer of them; their pages are free."""
         with self._exclusively():
             queue = self.scheduler.running or self.scheduler.waiting  # all, if it did not come to choosing them
-            request_ids = {sequence.request_id for sequence in queue} | self._unreported.keys()
-            for request_id in request_ids:
+            groups = {sequence.request_id: sequence.group for sequence in queue}
+            for request_id, group in groups.items():
                 self.scheduler.abort(request_id, "error")
-                self._unreported.pop(request_id, None)
-            self._num_finished += len(request_ids)
+                self._count(group)
+            request_ids = groups.keys() | self._unreported.keys()
+            self._unreported.clear()
             return sorted(request_ids)
 
     def run_one_step(self) -> list[RequestOutput]:
@@ -389,8 +391,12 @@ class Inference:
     def _close(self, group: list[Sequence]) -> None:
         """Note that a request has ended. Its answer is made when it is asked for."""
         group[0].metrics.finished_time = time.perf_counter()
-        self._num_finished += 1
+        self._count(group)
         self._unreported[group[0].request_id] = group
+
+    def _count(self, group: list[Sequence]) -> None:
+        self._num_finished += 1
+        self._finish_reasons.update(sequence.finish_reason for sequence in group)
 
     def _report(self) -> list[RequestOutput]:
         outputs = [request_output(group, self.tokenizer) for group in self._unreported.values()]
@@ -433,6 +439,7 @@ class Inference:
             num_computed_tokens=self._num_computed_tokens,
             num_generated_tokens=self._num_generated_tokens,
             num_finished_requests=self._num_finished,
+            finish_reasons=dict(self._finish_reasons),
             num_idle_pages=table.num_idle_pages,
             num_prompt_tokens=self.scheduler.num_prompt_tokens,
             num_cached_tokens=self.scheduler.num_cached_tokens,

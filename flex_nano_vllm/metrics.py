@@ -56,11 +56,13 @@ class EngineStats:
     num_computed_tokens: int  # tokens the model has run over, recomputed ones counted again
     num_generated_tokens: int
     num_finished_requests: int
+    finish_reasons: dict[str, int]  # samples of these requests, by how they have ended
     num_idle_pages: int  # free, but for tokens that may be found again
     num_prompt_tokens: int  # of the requests that have begun, each counted once, whatever its `n`
     num_cached_tokens: int  # of these, found computed by others
     cache_hit_rate: float  # the latter by the former, 0..1
 
     def _repr_html_(self) -> str:
-        rows = "".join(f"<tr><th>{name}</th><td>{value:g}</td></tr>" for name, value in asdict(self).items())
+        shown = {name: f"{value:g}" if name != "finish_reasons" else value for name, value in asdict(self).items()}
+        rows = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in shown.items())
         return f"<table>{rows}</table>"

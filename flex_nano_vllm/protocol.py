@@ -7,7 +7,7 @@ and "2" are no ints, NaN and Infinity are nothing.
 
 import time
 import uuid
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
@@ -94,7 +94,7 @@ class GenerationRequest(Strict):
     # vLLM's additions.
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.001, le=10)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     stop_token_ids: Annotated[TokenIds, Field(max_length=64)] | None = None
     allowed_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
@@ -112,7 +112,7 @@ class GenerationRequest(Strict):
     use_beam_search: unsupported(False) = None
     bad_words: unsupported([]) = None
 
-    _SAME = (
+    SAME: ClassVar[tuple[str, ...]] = (  # names of `SamplingParams` too
         *("n", "temperature", "top_p", "seed", "stop", "presence_penalty", "frequency_penalty", "top_k", "min_p"),
         *("repetition_penalty", "min_tokens", "stop_token_ids", "allowed_token_ids", "ignore_eos"),
         *("skip_special_tokens", "include_stop_str_in_output"),
@@ -126,7 +126,7 @@ class GenerationRequest(Strict):
 
     def sampling_params(self, **others: Any) -> SamplingParams:
         """Raises ValueError, as `SamplingParams` does."""
-        given = {name: getattr(self, name) for name in self._SAME if getattr(self, name) is not None}
+        given = {name: getattr(self, name) for name in self.SAME if getattr(self, name) is not None}
         if self.logit_bias:
             try:
                 given["logit_bias"] = {int(token_id): bias for token_id, bias in self.logit_bias.items()}

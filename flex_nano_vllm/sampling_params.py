@@ -79,7 +79,7 @@ class SamplingParams:
         prompt_logprobs: the same of each prompt token but the first. The prompt is computed, whatever is cached.
         presence_penalty: in [-2, 2], subtracted from the logits of tokens that the output has.
         frequency_penalty: in [-2, 2], subtracted once for each time that the output has the token.
-        repetition_penalty: in (0, 10]; logits of tokens in prompt or output are divided by it, negative ones
+        repetition_penalty: in [0.001, 10]; logits of tokens in prompt or output are divided by it, negative ones
             multiplied (Keskar et al., https://arxiv.org/abs/1909.05858).
         logit_bias: added to the logits of at most 1,024 tokens, by their ids; in [-100, 100].
         allowed_token_ids: no others are generated.
@@ -116,7 +116,7 @@ class SamplingParams:
         self._check_number("min_p", 0, 1)
         self._check_number("presence_penalty", -2, 2)
         self._check_number("frequency_penalty", -2, 2)
-        self._check_number("repetition_penalty", 0, 10, above=True)
+        self._check_number("repetition_penalty", 0.001, 10)  # by less, a logit may be more than a float can hold
         self._check_int("n", 1, MAX_SAMPLES)
         self._check_int("top_k", -1)
         self._check_int("min_tokens", 0)

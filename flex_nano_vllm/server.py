@@ -7,160 +7,39 @@ the API key if there is one, and no answer holds what a request or a file held.
 """
 
 import asyncio
-import hashlib
-import hmac
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, dataclass
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import anyio
 import typer
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from flex_nano_vllm import __version__, protocol
 from flex_nano_vllm.answers import token_text
-from flex_nano_vllm.async_inference import Answers, AsyncInference, EngineBusy, EngineClosing, EngineDead, EngineError
+from flex_nano_vllm.api_errors import APIError, api_error
+from flex_nano_vllm.async_inference import Answers, AsyncInference, EngineBusy, EngineClosing, EngineError
+from flex_nano_vllm.guard import Guard, Limits
 from flex_nano_vllm.inference import Inference
-from flex_nano_vllm.intake import StructureError
 from flex_nano_vllm.outputs import CompletionDelta, RequestOutput
+from flex_nano_vllm.prometheus import Metrics
 from flex_nano_vllm.protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 logger = logging.getLogger(__name__)
 
-PUBLIC_PATHS = {"/", "/health"}
 PAGE = (Path(__file__).parent / "page.html").read_text()
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 MAX_SHOWN_PAGES, MAX_SHOWN_REQUESTS = 4096, 64
 MAX_CHARS_PER_TOKEN = 32  # texts of more on average are too long whatever they say, and are not tokenized to see
-MAX_MESSAGE_LEN = 400  # of an error: some name what is wrong, and that may be long
 ERRORS = {status: {"model": protocol.ErrorResponse} for status in (400, 401, 404, 413, 429, 500, 503)}
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one request may take."""
-
-    max_body_bytes: int = 2 * 2**20
-    request_timeout: float = 600.0  # seconds, from the first byte of the request to the last one of the answer
-
-
-class APIError(Exception):
-    """An error in OpenAI's shape."""
-
-    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None):
-        super().__init__(message if len(message) <= MAX_MESSAGE_LEN else f"{message[:MAX_MESSAGE_LEN]}…")
-        self.status, self.code, self.param = status, code, param
-
-    @property
-    def body(self) -> dict:
-        kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-        kind = kinds.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
-
-    def response(self) -> JSONResponse:
-        retry = {"Retry-After": "1"} if self.status == 429 else {"Retry-After": "10"} if self.status == 503 else {}
-        return JSONResponse(self.body, self.status, headers=retry)
-
-
-def api_error(error: Exception) -> APIError:
-    """What a client is told of an exception."""
-    match error:
-        case APIError():
-            return error
-        case EngineBusy():
-            return APIError(429, str(error), "queue_full")
-        case EngineClosing():
-            return APIError(503, str(error), "shutting_down")
-        case EngineDead():
-            return APIError(503, "the engine has died", "engine_dead")
-        case EngineError():
-            return APIError(500, str(error), "engine_error")
-        case StructureError():
-            return APIError(400, str(error), param="response_format")
-        case ValueError():
-            return APIError(400, str(error))
-    logger.error("an unexpected error", exc_info=error)
-    return APIError(500, "internal error", "internal_error")
-
-
-class Guard:
-    """Stands before everything else: the key, the size of the body, and the time that a request may take."""
-
-    def __init__(self, app: ASGIApp, api_key: str | None, limits: Limits):
-        self.app, self.limits = app, limits
-        self.key_digest = None if api_key is None else hashlib.sha256(api_key.encode()).digest()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        if scope["path"] not in PUBLIC_PATHS and not self.is_allowed(dict(scope["headers"])):
-            error = APIError(401, "the API key is missing or wrong: send Authorization: Bearer KEY", "invalid_api_key")
-            return await error.response()(scope, receive, send)
-        started = False
-
-        async def note_start(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
-        try:
-            with anyio.fail_after(self.limits.request_timeout):
-                body = await self.body(receive, dict(scope["headers"]))
-                await self.app(scope, _replayed(body, receive), note_start)
-        except APIError as error:
-            await error.response()(scope, receive, send)
-        except TimeoutError:
-            if not started:
-                error = APIError(503, f"the answer takes more than {self.limits.request_timeout} s", "timeout")
-                await error.response()(scope, receive, send)
-
-    def is_allowed(self, headers: dict[bytes, bytes]) -> bool:
-        if self.key_digest is None:
-            return True
-        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-        is_same = hmac.compare_digest(hashlib.sha256(key).digest(), self.key_digest)  # in a time that tells nothing
-        return is_same and scheme.lower() == b"bearer"
-
-    async def body(self, receive: Receive, headers: dict[bytes, bytes]) -> bytes:
-        """The whole body. One that is too large is thrown away as it comes, so that the client gets to read why."""
-        most, parts, num_bytes = self.limits.max_body_bytes, [], 0
-        length = headers.get(b"content-length", b"0")
-        is_too_large = not length.isdigit() or int(length) > most
-        more = True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return b""
-            num_bytes += len(message.get("body", b""))
-            is_too_large |= num_bytes > most
-            if is_too_large:
-                parts.clear()
-            else:
-                parts.append(message.get("body", b""))
-            more = message.get("more_body", False) and num_bytes <= 64 * most
-        if is_too_large:
-            raise APIError(413, f"the body has more than the {most} bytes that are allowed", "body_too_large")
-        return b"".join(parts)
-
-
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    messages = iter([{"type": "http.request", "body": body, "more_body": False}])
-
-    async def replay() -> Message:
-        return next(messages, None) or await receive()
-
-    return replay
 
 
 class EventStream(StreamingResponse):
@@ -175,55 +54,6 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:  # not in the iterator: it may never have been started
             self.answers.leave()
-
-
-class Metrics:
-    """What Prometheus reads: counts of the engine, taken when it asks, and times of finished requests."""
-
-    def __init__(self, engine: Inference):
-        self.engine = engine
-        self.registry = CollectorRegistry()
-        self.registry.register(self)
-        seconds = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
-
-        def histogram(name: str, text: str, scale: float = 1.0) -> Histogram:
-            buckets = [scale * bound for bound in seconds]
-            return Histogram(f"flex_nano_vllm_{name}", text, registry=self.registry, buckets=buckets)
-
-        self.ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.")
-        self.tpot = histogram("time_per_output_token_seconds", "Per request: mean of the tokens after the first.", 0.1)
-        self.latency = histogram("e2e_request_latency_seconds", "From arrival to the last token.")
-        self.finished = Counter(
-            "flex_nano_vllm_request_success", "Samples that have ended.", ["finished_reason"], registry=self.registry
-        )
-
-    def collect(self) -> Iterable[Metric]:
-        stats = self.engine.stats()
-        gauges = dict(
-            num_requests_running=(stats.num_running, "Sequences in the batch."),
-            num_requests_waiting=(stats.num_waiting, "Sequences that wait for a place in it."),
-            kv_cache_usage_perc=(stats.kv_usage, "Used share of the pages, 0 to 1."),
-        )
-        counters = dict(
-            num_preemptions=(stats.num_preemptions, "Sequences sent back to the queue for want of pages."),
-            prompt_tokens=(stats.num_prompt_tokens, "Tokens of prompts."),
-            generation_tokens=(stats.num_generated_tokens, "Tokens generated."),
-            prefix_cache_hits=(stats.num_cached_tokens, "Tokens of prompts that were found computed."),
-        )
-        for name, (value, text) in gauges.items():
-            yield GaugeMetricFamily(f"flex_nano_vllm_{name}", text, value)
-        for name, (value, text) in counters.items():
-            yield CounterMetricFamily(f"flex_nano_vllm_{name}", text, value)
-
-    def observe(self, output: RequestOutput) -> None:
-        metrics = output.metrics
-        if metrics.ttft is not None:
-            self.ttft.observe(metrics.ttft)
-        if (tpot := metrics.tpot(max(len(completion.token_ids) for completion in output.outputs))) is not None:
-            self.tpot.observe(tpot)
-        self.latency.observe(metrics.finished_time - metrics.arrival_time)
-        for completion in output.outputs:
-            self.finished.labels(completion.finish_reason).inc()
 
 
 class API:
@@ -302,7 +132,7 @@ class API:
         return {"version": __version__}
 
     async def prometheus(self) -> Response:
-        return Response(generate_latest(self.metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def state(self) -> dict:
         """What the page draws: queues, and who holds which page."""
@@ -350,7 +180,12 @@ class API:
     async def whole(self, answers: Answers, request: Request) -> list[RequestOutput]:
         """The requests' answers, in order. A client that leaves ends them."""
         with answers:
-            outputs = await _unless_disconnected(request, _collect(answers))
+            watching = asyncio.create_task(_leave_with_client(request, answers))
+            try:
+                ended = {index: output async for index, output in answers}
+            finally:
+                watching.cancel()
+        outputs = [ended[index] for index in sorted(ended)]
         for output in outputs:
             self.metrics.observe(output)
         if any(completion.finish_reason == "error" for output in outputs for completion in output.outputs):
@@ -450,30 +285,11 @@ def _event(data: dict) -> bytes:
     return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
 
 
-async def _collect(answers: Answers) -> list[RequestOutput]:
-    outputs = {index: item async for index, item in answers}
-    return [outputs[index] for index in sorted(outputs)]
-
-
-async def _unless_disconnected(request: Request, work: Awaitable) -> Any:
-    """What `work` gives. It is cancelled when the client goes: nobody else would notice before it answers."""
-    working = asyncio.ensure_future(work)
-    watching = asyncio.ensure_future(_disconnect(request))
-    try:
-        await asyncio.wait([working, watching], return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise APIError(499, "the client has gone")
-        return working.result()
-    finally:
-        for task in (working, watching):
-            task.cancel()
-        with suppress(BaseException):
-            await asyncio.gather(working, watching, return_exceptions=True)
-
-
-async def _disconnect(request: Request) -> None:
+async def _leave_with_client(request: Request, answers: Answers) -> None:
+    """A client that goes is noticed by nobody else before the answer is sent."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+    answers.leave()
 
 
 def create_app(

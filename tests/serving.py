@@ -14,8 +14,9 @@ from engines import byte_model
 
 from flex_nano_vllm import Inference
 from flex_nano_vllm.async_inference import AsyncInference
+from flex_nano_vllm.guard import Limits
 from flex_nano_vllm.random_models import byte_tokenizer
-from flex_nano_vllm.server import Limits, create_app
+from flex_nano_vllm.server import create_app
 
 PATIENCE = 60  # seconds after which a test has hung; nothing here waits for a time to pass
 MODEL = "tiny-random"

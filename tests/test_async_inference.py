@@ -11,7 +11,7 @@ import pytest
 from engines import assert_empty, greedy, raise_at_call
 from serving import PATIENCE, Calls, Gate, new_engine, run, until
 
-from flex_nano_vllm import SamplingParams, inference
+from flex_nano_vllm import SamplingParams, async_inference, inference
 from flex_nano_vllm.async_inference import AsyncInference, EngineBusy, EngineClosing, EngineDead, EngineError
 from flex_nano_vllm.detokenizer import Detokenizer
 from flex_nano_vllm.page_table import PageTable
@@ -204,6 +204,36 @@ def test_deltas_that_come_faster_than_the_interval_are_joined_but_the_first_and_
     assert len(first.token_ids) == 1
     assert first.token_ids + rest.token_ids == expected.outputs[0].token_ids
     assert first.text + rest.text == expected.outputs[0].text
+
+
+def test_streams_that_take_long_to_tell_are_told_less_often(engine, monkeypatch):
+    async def main():
+        async with sharing(engine) as shared:
+            deltas = [delta async for delta in shared.stream("fast", greedy(12))]
+            await asyncio.sleep(0)  # the last time is noted after it was read
+            assert len(deltas) > 2 and min(shared._telling_times) > 0
+            monkeypatch.setattr(shared, "_note_telling", lambda started: None)
+            shared._telling_times = 3600.0, 3600.0
+            monkeypatch.setattr(async_inference, "MAX_STREAM_INTERVAL", math.inf)
+            return [delta async for delta in shared.stream("fast", greedy(12))]
+
+    assert len(run(main())) == 2
+
+
+@pytest.mark.parametrize(
+    ("telling_times", "stream_interval", "expected"),
+    [((0.0, 0.0), 0.04, 0.04), ((0.002, 0.001), 0.04, 0.05), ((9.0, 0.0001), 0.04, 0.04), ((9.0, 9.0), 0.04, 0.25)],
+    ids=["few streams", "many streams", "a pause", "more than can be told in time"],
+)
+def test_telling_takes_a_fiftieth_of_the_time_unless_streams_would_wait_too_long(
+    engine, telling_times, stream_interval, expected
+):
+    async def main():
+        async with sharing(engine, stream_interval=stream_interval) as shared:
+            shared._telling_times = telling_times
+            return shared._stream_interval()
+
+    assert run(main()) == pytest.approx(expected)
 
 
 def test_who_is_cancelled_before_it_begins_takes_nothing(engine):

@@ -380,7 +380,7 @@ BAD_PARAMETERS = dict(
     prompt_logprobs=[-1, 21, 1.5, True],
     presence_penalty=[-2.1, 2.1, NAN, INFINITY, None, True],
     frequency_penalty=[-2.1, 2.1, NAN, "0"],
-    repetition_penalty=[0, -1, 10.1, NAN, INFINITY, None, False],
+    repetition_penalty=[0, 5e-324, -1, 10.1, NAN, INFINITY, None, False],
     logit_bias=[
         dict.fromkeys(range(1025), 0.0),
         5,

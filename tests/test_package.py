@@ -23,8 +23,9 @@ ORDER = [
     ["inference", "crossover"],
     ["exactness", "async_inference", "llm"],
     ["__init__"],
-    ["baselines", "overhead", "savings", "protocol", "bench"],
-    ["roofline", "server"],
+    ["baselines", "overhead", "savings", "protocol", "bench", "api_errors", "prometheus"],
+    ["roofline", "guard"],
+    ["server"],
     ["cli"],
 ]
 

@@ -308,7 +308,8 @@ def test_where_everything_is_banned_the_request_ends_in_error_and_no_other_one(e
     banned = SamplingParams(seed=1, max_tokens=4, min_tokens=2, allowed_token_ids=[EOS, 5], stop_token_ids=[5, 6])
     with pytest.raises(ValueError, match="holds stop tokens only"):
         engine.generate(prompt_of(5), banned, use_tqdm=False)
-    params = SamplingParams(seed=1, max_tokens=3, repetition_penalty=5e-324, logprobs=0)  # logits beyond all floats
+    params = SamplingParams(seed=1, max_tokens=3, logprobs=0)
+    object.__setattr__(params, "repetition_penalty", 5e-324)  # which is refused: logits beyond all floats
     outputs = engine.generate([prompt_of(5)] * 2, [params, greedy(3)], use_tqdm=False)
     assert [output.outputs[0].finish_reason for output in outputs] == ["error", "length"]
     assert outputs[0].outputs[0].logprobs == [] and outputs[0].outputs[0].cumulative_logprob == 0

@@ -22,9 +22,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import ValidationError
 from serving import MODEL, PATIENCE, Calls, Gate, events_of, new_engine, serving
 
-from flex_nano_vllm import SamplingParams, server
+from flex_nano_vllm import SamplingParams, guard, server
+from flex_nano_vllm.guard import Limits
 from flex_nano_vllm.protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from flex_nano_vllm.server import Limits
 
 HERE = str(Path(__file__).parents[1]).encode()
 KEY = "the-key-that-nobody-logs"
@@ -707,7 +707,7 @@ def test_keys_are_compared_as_digests_in_constant_time(locked, monkeypatch):
         compared.append((a, b))
         return a == b
 
-    monkeypatch.setattr(server.hmac, "compare_digest", compare_digest)
+    monkeypatch.setattr(guard.hmac, "compare_digest", compare_digest)
     assert locked.ask("GET", "/v1/models", headers={"Authorization": "Bearer x"})[0] == 401
     assert locked.ask("GET", "/v1/models", headers={"Authorization": f"Bearer {KEY}"})[0] == 200
     assert [(len(a), len(b), a == b) for a, b in compared] == [(32, 32, False), (32, 32, True)]
@@ -744,6 +744,7 @@ def test_who_hangs_up_before_the_first_token_has_no_pages_after_the_step(monkeyp
         gate.let_pass()
         served.between_steps(lambda: assert_empty(engine))
         assert engine.stats().num_steps == aborted.number == 1
+        assert b'request_success_total{finished_reason="abort"} 1.0' in served.ask("GET", "/metrics")[2]
         gate.open()
 
 
