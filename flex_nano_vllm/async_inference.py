@@ -96,29 +96,36 @@ def _joined(first: CompletionDelta, second: CompletionDelta) -> CompletionDelta:
 
 
 class Answers:
-    """What requests that were handed over together bring, in the order in which it comes: pairs of a request's index
-    and a delta, or, when it has ended, its whole answer. Raises `EngineError` if one of them fails.
+    """What requests that were handed over together bring: lists of what is new since the last one, pairs of a request's
+    index and a delta, or, when it has ended, its whole answer. Raises `EngineError` if one of them fails.
 
     Leaving the `with` block, or `leave()`, ends the requests that have not ended.
     """
 
     def __init__(self, owner: "AsyncInference", mailboxes: list[Mailbox], filled: asyncio.Event):
         self._owner, self._mailboxes, self._filled = owner, mailboxes, filled
+        self._unfinished = dict(enumerate(mailboxes))
 
-    async def __aiter__(self) -> AsyncIterator[tuple[int, CompletionDelta | RequestOutput]]:
-        unfinished = dict(enumerate(self._mailboxes))
-        while unfinished:
+    async def __aiter__(self) -> AsyncIterator[list[tuple[int, CompletionDelta | RequestOutput]]]:
+        while not self.have_ended:
             await self._filled.wait()
             self._filled.clear()
-            for index, mailbox in list(unfinished.items()):
+            news: list[tuple[int, CompletionDelta | RequestOutput]] = []
+            for index, mailbox in list(self._unfinished.items()):
                 if mailbox.error is not None:
                     raise mailbox.error
                 output = mailbox.output  # looked at first: what came before it is in the box
-                for delta in mailbox.take():
-                    yield index, delta
+                news += [(index, delta) for delta in mailbox.take()]
                 if output is not None:
-                    del unfinished[index]
-                    yield index, output
+                    del self._unfinished[index]
+                    news.append((index, output))
+            if news:
+                yield news
+
+    @property
+    def have_ended(self) -> bool:
+        """Whether nothing will come any more."""
+        return not self._unfinished
 
     def so_far(self, index: int) -> RequestOutput:
         """The answer to one of the requests as far as it has come. Its prompt is whole once there is a delta."""
@@ -184,17 +191,18 @@ class AsyncInference:
     ) -> RequestOutput:
         """Complete one prompt. Raises what `Inference.generate` does, `EngineBusy`, `EngineClosing`, `EngineError`."""
         with await self.submit([prompt], sampling_params, cache_salt, follow=False) as answers:
-            async for _, item in answers:
-                return item
+            async for ((_, output),) in answers:
+                return output
 
     async def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, cache_salt: str | None = None
     ) -> AsyncIterator[CompletionDelta]:
         """Complete one prompt, and give what is new as it comes. Raises what `generate` does."""
         with await self.submit([prompt], sampling_params, cache_salt) as answers:
-            async for _, item in answers:
-                if isinstance(item, CompletionDelta):
-                    yield item
+            async for news in answers:
+                for _, item in news:
+                    if isinstance(item, CompletionDelta):
+                        yield item
 
     async def chat(
         self, messages: list[dict], sampling_params: SamplingParams | None = None, cache_salt: str | None = None

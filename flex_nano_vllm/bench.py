@@ -12,6 +12,8 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from flex_nano_vllm.inference import Inference
-from flex_nano_vllm.report import FinishedRequest, summarize
+from flex_nano_vllm.random_models import SHAPES, byte_tokenizer, random_model
+from flex_nano_vllm.report import FinishedRequest, strict, summarize
 from flex_nano_vllm.sampling_params import SamplingParams
 from flex_nano_vllm.workload import TOKEN_IDS, WorkloadRequest, make_workload
 
@@ -124,10 +127,23 @@ def server(*arguments: str) -> Iterator[int]:
                 break
         else:
             raise RuntimeError("the server has not started:\n" + "".join(lines))
+        threading.Thread(target=process.stderr.read, daemon=True).start()  # a full pipe would stop it
         yield int(line.split("http://")[1].split()[0].rsplit(":", 1)[1])
     finally:
         process.terminate()
-        process.communicate()
+        process.wait()
+
+
+@contextmanager
+def loadable(model: str) -> Iterator[str]:
+    """What both can load: of a shape with random weights a folder, while it is needed."""
+    if model not in SHAPES:
+        yield model
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        random_model(model).save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+        yield folder
 
 
 def bench(model: str, num_requests: int, num_clients: int, repeats: int, console: Console) -> dict:
@@ -136,8 +152,9 @@ def bench(model: str, num_requests: int, num_clients: int, repeats: int, console
     longest = PROMPT_LENS[1] + OUTPUT_LENS[1]
     console.print("starting the server and compiling, which takes minutes the first time")
     with (
-        server("--model", model, "--max-seq-length", str(longest)) as port,
-        Inference.from_pretrained(model, max_seq_length=longest) as engine,
+        loadable(model) as path,
+        server("--model", path, "--served-model-name", model, "--max-seq-length", str(longest)) as port,
+        Inference.from_pretrained(path, max_seq_length=longest) as engine,
     ):
         engine.warmup()
 
@@ -171,12 +188,15 @@ def bench(model: str, num_requests: int, num_clients: int, repeats: int, console
                 started = time.perf_counter()
                 results = summarize(run(), time.perf_counter() - started, torch.device("cpu"))
                 if turn:  # the first one warms up
-                    runs[name].append(results)
+                    runs[name].append(strict(results))
     table = Table("", "output tok/s", "of offline", "TTFT p50 / p99, ms", "TPOT p50 / p99, ms")
     rates = {name: statistics.median(run["output_tokens_per_s"] for run in of_kind) for name, of_kind in runs.items()}
     for name, of_kind in runs.items():
         last = of_kind[-1]
-        times = (f"{last[f'{t}_p50_ms']:,.1f} / {last[f'{t}_p99_ms']:,.1f}" for t in ("ttft", "tpot"))
+        times = [
+            "-" if last[f"{t}_p50_ms"] is None else f"{last[f'{t}_p50_ms']:,.1f} / {last[f'{t}_p99_ms']:,.1f}"
+            for t in ("ttft", "tpot")
+        ]
         table.add_row(name, f"{rates[name]:,.0f}", f"{rates[name] / rates['offline']:.2f}", *times)
     console.print(table)
     return {"model": model, "num_requests": num_requests, "num_clients": num_clients, "runs": runs}

@@ -76,7 +76,9 @@ def answer(engine: Inference, messages: list[dict], params: SamplingParams, cons
 
 @app.command()
 def bench(
-    model: Annotated[str, typer.Option(help="Folder, hub id, or tiny-gemma2.")] = "tiny-gemma2",
+    model: Annotated[
+        str, typer.Option(help="Folder, hub id, tiny-gemma2, or a shape with random weights: gemma2-tiny, ...")
+    ] = "tiny-gemma2",
     num_requests: Annotated[int, typer.Option(help="Of each run.")] = 256,
     num_clients: Annotated[int, typer.Option(help="That ask at the same time.")] = 64,
     repeats: Annotated[int, typer.Option(help="Runs of each kind, in turns.")] = 3,

@@ -74,7 +74,7 @@ def json_line(
     results: dict,
     **more: object,
 ) -> str:
-    """A run as one line of strict JSON: a figure that could not be measured (NaN) is null."""
+    """A run as one line of strict JSON."""
     record = {
         "engine": engine,
         "mode": mode,
@@ -91,12 +91,17 @@ def json_line(
         "warmup_seconds": round(warmup_seconds, 2),
         "workload_digest": digest(requests),
         **more,
-        "results": {
-            name: None if value != value else round(value, 4) if isinstance(value, float) else value
-            for name, value in results.items()
-        },
+        "results": strict(results),
     }
     return json.dumps(record, allow_nan=False)
+
+
+def strict(results: dict) -> dict:
+    """Figures as JSON can hold them: four digits, and null for one that could not be measured (NaN)."""
+    return {
+        name: None if value != value else round(value, 4) if isinstance(value, float) else value
+        for name, value in results.items()
+    }
 
 
 def compare_runs(paths: list[str], console: Console) -> None:

@@ -182,14 +182,14 @@ class API:
         with answers:
             watching = asyncio.create_task(_leave_with_client(request, answers))
             try:
-                ended = {index: output async for index, output in answers}
+                ended = {index: output async for news in answers for index, output in news}
             finally:
                 watching.cancel()
         outputs = [ended[index] for index in sorted(ended)]
-        for output in outputs:
-            self.metrics.observe(output)
         if any(completion.finish_reason == "error" for output in outputs for completion in output.outputs):
             raise EngineError(NOT_FINITE)
+        for output in outputs:
+            self.metrics.observe(output)
         return outputs
 
     def answer(self, kind: str, prefix: str, choices: list[dict], outputs: list[RequestOutput]) -> Response:
@@ -248,30 +248,31 @@ class API:
         answers: Answers,
         choices_of: Callable[[int, CompletionDelta], list[dict]],
     ) -> AsyncIterator[bytes]:
-        """The events of a stream: a chunk for each choice that `choices_of` makes of a delta, usage, the end."""
-        outputs, failed, response_id = [], False, protocol.new_id(prefix)
+        """The events of a stream: a chunk for each choice that `choices_of` makes of a delta, usage, the end. Those of
+        one time are sent together."""
+        outputs, response_id, data = [], protocol.new_id(prefix), b""
 
         def chunk(choices: list[dict], usage: dict | None = None) -> bytes:
             return _event(protocol.envelope(kind, response_id, self.model_name, choices, usage))
 
         try:
-            async for index, item in answers:
-                if isinstance(item, RequestOutput):
-                    outputs.append(item)
-                    self.metrics.observe(item)
-                    if failed:
+            async for news in answers:
+                for index, item in news:
+                    if isinstance(item, RequestOutput):
+                        outputs.append(item)
+                        self.metrics.observe(item)
+                    elif item.finish_reason == "error":
                         raise EngineError(NOT_FINITE)
-                    continue
-                if item.finish_reason == "error":
-                    failed = True  # its answer, which is counted, comes next
-                    continue
-                for choice in choices_of(index, item):
-                    yield chunk([choice])
+                    else:
+                        data += b"".join(chunk([choice]) for choice in choices_of(index, item))
+                if not answers.have_ended:
+                    yield data
+                    data = b""
             if includes_usage:
-                yield chunk([], protocol.usage_of(outputs))
+                data += chunk([], protocol.usage_of(outputs))
         except Exception as error:
-            yield _event(api_error(error).body)
-        yield b"data: [DONE]\n\n"
+            data += _event(api_error(error).body)
+        yield data + b"data: [DONE]\n\n"
 
 
 NOT_FINITE = "the model's numbers were not finite, or left no token to choose"

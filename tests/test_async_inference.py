@@ -74,7 +74,7 @@ async def together(shared, *submissions):
 
 async def last(answers):
     with answers:
-        *_, (_, output) = [item async for item in answers]
+        *_, (_, output) = [item async for news in answers for item in news]
         return output
 
 
@@ -138,7 +138,7 @@ def test_requests_handed_over_together_are_told_apart(engine, oracle):
     async def main():
         async with sharing(engine) as shared:
             with await shared.submit(PROMPTS, greedy(4), follow=False) as answers:
-                return {index: item async for index, item in answers}
+                return {index: output async for news in answers for index, output in news}
 
     outputs = run(main())
     assert [answers_of(outputs[index]) for index in range(len(PROMPTS))] == expected
@@ -404,13 +404,13 @@ def test_an_aborted_request_gives_what_it_has(engine, oracle):
         async with sharing(engine) as shared:
             gate.let_pass()
             answers = await shared.submit(["abc"], greedy(30))
-            deltas = aiter(answers)
-            _, first = await anext(deltas)
+            news = aiter(answers)
+            ((_, first),) = await anext(news)
             shared.abort(first.request_id)
             shared.abort(first.request_id)
             shared.abort(12345)
             gate.open()
-            return [first] + [item async for _, item in deltas]
+            return [first] + [item async for items in news for _, item in items]
 
     *deltas, output = run(main())
     assert output.outputs[0].finish_reason == deltas[-1].finish_reason == "abort"

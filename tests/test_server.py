@@ -330,6 +330,15 @@ def test_without_llguidance_a_structure_is_refused_by_name_and_other_requests_wo
         assert served.ask("POST", COMPLETIONS, SMALL)[0] == 200
 
 
+def test_events_of_one_time_are_sent_together(served):
+    """The first delta of a chat with its opening, the last one with the usage and the end."""
+    body = json.dumps(CHAT | dict(max_tokens=2, stream=True, ignore_eos=True, stream_options={"include_usage": True}))
+    head = f"POST {CHATS} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    answer = served.raw(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+    *chunks, end = answer.partition(b"\r\n\r\n")[2].split(b"\r\n")[1::2]
+    assert end == b"" and [chunk.count(b"data: ") for chunk in chunks] in ([2, 3], [5])
+
+
 def test_an_event_stream_ends_with_done_and_is_not_cached(served):
     status, headers, body = served.ask("POST", COMPLETIONS, SMALL | {"stream": True})
     assert status == 200 and headers["content-type"].startswith("text/event-stream")
