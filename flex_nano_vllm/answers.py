@@ -1,6 +1,7 @@
 """What users see of sequences: texts, log-probabilities, what is new since they last looked. Knows nothing of steps."""
 
 import re
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from flex_nano_vllm.detokenizer import decode, whole_text
 from flex_nano_vllm.outputs import CompletionDelta, CompletionOutput, Logprob, RequestOutput
 from flex_nano_vllm.sequence import Rating, Sequence
+
+_names: "weakref.WeakKeyDictionary[PreTrainedTokenizerBase, dict[int, str]]" = weakref.WeakKeyDictionary()
 
 
 def request_output(group: list[Sequence], tokenizer: PreTrainedTokenizerBase | None) -> RequestOutput:
@@ -63,10 +66,16 @@ def logprobs(token_id: int, rating: Rating, tokenizer: PreTrainedTokenizerBase |
 
 
 def token_text(token_id: int, tokenizer: PreTrainedTokenizerBase | None) -> str | None:
-    """A name for a token by itself. As far as it can be its text; what is part of a character is called by its name in
-    the vocabulary, so that no two tokens are called the same."""
+    """A name for a token by itself: its text, or what the vocabulary calls it where it is part of a character."""
     if tokenizer is None:
         return None
+    names = _names.setdefault(tokenizer, {})  # a prompt's log-probabilities name thousands
+    if token_id not in names:
+        names[token_id] = _token_text(token_id, tokenizer)
+    return names[token_id]
+
+
+def _token_text(token_id: int, tokenizer: PreTrainedTokenizerBase) -> str:
     text = decode(tokenizer, [token_id], skip_special_tokens=False)
     name = tokenizer.convert_ids_to_tokens(token_id)
     if name is None:  # beyond the tokenizer's vocabulary, in the padding of the model's

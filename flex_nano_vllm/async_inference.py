@@ -27,7 +27,7 @@ import torch
 
 from flex_nano_vllm.answers import Reader, request_output
 from flex_nano_vllm.inference import Inference
-from flex_nano_vllm.intake import Prompt
+from flex_nano_vllm.intake import Prompt, check_streamed
 from flex_nano_vllm.outputs import CompletionDelta, RequestOutput
 from flex_nano_vllm.runner import let_thread_use_cuda_graphs, release_openmp_threads
 from flex_nano_vllm.sampling_params import SamplingParams
@@ -123,6 +123,11 @@ class Answers:
                 yield news
 
     @property
+    def num_prompt_tokens(self) -> int:
+        """Of all requests, each counted once."""
+        return sum(mailbox.group[0].num_prompt_tokens for mailbox in self._mailboxes)
+
+    @property
     def have_ended(self) -> bool:
         """Whether nothing will come any more."""
         return not self._unfinished
@@ -152,7 +157,7 @@ class AsyncInference:
                 print(delta.text, end="")
             answers = await asyncio.gather(*(shared.generate(prompt) for prompt in prompts))
 
-    Until it is closed the engine is its own, and must not be called by anybody else but for `stats()` and `plan()`.
+    Until it is closed the engine is its own: whoever else calls it gets a RuntimeError, but for `stats()` and `plan()`.
     Closing it leaves the engine open. A coroutine that is cancelled, or a stream that is not read to its end, ends its
     request and frees its pages.
 
@@ -168,6 +173,8 @@ class AsyncInference:
     """
 
     def __init__(self, engine: Inference, max_waiting: int = 1024, stream_interval: float = 0.04):
+        if engine.owner is not None:
+            raise ValueError("the engine belongs to another AsyncInference: close that one first")
         if engine.has_unfinished_requests():
             raise ValueError("the engine has unfinished requests: finish or abort them first")
         self.engine, self.max_waiting, self.stream_interval = engine, max_waiting, stream_interval
@@ -181,7 +188,7 @@ class AsyncInference:
         self._is_closing = self._is_closed = False
         if engine.model.device.type == "cpu":
             release_openmp_threads()
-        self._thread = threading.Thread(target=self._run, name="flex-nano-vllm engine", daemon=True)
+        self._thread = engine.owner = threading.Thread(target=self._run, name="flex-nano-vllm engine", daemon=True)
         self._thread.start()
 
     # What coroutines call.
@@ -198,6 +205,7 @@ class AsyncInference:
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, cache_salt: str | None = None
     ) -> AsyncIterator[CompletionDelta]:
         """Complete one prompt, and give what is new as it comes. Raises what `generate` does."""
+        check_streamed(sampling_params)
         with await self.submit([prompt], sampling_params, cache_salt) as answers:
             async for news in answers:
                 for _, item in news:
@@ -248,13 +256,20 @@ class AsyncInference:
 
     async def close(self, timeout: float = 30.0) -> None:
         """Take no more requests, let those that are there finish, and stop the thread. After `timeout` seconds what is
-        left is ended with finish_reason "abort"."""
+        left is ended with finish_reason "abort". If a step is not done by then, and not after `timeout` seconds more,
+        whoever waits gets `EngineDead`, and the thread is left to itself."""
         self._is_closing = True
         with suppress(EngineDead, EngineClosing):  # the thread has ended already
             self._command(lambda: None)
             await asyncio.to_thread(self._thread.join, timeout)
             self._command(self._abort_all)
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._thread.join, timeout)
+        if self._thread.is_alive():
+            self.error = TimeoutError("a step does not come to its end")
+            waiting = list(self._mailboxes.values())
+            for mailbox in waiting:
+                mailbox.error = self._refusal()
+            self._tell(waiting)
 
     async def __aenter__(self) -> "AsyncInference":
         return self
@@ -315,7 +330,9 @@ class AsyncInference:
             self._num_pending += change
 
     def check_room(self, num_sequences: int) -> None:
-        """Raises `EngineBusy` where so many more cannot wait."""
+        """Raises `EngineBusy` where so many more cannot wait now, and ValueError where they never can."""
+        if num_sequences > self.max_waiting:
+            raise ValueError(f"{num_sequences} sequences are more than the {self.max_waiting} that may wait at once")
         if self.num_waiting + num_sequences > self.max_waiting:
             raise EngineBusy(
                 f"{self.num_waiting} of at most {self.max_waiting} sequences wait already, and {num_sequences} more "
@@ -364,6 +381,8 @@ class AsyncInference:
                 with suppress(Exception):
                     self._commands.popleft()()
             self._fail(list(self._mailboxes), EngineDead(f"the engine has died: {error!r}"))
+        finally:
+            self.engine.owner = None
 
     def _close_door(self) -> bool:
         """Take no more commands, if none is left."""
@@ -392,17 +411,29 @@ class AsyncInference:
         self._told_at = now if all_are_due else self._told_at
         for output in outputs:
             mailbox = self._mailboxes.pop(output.request_id)
-            if mailbox.reader is not None:
-                mailbox.put(list(mailbox.reader.news()))
+            self._collect(mailbox)
             mailbox.output = output
             news.append(mailbox)
-        for mailbox in self._mailboxes.values():
-            is_due = mailbox.reader is not None and (all_are_due or mailbox.is_new)
-            if is_due and (deltas := list(mailbox.reader.news())):
-                mailbox.put(deltas)
-                mailbox.is_new = False
+        for mailbox in list(self._mailboxes.values()):
+            if (all_are_due or mailbox.is_new) and self._collect(mailbox):
                 news.append(mailbox)
         self._tell(news, is_timed=all_are_due)
+
+    def _collect(self, mailbox: Mailbox) -> bool:
+        """Put what is new into a mailbox. Whether there is something."""
+        if mailbox.reader is None:
+            return False
+        try:
+            deltas = list(mailbox.reader.news())
+        except Exception as error:  # of this request alone
+            logger.exception("the news of a request cannot be told")
+            mailbox.error = EngineError(f"the answer cannot be made: {type(error).__name__}")
+            if self._mailboxes.pop(mailbox.request_id, None) is not None:
+                self.engine.abort(mailbox.request_id)
+            return True
+        mailbox.put(deltas)
+        mailbox.is_new &= not deltas
+        return bool(deltas)
 
     def _stream_interval(self) -> float:
         """Seconds until all streams are told again."""
@@ -434,8 +465,7 @@ class AsyncInference:
             return
         try:
             output = self.engine.abort(request_id)
-            if mailbox.reader is not None:
-                mailbox.put(list(mailbox.reader.news()))
+            self._collect(mailbox)
             mailbox.output = output
         except Exception as error:  # its pages are free all the same
             logger.exception("the answer of an aborted request cannot be made")

@@ -141,6 +141,11 @@ class Follower:
         self._is_shared = True
         self._num_consumed = 0
 
+    @property
+    def num_words(self) -> int:
+        """Of the bits that `allowed` gives."""
+        return self._grammar.compiler.num_words
+
     def allowed(self, output_token_ids: list[int]) -> np.ndarray:
         """The tokens that may follow the output: int32 [ceil(V / 32)], bit i % 32 of word i // 32 for token i.
 

@@ -2,16 +2,20 @@
 but those that are public.
 """
 
+import asyncio
 import hashlib
 import hmac
 from dataclasses import dataclass
 
 import anyio
+import h11
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from flex_nano_vllm.api_errors import APIError
 
 PUBLIC_PATHS = {"/", "/health"}
+HEAD_TIMEOUT = 30.0  # seconds from the connection, or the first byte of a further request, to the end of its headers
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,7 @@ class Limits:
     """What one request may take."""
 
     max_body_bytes: int = 2 * 2**20
-    request_timeout: float = 600.0  # seconds, from the first byte of the request to the last one of the answer
+    request_timeout: float = 600.0  # seconds, from the headers of the request to the last byte of the answer
 
 
 class Guard:
@@ -89,3 +93,28 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
         return next(messages, None) or await receive()
 
     return replay
+
+
+class ImpatientH11(H11Protocol):
+    """Uvicorn's HTTP, for connections that bring a request: others are closed. In pure Python, since httptools, its
+    other parser, takes headers of 50 MB."""
+
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._head_timer = self.loop.call_later(HEAD_TIMEOUT, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        is_waiting = self.conn.their_state is h11.IDLE  # the head is not complete
+        if self._head_timer is not None and not is_waiting:
+            self._head_timer.cancel()
+            self._head_timer = None
+        elif self._head_timer is None and is_waiting:
+            self._head_timer = self.loop.call_later(HEAD_TIMEOUT, self.transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+        super().connection_lost(exc)

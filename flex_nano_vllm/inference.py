@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flex_nano_vllm.answers import Reader, request_output
 from flex_nano_vllm.geometry import Geometry, cdiv
-from flex_nano_vllm.intake import Intake, Prompt
+from flex_nano_vllm.intake import Intake, Prompt, check_streamed
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.loading import load
 from flex_nano_vllm.memory import check_pool_fits, pool_size
@@ -143,6 +143,7 @@ class Inference:
         self._unreported: dict[int, list[Sequence]] = {}  # requests that have ended and were not yet returned
         self._abandoned: deque[int] = deque()  # requests of streams that were thrown away while the engine was in use
         self._in_use = threading.Lock()
+        self.owner: threading.Thread | None = None  # the only one that may call, if there is one (`AsyncInference`)
         compiled = obstacle is None if compile is None else compile
         with torch.inference_mode(False):
             self.runner = ModelRunner(model, self.kv, compiled, enable_cascade)
@@ -234,6 +235,7 @@ class Inference:
         """
         with self._exclusively():
             params = SamplingParams() if sampling_params is None else sampling_params
+            check_streamed(params)
             group = self.intake.request(prompt, params, cache_salt, follow=True)
         return self._stream(group)
 
@@ -318,16 +320,19 @@ class Inference:
 
     def give_up_step(self) -> list[int]:
         """After a step that has failed: end the requests that took part in it with finish_reason "error", and return
-        their ids. Nobody gets an answer of them; their pages are free."""
+        their ids. Nobody gets an answer of them; their pages are free. Where the step has gone well, and only answers
+        could not be made, those are all that is given up."""
         with self._exclusively():
+            if self._unreported:
+                request_ids = sorted(self._unreported)
+                self._unreported.clear()
+                return request_ids
             queue = self.scheduler.running or self.scheduler.waiting  # all, if it did not come to choosing them
             groups = {sequence.request_id: sequence.group for sequence in queue}
             for request_id, group in groups.items():
                 self.scheduler.abort(request_id, "error")
                 self._count(group)
-            request_ids = groups.keys() | self._unreported.keys()
-            self._unreported.clear()
-            return sorted(request_ids)
+            return sorted(groups)
 
     def run_one_step(self) -> list[RequestOutput]:
         """Compute one step and return the requests that finished in it.
@@ -363,9 +368,9 @@ class Inference:
                     if sample.rating is not None:
                         sequence.ratings.append(sample.rating)
             finished += self._follow_texts([*finished, *(s for s in sampled if s.finish_reason is None)])
-            for sequence in finished:
-                if all(other.finish_reason for other in sequence.group):
-                    self._close(sequence.group)
+            for group in {sequence.request_id: sequence.group for sequence in finished}.values():
+                if all(sequence.finish_reason for sequence in group):
+                    self._close(group)
             self._measure(chunks, sampled, started)
 
     def _follow_texts(self, sequences: list[Sequence]) -> list[Sequence]:
@@ -381,7 +386,7 @@ class Inference:
             except Exception:
                 logger.exception("request %s: its text cannot be decoded", sequence.request_id)
                 reason = "error"
-            if reason == "error" or (reason == "stop" and sequence.finish_reason in (None, "length")):
+            if reason is not None:
                 if not is_last:
                     self.scheduler.finish(sequence, reason)
                     ended.append(sequence)
@@ -505,6 +510,8 @@ class Inference:
         """One caller at a time: neither another thread nor a callback of this one can step in between."""
         if not self._give_back.alive:
             raise RuntimeError("this engine is closed: its model was given back, or another engine was built on it")
+        if self.owner not in (None, threading.current_thread()):
+            raise RuntimeError("the engine belongs to an AsyncInference: call that one, or close it first")
         if not self._in_use.acquire(blocking=False):
             raise RuntimeError("the engine is busy with another call, from another thread or from inside a step")
         try:

@@ -46,7 +46,7 @@ class Intake:
         sampling_params: SamplingParams | SequenceOf[SamplingParams] | None,
         cache_salt: str | None,
     ) -> list[list[Sequence]]:
-        """The samples of each prompt, all of them checked before the first is numbered."""
+        """The samples of each prompt, all of them checked before any is taken."""
         is_list = isinstance(prompts, list | tuple)
         is_one = isinstance(prompts, str | dict) or (is_list and prompts and is_int(prompts[0]))
         prompts = [prompts] if is_one else prompts
@@ -150,9 +150,7 @@ class Intake:
         """A prompt's tokens, none of them unknown to the model."""
         if isinstance(prompt, str | list | tuple) and not prompt:
             raise ValueError(f"{name} is empty")
-        text = None
         if isinstance(prompt, str):
-            text = prompt
             if self.tokenizer is None:
                 raise ValueError(f"{name} is a text, but the engine has no tokenizer: pass token ids")
             try:
@@ -169,7 +167,7 @@ class Intake:
                 known = f"the model's token ids are 0 to {self.num_embeddings - 1}"
                 raise ValueError(f"{name} holds {token_id!r}, but {known}")
         if not prompt:
-            raise ValueError(f"{name} has no tokens: the tokenizer makes none of {text!r}")
+            raise ValueError(f"{name} has no tokens: the tokenizer makes none of it")
         return [int(token_id) for token_id in prompt]
 
     def _check_ids(self, params: SamplingParams, stop_token_ids: frozenset[int], name: str) -> None:
@@ -214,6 +212,12 @@ class Intake:
             raise StructureError(f"{name}: structured_outputs: {error}") from error
 
 
+def check_streamed(params: SamplingParams) -> None:
+    """Raises ValueError where deltas would not bring what is asked for."""
+    if isinstance(params, SamplingParams) and params.prompt_logprobs is not None:
+        raise ValueError("prompt_logprobs: the deltas of a stream do not bring them, use generate")
+
+
 def _of_dict(prompt: dict, name: str) -> str | SequenceOf[int]:
     """vLLM's form of a prompt: `{"prompt": text}` or `{"prompt_token_ids": [...]}`."""
     if len(prompt) != 1 or not prompt.keys() <= {"prompt", "prompt_token_ids"}:
@@ -228,7 +232,7 @@ def _draw_seed(params: SamplingParams) -> int:
     """The request's seed, or one from torch's global generator; greedy requests need none and draw none."""
     if params.seed is None:
         return 0 if params.greedy else int(torch.randint(MAX_SEED, ()))
-    return params.seed
+    return int(params.seed)  # a numpy integer would overflow
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:

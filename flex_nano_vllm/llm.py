@@ -59,6 +59,11 @@ class LLM(Inference):
             options.setdefault("compile", False)
         super().__init__(*load(model, dtype, device), **options)
 
+    @classmethod
+    def from_pretrained(cls, path_or_id: str, **options: object) -> "LLM":
+        """The same as `LLM(path_or_id, ...)`."""
+        return cls(path_or_id, **options)
+
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer."""
         return self.tokenizer

@@ -33,9 +33,12 @@ def free_bytes(device: torch.device) -> int:
     return free
 
 
-def step_bytes(model: PreTrainedModel, max_batch_size: int) -> int:
-    """Bytes that the largest temporaries of a step take: logits, and their probabilities and sums in float64."""
-    return max_batch_size * model.get_input_embeddings().num_embeddings * 3 * 8
+def step_bytes(model: PreTrainedModel, geometry: Geometry) -> int:
+    """Bytes that the largest temporaries of a step take: logits, and their probabilities and sums in float64; or, where
+    prompts are rated, logits of all tokens of a step, and a copy."""
+    of_samples = geometry.max_batch_size * 3 * 8
+    of_prompts = geometry.max_num_batched_tokens * 2 * model.dtype.itemsize
+    return max(of_samples, of_prompts) * model.get_input_embeddings().num_embeddings
 
 
 def token_bytes(model: PreTrainedModel) -> int:
@@ -64,7 +67,7 @@ def pool_size(model: PreTrainedModel, geometry: Geometry) -> int:
     enough = 1 + geometry.max_batch_size * geometry.most_pages(geometry.max_seq_length)
     geometry = replace(geometry, n_pages=enough)
     share = DEFAULT_SHARE.get(device.type, DEFAULT_SHARE_ELSEWHERE)
-    free = max(0, free_bytes(device) - step_bytes(model, geometry.max_batch_size))
+    free = max(0, free_bytes(device) - step_bytes(model, geometry))
     affordable = largest_pool(model, geometry, int(share * free))
     if affordable < 2:
         per_page = kv_bytes(model, replace(geometry, n_pages=2)) / 2
@@ -80,7 +83,7 @@ def pool_size(model: PreTrainedModel, geometry: Geometry) -> int:
 def check_pool_fits(model: PreTrainedModel, geometry: Geometry) -> None:
     """Raises ValueError, with the numbers and what would fit, when the pools are larger than free memory."""
     needed = kv_bytes(model, geometry)
-    free = max(0, free_bytes(model.device) - step_bytes(model, geometry.max_batch_size))
+    free = max(0, free_bytes(model.device) - step_bytes(model, geometry))
     if needed > free:
         raise ValueError(
             f"a KV pool of {geometry.n_pages:,} pages of {geometry.page_size} tokens needs {needed / 1e9:,.1f} GB, but "

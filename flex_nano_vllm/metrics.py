@@ -56,7 +56,7 @@ class EngineStats:
     num_computed_tokens: int  # tokens the model has run over, recomputed ones counted again
     num_generated_tokens: int
     num_finished_requests: int
-    finish_reasons: dict[str, int]  # samples of these requests, by how they have ended
+    finish_reasons: dict[str, int] = field(hash=False)  # samples of these requests, by how they have ended
     num_idle_pages: int  # free, but for tokens that may be found again
     num_prompt_tokens: int  # of the requests that have begun, each counted once, whatever its `n`
     num_cached_tokens: int  # of these, found computed by others

@@ -55,7 +55,9 @@ class Metrics:
         return generate_latest(self.registry)
 
     def observe(self, output: RequestOutput) -> None:
-        """Take the times of a request that was answered."""
+        """Take the times of a request that was answered, and not left."""
+        if any(completion.finish_reason == "abort" for completion in output.outputs):
+            return
         metrics = output.metrics
         if metrics.ttft is not None:
             self.ttft.observe(metrics.ttft)

@@ -9,7 +9,7 @@ import time
 import uuid
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from flex_nano_vllm.outputs import Logprob, RequestOutput
 from flex_nano_vllm.sampling_params import (
@@ -22,6 +22,8 @@ from flex_nano_vllm.sampling_params import (
 
 MAX_PROMPTS, MAX_SAMPLES = 64, 16
 MAX_CHOICES = 128  # prompts times samples
+MAX_MESSAGES, MAX_PARTS = 4096, 256
+MAX_ECHOED = 2**18  # log-probabilities of prompts in one answer, about 10 MB of it
 
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 # The first mistake ends the check: a body has room for a million of them, and to list them takes seconds.
@@ -40,12 +42,31 @@ def unsupported(*harmless: Any) -> Any:
     return Annotated[Any, AfterValidator(check), WithJsonSchema({"enum": [None, *harmless]})]
 
 
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("is not valid Unicode") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]  # JSON may hold half of a surrogate pair
+
+
+def _few(bias: Any) -> Any:
+    """Before all of its entries are looked at."""
+    if isinstance(bias, dict) and len(bias) > MAX_LOGIT_BIAS:
+        raise ValueError(f"has {len(bias)} entries, more than {MAX_LOGIT_BIAS}")
+    return bias
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
 class StreamOptions(Strict):
     include_usage: bool | None = None
+    continuous_usage_stats: unsupported(False) = None
 
 
 class JSONSchema(Strict):
@@ -83,14 +104,16 @@ class GenerationRequest(Strict):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_LOGIT_BIAS)] | None = None
+    logit_bias: Annotated[
+        Annotated[dict[str, float], Field(max_length=MAX_LOGIT_BIAS)] | None, BeforeValidator(_few)
+    ] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    user: str | None = None
+    user: Text | None = None
     # vLLM's additions.
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -111,6 +134,10 @@ class GenerationRequest(Strict):
     truncate_prompt_tokens: unsupported() = None
     use_beam_search: unsupported(False) = None
     bad_words: unsupported([]) = None
+    length_penalty: unsupported(1) = None
+    prompt_embeds: unsupported() = None
+    logits_processors: unsupported([]) = None
+    return_tokens_as_token_ids: unsupported(False) = None
 
     SAME: ClassVar[tuple[str, ...]] = (  # names of `SamplingParams` too
         *("n", "temperature", "top_p", "seed", "stop", "presence_penalty", "frequency_penalty", "top_k", "min_p"),
@@ -155,6 +182,7 @@ class CompletionRequest(GenerationRequest):
     echo: bool | None = None
     best_of: unsupported(1) = None
     suffix: unsupported("") = None
+    add_special_tokens: unsupported(True) = None
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -175,7 +203,9 @@ class TextPart(Strict):
 
 class Message(Strict):
     role: str
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_PARTS)] | None = None
+    tool_calls: unsupported([]) = None
+    function_call: unsupported() = None
 
     @property
     def texts(self) -> list[str]:
@@ -185,11 +215,16 @@ class Message(Strict):
         return [self.content or ""]
 
     def to_dict(self) -> dict:
-        return self.model_dump(include={"role", "content"})
+        message = self.model_dump(include={"role", "content"})
+        # OpenAI's newer word, which no template knows.
+        return message | {"role": "system"} if self.role == "developer" else message
+
+
+Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
 
 
 class ChatCompletionRequest(GenerationRequest):
-    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
+    messages: Messages
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
@@ -205,6 +240,9 @@ class ChatCompletionRequest(GenerationRequest):
     reasoning_effort: unsupported("none") = None
     chat_template: unsupported() = None  # a program, which nobody gets to send
     chat_template_kwargs: unsupported({}) = None
+    add_generation_prompt: unsupported(True) = None
+    continue_final_message: unsupported(False) = None
+    echo: unsupported(False) = None
 
     def to_params(self) -> SamplingParams:
         if self.top_logprobs is not None and not self.logprobs:
@@ -221,7 +259,11 @@ class ChatCompletionRequest(GenerationRequest):
 class TokenizeRequest(Strict):
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)] | None = None
+    messages: Messages | None = None
+    add_special_tokens: unsupported(True) = None
+    add_generation_prompt: unsupported(True) = None
+    continue_final_message: unsupported(False) = None
+    return_token_strs: unsupported(False) = None
 
     @model_validator(mode="after")
     def _check_one(self):

@@ -243,7 +243,9 @@ def release_openmp_threads() -> None:
         return  # another system, where it is not known to matter
     for path in mapped:
         if Path(path).name.startswith(("libgomp", "libiomp")):
-            ctypes.CDLL(path).omp_pause_resource_all(1)  # 1: softly, settings stay
+            pause = getattr(ctypes.CDLL(path), "omp_pause_resource_all", None)  # of OpenMP 5.0, GCC 9
+            if pause is not None:
+                pause(1)  # softly: settings stay
 
 
 def let_thread_use_cuda_graphs() -> None:

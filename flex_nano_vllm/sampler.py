@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flex_nano_vllm.penalties import Edits
 from flex_nano_vllm.transfer import upload
 
 NOT_FINITE = -1
@@ -21,17 +22,6 @@ def uniform(seed: int, position: int) -> float:
     """
     digest = hashlib.blake2b(f"{seed}:{position}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53
-
-
-@dataclass(frozen=True)
-class Edits:
-    """Changes of single logits of a row: `bias` is added, then the logit is divided by `divisor` (multiplied if it is
-    negative), then `penalty` is subtracted. All [M]; no token comes twice."""
-
-    token_ids: np.ndarray
-    bias: np.ndarray
-    divisor: np.ndarray
-    penalty: np.ndarray
 
 
 @dataclass(frozen=True)

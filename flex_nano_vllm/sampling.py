@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flex_nano_vllm.sampler import ARGMAX, Draw, Edits, logprobs_of, uniform
+from flex_nano_vllm.sampler import ARGMAX, Draw, logprobs_of, uniform
 from flex_nano_vllm.scheduler import Chunk
 from flex_nano_vllm.sequence import Rating, Sequence
 from flex_nano_vllm.transfer import upload
@@ -33,8 +33,12 @@ class Sample(NamedTuple):
 
 def draw_of(sequence: Sequence) -> Draw:
     """How the next token of a sequence is chosen."""
-    params = sequence.params
-    edits, allowed = _edits(sequence), sequence.allowed_tokens()
+    params, allowed = sequence.params, sequence.allowed_tokens()
+    edits = None
+    if sequence.penalties is not None:
+        sequence.penalties.take(sequence.token_ids, sequence.num_prompt_tokens)
+        may_end = sequence.output_len >= params.min_tokens or _has_to_end(sequence, allowed)
+        edits = sequence.penalties.edits(may_end)
     if params.greedy:
         return ARGMAX if edits is None and allowed is None else Draw(edits=edits, allowed=allowed)
     return Draw(
@@ -48,25 +52,13 @@ def draw_of(sequence: Sequence) -> Draw:
     )
 
 
-def _edits(sequence: Sequence) -> Edits | None:
-    """The logits that `min_tokens`, `logit_bias` and the penalties change."""
-    params, output = sequence.params, sequence.output_token_ids
-    banned = sequence.stop_token_ids if len(output) < params.min_tokens else frozenset()
-    if not (banned or params.logit_bias or params.penalises):
-        return None
-    bias = dict(params.logit_bias or {}) | dict.fromkeys(banned, -np.inf)
-    spoken, counts = np.unique(output, return_counts=True) if params.penalises else (np.array([], int), 0)
-    prompt = sequence.token_ids[: sequence.num_prompt_tokens] if params.repetition_penalty != 1 else []
-    token_ids = np.unique(np.concatenate([list(bias), spoken, prompt]).astype(np.int64))
-    said = np.zeros(len(token_ids))
-    said[np.searchsorted(token_ids, spoken)] = counts
-    known = (said > 0) | np.isin(token_ids, prompt)
-    return Edits(
-        token_ids=token_ids,
-        bias=np.array([bias.get(token_id, 0.0) for token_id in token_ids.tolist()]),
-        divisor=np.where(known, params.repetition_penalty, 1.0),
-        penalty=params.frequency_penalty * said + params.presence_penalty * (said > 0),
-    )
+def _has_to_end(sequence: Sequence, allowed: np.ndarray | None) -> bool:
+    """Whether a grammar allows nothing but the end: then there cannot be more tokens, whatever `min_tokens` says."""
+    if sequence.grammar is None:
+        return False
+    others = np.unpackbits(allowed.view(np.uint8), bitorder="little")
+    others[list(sequence.stop_token_ids)] = 0
+    return not others.any()
 
 
 def take_samples(logits: Tensor, chunks: list[Chunk], sample: Callable[[Tensor, list[Draw]], Tensor]) -> list[Sample]:

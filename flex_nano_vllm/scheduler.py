@@ -133,7 +133,8 @@ class Scheduler:
             sequence.row = self.kv.fork(nearest.row, sequence.num_prompt_tokens - 1, sequence.token_ids)
         if sequence.row is None:
             # Nobody gets logits of tokens that are not computed.
-            sequence.row = self.kv.allocate(sequence.token_ids, sequence.cache_salt, find=not sequence.rates_prompt)
+            is_rated = not sequence.rates_prompt or len(sequence.prompt_ratings) == sequence.num_prompt_tokens - 1
+            sequence.row = self.kv.allocate(sequence.token_ids, sequence.cache_salt, find=is_rated)
         if self.running and needed + self._growth(sequence) > self.kv.num_free_pages:
             self.kv.erase(sequence.row)
             sequence.row = None

@@ -1,6 +1,8 @@
 """A request on its way through the engine. Knows nothing of torch, pages or queues."""
 
+import logging
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -8,7 +10,10 @@ import numpy as np
 from flex_nano_vllm.detokenizer import Detokenizer
 from flex_nano_vllm.grammar import Follower
 from flex_nano_vllm.metrics import RequestMetrics
+from flex_nano_vllm.penalties import Penalties
 from flex_nano_vllm.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
 
 
 class Rating(NamedTuple):
@@ -75,11 +80,25 @@ class Sequence:
         """Whether its prompt's tokens are rated: of a request's samples the first one does that for all."""
         return self.params.prompt_logprobs is not None and self is self.group[0]
 
+    @cached_property
+    def penalties(self) -> Penalties | None:
+        """What keeps account of the logits that its parameters change; None if there are none."""
+        params = self.params
+        if not (params.logit_bias or params.penalises or (params.min_tokens and self.stop_token_ids)):
+            return None
+        prompt = self.token_ids[: self.num_prompt_tokens]
+        return Penalties(params, prompt, self.stop_token_ids, self.max_total_tokens - self.num_prompt_tokens)
+
     def allowed_tokens(self) -> np.ndarray | None:
-        """Bits of the tokens that may come next, None if all may. Raises what a grammar raises that cannot go on."""
+        """Bits of the tokens that may come next, None if all may. None of them is set where a grammar cannot go on,
+        which ends the request as it does where numbers are not finite."""
         if self.grammar is None:
             return self.allowed
-        allowed = self.grammar.allowed(self.output_token_ids)
+        try:
+            allowed = self.grammar.allowed(self.output_token_ids)
+        except ValueError as error:
+            logger.warning("request %s: its structure cannot be followed any further: %s", self.request_id, error)
+            return np.zeros(self.grammar.num_words, dtype=np.int32)
         return allowed if self.allowed is None else allowed & self.allowed
 
     def append(self, token_id: int) -> None:

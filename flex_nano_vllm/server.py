@@ -3,7 +3,7 @@
     uv run --extra serve python -m flex_nano_vllm.server --model tiny-gemma2
 
 Who calls is not trusted: every size is bounded before it is used, every path but `/health` and the page at `/` asks for
-the API key if there is one, and no answer holds what a request or a file held.
+the API key if there is one, and no error holds a prompt or what a file held.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from flex_nano_vllm import __version__, protocol
 from flex_nano_vllm.answers import token_text
 from flex_nano_vllm.api_errors import APIError, api_error
 from flex_nano_vllm.async_inference import Answers, AsyncInference, EngineBusy, EngineClosing, EngineError
-from flex_nano_vllm.guard import Guard, Limits
+from flex_nano_vllm.guard import Guard, ImpatientH11, Limits
 from flex_nano_vllm.inference import Inference
 from flex_nano_vllm.outputs import CompletionDelta, RequestOutput
 from flex_nano_vllm.prometheus import Metrics
@@ -70,6 +70,12 @@ class API:
             raise APIError(400, f"more than {protocol.MAX_CHOICES} completions in one request", param="n")
         self.check_length(*(prompt for prompt in body.prompts if isinstance(prompt, str)))
         answers = await self.shared.submit(body.prompts, params, body.cache_salt, follow=bool(body.stream))
+        if params.prompt_logprobs is not None:
+            num_echoed = answers.num_prompt_tokens * params.n * (params.prompt_logprobs + 1)
+            if num_echoed > protocol.MAX_ECHOED:
+                answers.leave()
+                most = f"more than the {protocol.MAX_ECHOED} that one answer may have"
+                raise APIError(400, f"echo and logprobs give {num_echoed} log-probabilities, {most}", param="logprobs")
         if body.stream:
             return EventStream(self.completion_events(body, answers), answers)
         outputs = await self.whole(answers, request)
@@ -121,8 +127,12 @@ class API:
         return {"prompt": await asyncio.to_thread(self.engine.intake.detokenize, body.tokens)}
 
     async def models(self) -> dict:
-        model = dict(id=self.model_name, object="model", created=0, owned_by="flex-nano-vllm")
-        return {"object": "list", "data": [model | {"max_model_len": self.engine.max_seq_length}]}
+        return {"object": "list", "data": [await self.model(self.model_name)]}
+
+    async def model(self, name: str) -> dict:
+        self.check_model(name)
+        model = dict(id=name, object="model", created=0, owned_by="flex-nano-vllm")
+        return model | {"max_model_len": self.engine.max_seq_length}
 
     async def health(self) -> Response:
         self.shared.check_open()
@@ -168,8 +178,9 @@ class API:
 
     async def chat_prompt(self, messages: list[protocol.Message]) -> list[int]:
         conversation = [message.to_dict() for message in messages]
-        parts = [part for message in messages for part in message.texts]
-        self.check_length("".join(parts))
+        if len(messages) > self.engine.max_seq_length:  # each has a token at least
+            raise APIError(400, f"{len(messages)} messages have more tokens than fit", param="messages")
+        self.check_length("".join(part for message in messages for part in message.texts))
         return await self.shared.chat_prompt(conversation)
 
     def echoed(self, output: RequestOutput) -> str:
@@ -283,7 +294,8 @@ def _ending(completion: Any) -> dict:
 
 
 def _event(data: dict) -> bytes:
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+    # As ASCII: some clients cut lines at any of Unicode's line breaks.
+    return f"data: {json.dumps(data, separators=(',', ':'))}\n\n".encode()
 
 
 async def _leave_with_client(request: Request, answers: Answers) -> None:
@@ -311,7 +323,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        await shared.close()
+        await shared.close(timeout=5.0)  # requests have ended, or were cancelled
 
     app = FastAPI(title="flex-nano-vllm", lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS)
     app.add_middleware(Guard, api_key=api_key, limits=limits or Limits())
@@ -321,7 +333,8 @@ def create_app(
 
     async def on_invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        location = [str(part) for part in first["loc"] if part != "body"]
+        # Not the keys of an object of the client's.
+        location = [str(part) for part in first["loc"] if part != "body"][: 1 if "logit_bias" in first["loc"] else None]
         param = location[0] if location and first["type"] != "json_invalid" else None  # else it is a place in the text
         where = f"{'.'.join(location)}: " if location else ""
         if param == "prompt" and len(location) > 1:  # of its forms, pydantic names the first
@@ -344,6 +357,7 @@ def create_app(
     app.post("/v1/completions", responses=streamed)(api.completions)
     app.post("/v1/chat/completions", responses=streamed)(api.chat_completions)
     app.get("/v1/models")(api.models)
+    app.get("/v1/models/{name:path}")(api.model)
     app.post("/tokenize")(api.tokenize)
     app.post("/detokenize")(api.detokenize)
     app.get("/health")(api.health)
@@ -369,7 +383,7 @@ def serve(
     page_size: Annotated[int | None, typer.Option(help="Tokens of a page.")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Token budget of a step.")] = None,
     compile: Annotated[bool, typer.Option(help="Compile the model, before the first request.")] = True,
-    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more get a 429.")] = 1024,
+    max_waiting: Annotated[int, typer.Option(help="Samples that may wait; more get a 429.")] = 1024,
     request_timeout: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 600.0,
     drain_timeout: Annotated[int, typer.Option(help="Seconds that requests have to finish after SIGTERM.")] = 30,
 ) -> None:
@@ -377,16 +391,19 @@ def serve(
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     if api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
         logger.warning("anybody who reaches %s may use the model: there is no --api-key", host)
-    engine = Inference.from_pretrained(
-        model,
-        dtype=dtype,
-        max_batch_size=max_batch_size,
-        max_seq_length=max_seq_length,
-        n_pages=n_pages,
-        page_size=page_size,
-        max_num_batched_tokens=max_num_batched_tokens,
-        compile=None if compile else False,
-    )
+    try:
+        engine = Inference.from_pretrained(
+            model,
+            dtype=dtype,
+            max_batch_size=max_batch_size,
+            max_seq_length=max_seq_length,
+            n_pages=n_pages,
+            page_size=page_size,
+            max_num_batched_tokens=max_num_batched_tokens,
+            compile=None if compile else False,
+        )
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from None
     shared = AsyncInference(engine, max_waiting)
     if engine.runner.compiled:
         logger.info("compiling, which takes minutes the first time")
@@ -396,7 +413,7 @@ def serve(
         app,
         host=host,
         port=port,
-        http="h11",  # httptools takes headers of 50 MB
+        http=ImpatientH11,
         ws="none",
         access_log=False,
         server_header=False,

@@ -11,7 +11,7 @@ PACKAGE = Path(flex_nano_vllm.__file__).parent
 # Whoever stands further right may import whoever stands further left, never the other way round.
 ORDER = [
     ["metrics", "masks", "workload", "tasks", "random_models", "sampling_params", "plots", "geometry", "prefix_cache"],
-    ["transfer", "detokenizer", "grammar", "chat", "loading", "outputs", "report"],
+    ["transfer", "detokenizer", "grammar", "chat", "loading", "outputs", "report", "penalties"],
     ["sequence", "page_table", "sampler"],
     ["kv_manager", "answers", "intake"],
     ["scheduler", "cascade"],

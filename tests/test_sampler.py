@@ -11,7 +11,8 @@ from engines import inverse_cdf, token_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flex_nano_vllm.sampler import ARGMAX, NOT_FINITE, Draw, Edits, logprobs_of, uniform
+from flex_nano_vllm.penalties import Edits
+from flex_nano_vllm.sampler import ARGMAX, NOT_FINITE, Draw, logprobs_of, uniform
 from flex_nano_vllm.sampler import sample as sample_tokens
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
