@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 TELLING_SHARE = 0.02  # of the time; the most that goes into telling streams what is new,
 MAX_STREAM_INTERVAL = 0.25  # unless they would wait longer for it, in seconds
+STEP_TIMEOUT = 30.0  # seconds after which nobody waits for the last step any more
 
 
 class EngineError(RuntimeError):
@@ -256,14 +257,14 @@ class AsyncInference:
 
     async def close(self, timeout: float = 30.0) -> None:
         """Take no more requests, let those that are there finish, and stop the thread. After `timeout` seconds what is
-        left is ended with finish_reason "abort". If a step is not done by then, and not after `timeout` seconds more,
-        whoever waits gets `EngineDead`, and the thread is left to itself."""
+        left is ended with finish_reason "abort", as soon as the step is done; if it does not come to its end, whoever
+        waits gets `EngineDead`, and the thread is left to itself."""
         self._is_closing = True
         with suppress(EngineDead, EngineClosing):  # the thread has ended already
             self._command(lambda: None)
             await asyncio.to_thread(self._thread.join, timeout)
             self._command(self._abort_all)
-        await asyncio.to_thread(self._thread.join, timeout)
+        await asyncio.to_thread(self._thread.join, STEP_TIMEOUT)
         if self._thread.is_alive():
             self.error = TimeoutError("a step does not come to its end")
             waiting = list(self._mailboxes.values())

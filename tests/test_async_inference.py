@@ -12,6 +12,7 @@ from engines import assert_empty, greedy, raise_at_call
 from serving import PATIENCE, Calls, Gate, new_engine, run, until
 
 from flex_nano_vllm import SamplingParams, async_inference, inference
+from flex_nano_vllm import answers as answers_module
 from flex_nano_vllm.async_inference import AsyncInference, EngineBusy, EngineClosing, EngineDead, EngineError
 from flex_nano_vllm.detokenizer import Detokenizer
 from flex_nano_vllm.page_table import PageTable
@@ -26,7 +27,7 @@ PARAMS = [
     SamplingParams(seed=1, n=3, max_tokens=6, temperature=1.3, logprobs=2),
     SamplingParams(seed=2, max_tokens=24, stop=["a", "x", "e"], logprobs=0),
     SamplingParams(temperature=0, max_tokens=5, repetition_penalty=3.0),
-    SamplingParams(seed=8, max_tokens=1, prompt_logprobs=1),
+    SamplingParams(seed=8, max_tokens=1),
 ]
 PROMPTS = ["abc", "the same beginning, 1", "the same beginning, 2", "x", [7, 8, 9, 10], "two\nlines"]
 
@@ -430,10 +431,9 @@ def test_one_request_too_many_is_refused_and_nothing_of_it_is_taken():
             async with sharing(engine, max_waiting=2) as shared:
                 running = asyncio.create_task(shared.generate("runs", greedy(3)))
                 await gate.arrival()
-                with pytest.raises(EngineBusy, match="0 of at most 2"):
-                    await shared.submit(["a", "b", "c"], greedy(2))
-                with pytest.raises(EngineBusy, match="0 of at most 2 sequences wait already, and 3 more"):
-                    await shared.generate("a", SamplingParams(n=3))
+                for too_many in (shared.submit(["a", "b", "c"], greedy(2)), shared.generate("a", SamplingParams(n=3))):
+                    with pytest.raises(ValueError, match="3 sequences are more than the 2 that may wait"):
+                        await too_many
                 assert shared.num_waiting == 0
                 two = await shared.submit(["a", "b"], greedy(2))
                 assert shared.num_waiting == 2
@@ -492,6 +492,70 @@ def test_who_is_still_there_when_the_time_to_close_is_over_gets_what_it_has(engi
     (completion,) = run(main()).outputs
     assert (completion.finish_reason, len(completion.token_ids)) == ("abort", 1)
     assert_empty(engine)
+
+
+def test_a_step_that_never_ends_does_not_hold_the_end_up(engine, monkeypatch):
+    gate = Gate(engine)
+    monkeypatch.setattr(async_inference, "STEP_TIMEOUT", 0.0)
+
+    async def main():
+        shared = AsyncInference(engine, stream_interval=0)
+        task = asyncio.create_task(shared.generate("abc", greedy(30)))
+        await gate.arrival()
+        await shared.close(timeout=0)
+        with pytest.raises(EngineDead, match="does not come to its end"):
+            await task
+        gate.open()
+        await asyncio.to_thread(shared._thread.join, PATIENCE)
+        assert not shared._thread.is_alive()
+
+    run(main())
+    assert_empty(engine)
+
+
+def test_while_it_is_shared_an_engine_is_nobody_elses(engine):
+    gate = Gate(engine)
+
+    async def main():
+        async with sharing(engine) as shared:
+            task = asyncio.create_task(shared.generate("abc", greedy(3)))
+            await gate.arrival()
+            with pytest.raises(ValueError, match="belongs to another AsyncInference"):
+                AsyncInference(engine)
+            for call in (lambda: engine.generate("x"), engine.run_one_step, engine.close):
+                with pytest.raises(RuntimeError, match="belongs to an AsyncInference"):
+                    call()
+            gate.open()
+            return await task
+
+    assert len(run(main()).outputs[0].token_ids) == 3
+    engine.generate("x", greedy(1), use_tqdm=False)  # and then its own again
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_news_that_cannot_be_told_are_an_error_of_their_request_only(engine, oracle, monkeypatch, number):
+    async def main():
+        async with sharing(engine) as shared:
+            rated = SamplingParams(temperature=0, max_tokens=6, logprobs=1, ignore_eos=True)
+            answers = await together(shared, shared.submit(["abc"], rated), shared.submit(["xyz"], greedy(6)))
+            return await asyncio.gather(*(last(answer) for answer in answers), return_exceptions=True)
+
+    raise_at_call(monkeypatch, answers_module, "token_text", number, OSError)
+    failed, other = run(main())
+    assert type(failed) is EngineError and "OSError" in str(failed)
+    assert answers_of(other) == expected_of(oracle, "xyz", greedy(6))
+
+
+def test_an_answer_that_cannot_be_made_is_no_error_of_those_who_go_on(engine, oracle, monkeypatch):
+    async def main():
+        async with sharing(engine) as shared:
+            answers = await together(shared, shared.submit(["abc"], greedy(2)), shared.submit(["xyz"], greedy(6)))
+            return await asyncio.gather(*(last(answer) for answer in answers), return_exceptions=True)
+
+    raise_at_call(monkeypatch, inference, "request_output", 1, OSError)
+    failed, other = run(main())
+    assert type(failed) is EngineError
+    assert answers_of(other) == expected_of(oracle, "xyz", greedy(6))
 
 
 def test_who_is_tokenized_while_the_engine_closes_is_refused(engine, monkeypatch):

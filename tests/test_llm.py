@@ -29,6 +29,11 @@ def test_a_script_for_vllm_reads_its_outputs(llm):
     assert texts[MONTHS].endswith("November, December.")
 
 
+def test_from_pretrained_is_the_constructor():
+    with LLM.from_pretrained("tiny-gemma2", **SMALL) as llm:
+        assert isinstance(llm, LLM) and llm.max_seq_length == 128
+
+
 def test_vllms_forms_of_a_prompt_are_taken(llm):
     ids = llm.get_tokenizer()(COUNT).input_ids
     greedy = SamplingParams(temperature=0, max_tokens=40)

@@ -7,10 +7,11 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from engines import inverse_cdf, token_of
+from engines import byte_model, inverse_cdf, token_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flex_nano_vllm import Inference
 from flex_nano_vllm.penalties import Edits
 from flex_nano_vllm.sampler import ARGMAX, NOT_FINITE, Draw, logprobs_of, uniform
 from flex_nano_vllm.sampler import sample as sample_tokens
@@ -163,7 +164,7 @@ def random_row(rng, vocabulary, some=0.5):
     return logits, draw, changes, allowed
 
 
-def sampled(rows, dtype, beyond=0):
+def sampled(rows, dtype, beyond=0, sample_tokens=sample_tokens):
     """The tokens of a batch, and those of the oracle."""
     logits = torch.tensor([row[0] for row in rows], dtype=torch.float64).to(dtype)
     vocabulary, draws = logits.shape[1], []
@@ -188,6 +189,20 @@ def test_all_parameters_together_mean_what_is_stated(dtype, num_rows, vocabulary
         num_unclear += wanted.count(None)
         assert [t for t, w in zip(tokens, wanted) if w is not None] == [w for w in wanted if w is not None]
     assert num_unclear <= 0.05 * num_rows * num_batches + 1
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_it_means_the_same(dtype):
+    rng = random.Random(0)
+    model = byte_model().to(dtype)
+    with Inference(model, None, max_batch_size=2, max_seq_length=32, page_size=16) as engine:
+        assert engine.runner.compiled
+        for num_rows in (1, 2, 9):
+            for vocabulary in (33, 1000):
+                rows = [random_row(rng, vocabulary) for _ in range(num_rows)]
+                tokens, wanted = sampled(rows, dtype, sample_tokens=engine.runner.sample)
+                assert [t for t, w in zip(tokens, wanted) if w is not None] == [w for w in wanted if w is not None]
 
 
 finite = st.sampled_from([0.0, 1.0, -1.0, 2.5, -30.0, 30.0, -math.inf]) | st.floats(-100, 100, width=32)

@@ -17,12 +17,15 @@ from pathlib import Path
 import openai
 import psutil
 import pytest
+import typer
 from engines import assert_empty, greedy, raise_at_call
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import ValidationError
 from serving import MODEL, PATIENCE, Calls, Gate, events_of, new_engine, serving
+from starlette.testclient import TestClient
+from typer.testing import CliRunner
 
-from flex_nano_vllm import SamplingParams, guard, server
+from flex_nano_vllm import SamplingParams, guard, protocol, server
 from flex_nano_vllm.guard import Limits
 from flex_nano_vllm.protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
@@ -339,6 +342,18 @@ def test_events_of_one_time_are_sent_together(served):
     assert end == b"" and [chunk.count(b"data: ") for chunk in chunks] in ([2, 3], [5])
 
 
+def test_prompts_that_are_echoed_with_more_log_probabilities_than_an_answer_may_have_are_refused(served, monkeypatch):
+    monkeypatch.setattr(protocol, "MAX_ECHOED", 2 * 6 * 3)
+    request = SMALL | dict(prompt=[[5, 6, 7, 8, 9, 10]] * 2, echo=True, logprobs=2)
+    for stream in (False, True):
+        assert served.ask("POST", COMPLETIONS, request | dict(stream=stream))[0] == 200
+        status, _, body = served.ask("POST", COMPLETIONS, request | dict(logprobs=3, stream=stream))
+        error = assert_is_error(status, body)
+        assert (status, error["param"]) == (400, "logprobs") and "48 log-probabilities" in error["message"]
+    served.wait_until_idle()
+    served.between_steps(lambda: assert_empty(served.engine))
+
+
 def test_an_event_stream_ends_with_done_and_is_not_cached(served):
     status, headers, body = served.ask("POST", COMPLETIONS, SMALL | {"stream": True})
     assert status == 200 and headers["content-type"].startswith("text/event-stream")
@@ -391,6 +406,8 @@ FIELDS = [
     *[dict(presence_penalty=3), dict(frequency_penalty=-3), dict(repetition_penalty=0), dict(repetition_penalty=11)],
     *[dict(best_of=2), dict(suffix="x"), dict(stream="yes"), dict(stream_options={"include_usage": True})],
     *[dict(cache_salt=""), dict(cache_salt="\ud800"), dict(cache_salt=5), dict(echo=1)],
+    *[dict(stop="\ud800"), dict(stop=["a", "\ud800"]), dict(user="\ud800"), dict(add_special_tokens=False)],
+    *[dict(length_penalty=2), dict(return_tokens_as_token_ids=True), dict(prompt_embeds="AAAA")],
     *[dict(response_format={"type": t}) for t in ("xml", LONG, "json_schema", "regex", None)],
     *[dict(response_format=f) for f in ("json", {"type": "regex", "regex": "("}, {"type": "regex", "regex": "\ud800"})],
     dict(response_format={"type": "regex", "regex": "(" + "a" * 3000}),
@@ -544,6 +561,9 @@ def test_what_is_no_number_is_a_400(served, field, number):
         ],
         *[(ChatCompletionRequest, {"messages": [item] * 1000}) for item in (1, {})],
         (ChatCompletionRequest, {"messages": [{"role": "user", "content": [{}] * 1000}]}),
+        (CompletionRequest, {"prompt": "a", "logit_bias": {str(i): [] for i in range(5000)}}),
+        (ChatCompletionRequest, {"messages": [{"role": "user", "content": "a"}] * 5000}),
+        (ChatCompletionRequest, {"messages": [{"role": "user", "content": [{"type": "text"}] * 5000}]}),
         (TokenizeRequest, {"messages": [{}] * 1000}),
         (DetokenizeRequest, {"tokens": [-1] * 1000}),
     ],
@@ -648,6 +668,38 @@ def test_a_content_length_that_is_no_number_is_refused(served, length):
         + b"\r\n\r\n{}"
     )
     assert answer.startswith(b"HTTP/1.1 4")
+
+
+def test_more_messages_than_there_are_tokens_are_refused_before_they_are_tokenized(served, monkeypatch):
+    monkeypatch.setattr(served.engine.intake, "chat_prompt", None)
+    status, _, body = served.ask("POST", CHATS, CHAT | {"messages": [{"role": "user", "content": ""}] * 65})
+    assert status == 400 and "65 messages" in assert_is_error(status, body)["message"]
+
+
+def test_more_samples_than_may_ever_wait_are_a_bad_request():
+    with new_engine() as engine, serving(engine, max_waiting=2) as served:
+        status, _, body = served.ask("POST", COMPLETIONS, SMALL | dict(n=3, temperature=1))
+        assert status == 400 and "3 sequences" in assert_is_error(status, body)["message"]
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nHost: a\r\n", b"GET"], ids=["nothing", "most", "some"])
+def test_a_connection_that_brings_no_request_is_closed(served, monkeypatch, sent):
+    monkeypatch.setattr(guard, "HEAD_TIMEOUT", 0.05)
+    assert served.raw(sent) == b""
+    whole = b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"
+    answer = served.raw(whole + sent)  # the second request on a connection that was of use
+    assert answer.startswith(b"HTTP/1.1 200") and answer.endswith(b'{"status":"ok"}')
+
+
+def test_a_request_that_is_whole_may_take_longer_than_its_head(monkeypatch):
+    monkeypatch.setattr(guard, "HEAD_TIMEOUT", 0.05)
+    with new_engine() as engine, serving(engine) as served:
+        gate = Gate(engine)
+        connection = served.begin(COMPLETIONS, SMALL)
+        gate.wait()
+        assert served.raw(b"GET") == b""  # for as long as another one is given
+        gate.open()
+        assert connection.getresponse().status == 200
 
 
 # --- the key -----------------------------------------------------------------------------------------------------
@@ -1090,6 +1142,30 @@ def test_the_page_loads_nothing_from_elsewhere(served):
     assert b"innerHTML" not in body
 
 
+def test_a_model_is_found_by_its_name(served):
+    client = client_of(served)
+    assert client.models.retrieve(MODEL).id == MODEL == client.models.list().data[0].id
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("org/other")
+
+
+def test_a_developers_message_is_the_systems(served):
+    answers = [
+        served.ask("POST", "/tokenize", {"messages": [{"role": role, "content": "be kind"}, *CHAT["messages"]]})
+        for role in ("developer", "system")
+    ]
+    assert answers[0][0] == 200 and answers[0][2] == answers[1][2]
+
+
+def test_cached_tokens_are_in_the_usage(served):
+    request = SMALL | dict(prompt="a beginning that is known", cache_salt="of this test")
+    cached = [
+        json.loads(served.ask("POST", COMPLETIONS, request)[2])["usage"]["prompt_tokens_details"]["cached_tokens"]
+        for _ in range(2)
+    ]
+    assert cached == [0, 24]  # full pages of 4, and one token at least is computed
+
+
 def test_the_version_is_the_packages(served):
     status, _, body = served.ask("GET", "/version")
     assert (status, json.loads(body)) == (200, {"version": importlib.metadata.version("flex-nano-vllm")})
@@ -1120,6 +1196,48 @@ def test_logs_hold_neither_prompts_nor_keys(monkeypatch, caplog):
 
 
 # --- the process -------------------------------------------------------------------------------------------------
+
+
+def run_serve(*arguments):
+    app = typer.Typer()
+    app.command()(server.serve)
+    return CliRunner().invoke(app, arguments)
+
+
+def test_the_options_of_the_command_are_the_servers(monkeypatch):
+    """What `serve` hands to uvicorn, asked as uvicorn would."""
+    served, loaded = {}, {}
+
+    def from_pretrained(model, **options):
+        loaded.update(options, model=model)
+        return new_engine(max_seq_length=32, n_pages=9)
+
+    monkeypatch.setattr(server.Inference, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(server.uvicorn, "run", lambda app, **options: served.update(options, app=app))
+    names = "--model m --host 127.0.0.9 --port 81 --served-model-name s --dtype float64 --max-batch-size 3"
+    sizes = "--max-seq-length 32 --n-pages 9 --page-size 4 --max-num-batched-tokens 64 --no-compile"
+    limits = f"--max-waiting 2 --request-timeout 7 --drain-timeout 9 --api-key {KEY}"
+    result = run_serve(*f"{names} {sizes} {limits}".split())
+    assert result.exit_code == 0, result.output
+    numbers = dict(max_batch_size=3, max_seq_length=32, n_pages=9, page_size=4, max_num_batched_tokens=64)
+    assert loaded == dict(model="m", dtype="float64", compile=False) | numbers
+    app = served.pop("app")
+    assert served.pop("http") is guard.ImpatientH11 and served["limit_concurrency"] < 10_000
+    assert served.items() >= dict(host="127.0.0.9", port=81, timeout_graceful_shutdown=9, access_log=False).items()
+    (middleware,) = [m for m in app.user_middleware if m.cls is guard.Guard]
+    assert middleware.kwargs["limits"].request_timeout == 7
+    with TestClient(app) as client:
+        assert client.get("/v1/models").status_code == 401
+        client.headers["Authorization"] = f"Bearer {KEY}"
+        assert client.get("/v1/models").json()["data"][0]["id"] == "s"
+        answer = client.post(COMPLETIONS, json=SMALL | dict(model="s", n=3, temperature=1))
+        assert answer.status_code == 400 and "the 2 that may wait" in answer.text
+
+
+def test_a_model_that_cannot_be_loaded_is_said_in_one_line():
+    result = run_serve("--model", "/no/such/folder")
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+    assert "/no/such/folder" in str(result.exception)
 
 
 def test_after_sigterm_streams_come_to_their_end_and_nobody_else_is_let_in():

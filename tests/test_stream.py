@@ -65,7 +65,7 @@ def check(engine, prompt, params):
 WAYS = [
     dict(temperature=0),
     dict(n=5),  # in three rows
-    dict(n=3, logprobs=2, prompt_logprobs=1),
+    dict(n=3, logprobs=2),
     dict(n=3, max_tokens=20, stop=["é", "a", "�", "\x00"], top_k=200),
     dict(n=4, max_tokens=20, stop=["�"], include_stop_str_in_output=True, min_tokens=3, logprobs=0),
     dict(max_tokens=12, ignore_eos=False, logit_bias={1: 9.0}, skip_special_tokens=False, n=4),
