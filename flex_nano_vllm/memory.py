@@ -37,7 +37,8 @@ def step_bytes(model: PreTrainedModel, geometry: Geometry) -> int:
     """Bytes that the largest temporaries of a step take: logits, and their probabilities and sums in float64; or, where
     prompts are rated, logits of all tokens of a step, and a copy."""
     of_samples = geometry.max_batch_size * 3 * 8
-    of_prompts = geometry.max_num_batched_tokens * 2 * model.dtype.itemsize
+    num_tokens = min(geometry.max_num_batched_tokens, geometry.max_batch_size * geometry.max_seq_length)
+    of_prompts = num_tokens * 2 * model.dtype.itemsize
     return max(of_samples, of_prompts) * model.get_input_embeddings().num_embeddings
 
 

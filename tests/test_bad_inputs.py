@@ -575,20 +575,22 @@ def pool_bytes(engine):
 def test_the_n_pages_that_is_said_to_fit_is_the_largest_that_does(bare_model, monkeypatch):
     free = 100_000
     monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    sizes = SIZES | dict(max_num_batched_tokens=8)
     with pytest.raises(ValueError, match=r"n_pages=\d+ fits") as error:
-        Inference(bare_model, None, **{**SIZES, "n_pages": 10_000})
+        Inference(bare_model, None, **{**sizes, "n_pages": 10_000})
     fits = int(str(error.value).split("n_pages=")[1].split(" ")[0])
-    with Inference(bare_model, None, **{**SIZES, "n_pages": fits}) as engine:
+    with Inference(bare_model, None, **{**sizes, "n_pages": fits}) as engine:
         assert pool_bytes(engine) <= free
     with pytest.raises(ValueError, match=f"{fits + 1} pages.*n_pages={fits} fits"):
-        Inference(bare_model, None, **{**SIZES, "n_pages": fits + 1})
+        Inference(bare_model, None, **{**sizes, "n_pages": fits + 1})
     assert_untouched(bare_model)
 
 
 def test_the_default_pool_leaves_half_of_the_memory(bare_model, monkeypatch):
     free = 1_000_000
     monkeypatch.setattr(memory, "free_bytes", lambda device: free)
-    with Inference(bare_model, None, **{**SIZES, "n_pages": None, "max_batch_size": 50}) as engine:
+    sizes = dict(n_pages=None, max_batch_size=50, max_num_batched_tokens=64)
+    with Inference(bare_model, None, **{**SIZES, **sizes}) as engine:
         assert engine.page_table.n_pages < 1 + 50 * 4, "the workload fits: it shows nothing"
         assert free / 4 < pool_bytes(engine) <= free / 2
         assert completion(engine, GOOD_PROMPT).finish_reason == "length"
