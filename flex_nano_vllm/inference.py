@@ -402,6 +402,8 @@ class Inference:
     def _count(self, group: list[Sequence]) -> None:
         self._num_finished += 1
         self._finish_reasons.update(sequence.finish_reason for sequence in group)
+        for sequence in group:
+            sequence.group = []
 
     def _report(self) -> list[RequestOutput]:
         outputs = [request_output(group, self.tokenizer) for group in self._unreported.values()]

@@ -193,7 +193,7 @@ class Scheduler:
             samples = chunk.samples  # before the token is appended
             if sequence.num_cached_tokens is None:
                 sequence.num_cached_tokens = chunk.start
-                if sequence is sequence.group[0]:  # forks share by right, not by luck
+                if sequence.index == 0:  # forks share by right, not by luck
                     self.num_prompt_tokens += sequence.num_prompt_tokens
                     self.num_cached_tokens += chunk.start
             sequence.num_computed_tokens = chunk.start + chunk.length
@@ -232,7 +232,7 @@ class Scheduler:
         """Raises AssertionError when a request is in two places, out of order, or holds what it should not."""
         assert len(self.running) <= self.max_num_batched_tokens, "more sequences run than a step has tokens"
         everyone = [*self.running, *self.waiting]
-        ids = [(sequence.request_id, sequence.group.index(sequence)) for sequence in everyone]
+        ids = [(sequence.request_id, sequence.index) for sequence in everyone]
         assert ids == sorted(set(ids)), f"not in order of arrival: running and waiting are {ids}"
         assert all(sequence.finish_reason is None for sequence in everyone), "a finished request is still queued"
         assert all(s.row is None and s.num_computed_tokens == 0 for s in self.waiting), "a waiting request holds pages"

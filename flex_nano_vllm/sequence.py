@@ -53,9 +53,12 @@ class Sequence:
     ratings: list[Rating] = field(default_factory=list)  # of the output, if `logprobs` were asked for
     prompt_ratings: list[Rating] = field(default_factory=list)  # from the second token on, as far as computed
     metrics: RequestMetrics = field(default_factory=RequestMetrics)  # of the request: one for all of its samples
-    group: list["Sequence"] = field(default_factory=list, repr=False)  # all samples of the request, in order
+    # All samples of the request, in order, until all have ended: then nobody needs the circle, which only the collector
+    # could free, and the collector comes late where there are as many objects as torch has.
+    group: list["Sequence"] = field(default_factory=list, repr=False)
 
     def __post_init__(self):
+        self.index = len(self.group)
         self.group.append(self)
 
     @property
@@ -78,7 +81,7 @@ class Sequence:
     @property
     def rates_prompt(self) -> bool:
         """Whether its prompt's tokens are rated: of a request's samples the first one does that for all."""
-        return self.params.prompt_logprobs is not None and self is self.group[0]
+        return self.params.prompt_logprobs is not None and self.index == 0
 
     @cached_property
     def penalties(self) -> Penalties | None:

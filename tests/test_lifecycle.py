@@ -21,7 +21,7 @@ from engines import (
 )
 from tiny_models import hf_generate, tiny_model
 
-from flex_nano_vllm import Inference
+from flex_nano_vllm import Inference, SamplingParams
 from flex_nano_vllm.attention import PagedKVCache
 from flex_nano_vllm.patching import attention_layers, is_patched
 
@@ -364,3 +364,17 @@ def test_inference_mode_makes_no_difference(model, expected_of_llama):
     assert answer(engine) == expected_of_llama
     engine.close()
     assert not is_patched(model)
+
+
+def test_a_request_that_has_ended_is_freed_without_the_collector(engine, monkeypatch):
+    """Where torch is loaded, the collector comes once in tens of thousands of requests."""
+    seen = []
+    add = engine.scheduler.add
+    monkeypatch.setattr(engine.scheduler, "add", lambda sequence: seen.append(weakref.ref(sequence)) or add(sequence))
+    gc.disable()
+    try:
+        engine.generate([PROMPTS[0]] * 2, SamplingParams(seed=1, n=3, max_tokens=3), use_tqdm=False)
+        engine.abort(engine.add_request(PROMPTS[0], greedy(3)))
+        assert len(seen) == 7 and not any(reference() for reference in seen)
+    finally:
+        gc.enable()
