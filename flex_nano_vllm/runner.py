@@ -10,7 +10,6 @@ import sysconfig
 import threading
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -136,12 +135,17 @@ class ModelRunner:
         self._copy_pages()
         return self._run(chunks, pack_decodes(chunks, self.kv, self.layout))
 
+    def sample(self, logits: Tensor, draws: list[Draw]) -> Tensor:
+        """`sampler.sample`, compiled: the same for any number of rows, of edits, and of ranks that are looked at."""
+        if all(draw is ARGMAX for draw in draws):
+            return sample(logits, draws)  # nothing compiled takes part, so no settings of the compiler need changing
+        return self._sample_compiled(logits, draws)
+
     @torch._dynamo.config.patch(DYNAMO_CONFIG)
     @torch.inference_mode(False)
     @torch.no_grad()
-    def sample(self, logits: Tensor, draws: list[Draw]) -> Tensor:
-        """`sampler.sample`, compiled: the same for any number of rows, of edits, and of ranks that are looked at."""
-        if not self._sampler_is_ready and any(draw is not ARGMAX for draw in draws):
+    def _sample_compiled(self, logits: Tensor, draws: list[Draw]) -> Tensor:
+        if not self._sampler_is_ready:
             # Sizes that are the same the first time would be taken for one.
             some = logits.new_zeros(3, logits.shape[1])
             sample(some, [Draw(temperature=1.0, top_k=4)] * 3, self.choose)
@@ -166,7 +170,8 @@ class ModelRunner:
             layout = self.layout
             num_padding = max(0, 2 - num_chunks)  # a dimension of size 1 would be a graph of its own
         batch = StepBatch.build(chunks + [padding_chunk(1)] * num_padding, self.kv, layout, packed)
-        return self.call_model(batch, as_decodes)[: sum(chunk.num_logits for chunk in chunks)]
+        logits = self.call_model(batch, as_decodes)
+        return logits[: len(logits) - num_padding]
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -283,6 +288,16 @@ def inductor(device_type: str) -> str | Callable[..., object]:
     return inductor_on_cpu if device_type == "cpu" else "inductor"
 
 
+# What the kernel of FlexAttention takes from two headers of torch 2.11 to 2.15, for which g++ needs four of the nine
+# seconds that a kernel takes it.
+DECLARATIONS = {
+    "#include <ATen/Context.h>": """
+#include <c10/core/CPUAllocator.h>
+namespace at { c10::Allocator* getCPUAllocator(); }""",
+    "#include <ATen/cpu/Utils.h>": "namespace at::cpu { bool init_amx(); }",
+}
+
+
 def inductor_on_cpu(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
     """Inductor without what slows it down on a CPU.
 
@@ -291,6 +306,8 @@ def inductor_on_cpu(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callab
       the one before, and keys are read again for each query. With tiles of 8 x 16, attention of a prompt takes three
       fifths of the time in float32, nine tenths in bfloat16. Where a later torch chooses no size in this place,
       nothing is changed.
+    - Its kernel includes two headers that take as long to read as the kernel takes to compile. It gets `DECLARATIONS`
+      instead, but not from torch 2.16 on, which may need more of them.
 
     And without what makes it crash: a kernel has buffers for so many threads, but torch 2.11 takes one that was made
     for fewer out of its cache. Hence both are part of the cache's key.
@@ -300,11 +317,17 @@ def inductor_on_cpu(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callab
     from torch._inductor.codegen import cpp_flex_attention_template as template
     from torch._inductor.compile_fx import compile_fx
 
-    tag, widened = f"{torch.compiler.config.cache_key_tag} {torch.get_num_threads()} threads", nullcontext()
+    tag, changed = f"{torch.compiler.config.cache_key_tag} {torch.get_num_threads()} threads", {}
     if hasattr(template, "GemmBlocking"):
         tile = template.GemmBlocking(8, 16, 1)
-        tag, widened = f"{tag}, register tile 8 x 16", mock.patch.object(template, "GemmBlocking", lambda *_: tile)
-    with widened, torch.compiler.config.patch(cache_key_tag=tag):
+        tag, changed["GemmBlocking"] = f"{tag}, register tile 8 x 16", lambda *_: tile
+    if torch.__version__ < "2.16":
+        for name, text in vars(template).items():
+            if isinstance(text, str) and "#include" in text:
+                for header, declaration in DECLARATIONS.items():
+                    text = text.replace(header, declaration)
+                changed[name] = text
+    with mock.patch.multiple(template, **changed), torch.compiler.config.patch(cache_key_tag=tag):
         return compile_fx(graph, inputs)
 
 

@@ -45,7 +45,8 @@ class Chunk:
     @property
     def num_logits(self) -> int:
         """Of how many of its last tokens the logits are wanted: the last one at least."""
-        return max(1, self.start + self.length - self.rated.start) if self.rated else 1
+        rated = self.rated
+        return max(1, self.start + self.length - rated.start) if rated else 1
 
 
 class Scheduler:

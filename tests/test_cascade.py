@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from engines import SIZES, TIGHT, greedy, num_graphs, own_model, prompt_of, tokens_of, visible_slots
+from engines import COMPILED, SIZES, TIGHT, greedy, num_graphs, own_model, prompt_of, tokens_of, visible_slots
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import hf_generate, tiny_model
@@ -237,9 +237,9 @@ def test_samples_of_one_prompt_read_it_together(num_packed):
 @pytest.mark.compiled
 def test_compiled_tokens_are_those_of_generate_and_nothing_is_compiled_after_the_warmup(num_packed):
     model = tiny_model("gemma2", torch.float32)
-    prompts = [prompt_of(40) + prompt_of(3, seed) for seed in range(5)]
+    prompts = [prompt_of(33) + prompt_of(3, seed) for seed in range(5)]
     expected = [hf_generate(model, prompt, 12, ignore_eos=True) for prompt in prompts]
-    with Inference(model, None, max_batch_size=5, page_size=16, n_pages=32, max_num_batched_tokens=80) as engine:
+    with Inference(model, None, **COMPILED) as engine:
         torch._dynamo.reset()  # other tests' graphs
         before = num_graphs()
         engine.warmup()

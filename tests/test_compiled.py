@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from engines import num_graphs
+from engines import COMPILED, num_graphs
 from tiny_models import VOCABULARY, hf_generate, tiny_model
 
 from flex_nano_vllm import Inference, SamplingParams, inference
@@ -46,9 +46,7 @@ def test_compiled_engine_equals_generate_and_never_compiles_after_warmup():
     """Decodes, prompts, mixtures, preemption, every number of sequences: all within the graphs of the warm-up."""
     model = tiny_model("gemma2", torch.float32)
     expected = [hf_generate(model, prompt, 12) for prompt in PROMPTS]
-    with Inference(
-        model, None, max_batch_size=5, page_size=16, n_pages=16, max_num_batched_tokens=80, watermark=0
-    ) as engine:
+    with Inference(model, None, **COMPILED) as engine:
         assert engine.runner.compiled
         torch._dynamo.reset()  # other tests' graphs
         before = num_graphs()
@@ -98,7 +96,7 @@ def test_a_broken_number_ends_its_own_request_among_compiled_decodes():
     model = tiny_model("gemma2", torch.float32)
     greedy = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     expected = [hf_generate(model, prompt, 6, ignore_eos=True) for prompt in PROMPTS[:3]]
-    with Inference(model, None, 5, page_size=16, n_pages=16, max_num_batched_tokens=80) as engine:
+    with Inference(model, None, **COMPILED) as engine:
         ids = [engine.add_request(prompt, greedy) for prompt in PROMPTS[:3]]
         engine.run_one_step()
         broken = engine.scheduler.running[1]

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from engines import (
+    COMPILED,
     LENGTHS,
     MAX_STEPS,
     PROMPTS,
@@ -345,9 +346,7 @@ def test_nan_in_one_request_leaves_its_neighbours_and_successors_alone(compiled)
     # At the first position, the second (which the CPU kernel has been seen to overlook), in the middle, at the end.
     bad = [[POISON, *HEALTHY[1]], [5, POISON, *HEALTHY[1]], HEALTHY[1] + [POISON] + HEALTHY[0], [POISON]]
     poisoned = [HEALTHY[0], bad[0], bad[1], HEALTHY[2], bad[2], HEALTHY[3], bad[3]]
-    with Inference(
-        model, None, max_batch_size=5, page_size=16, n_pages=10, max_num_batched_tokens=16, compile=compiled
-    ) as engine:
+    with Inference(model, None, **COMPILED, compile=compiled) as engine:
         outputs = engine.generate(poisoned, greedy(6), use_tqdm=False)
         failed = [output.outputs[0].finish_reason == "error" for output in outputs]
         assert failed == [prompt in bad for prompt in poisoned]
