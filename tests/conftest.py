@@ -16,6 +16,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if "compiled" in item.keywords and obstacle:
             item.add_marker(pytest.mark.skip(reason=obstacle))
+    # Files that compile first: none of them is left to one process in the end.
+    slow = {item.path for item in items if "compiled" in item.keywords}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True, scope="module")

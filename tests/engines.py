@@ -31,7 +31,7 @@ SIZES = dict(max_batch_size=3, max_seq_length=32, n_pages=25, page_size=4, compi
 TIGHT = dict(SIZES, n_pages=8, max_num_batched_tokens=8, watermark=0)
 # Where tests compile the small Gemma-2 with the same sizes, the first one's kernels are on disk for the others. Room
 # for the longest of them alone: others are preempted.
-COMPILED = dict(max_batch_size=5, page_size=16, n_pages=11, max_num_batched_tokens=24, watermark=0)
+COMPILED = dict(max_batch_size=5, page_size=16, n_pages=11, max_num_batched_tokens=80, watermark=0)
 TEXTS = ["abcdefg", "hi", "xyz0123456"]
 LENGTHS = [6, 3, 5]  # of the answers
 MAX_STEPS = 200  # of any workload here; more of them is a hang

@@ -9,6 +9,7 @@ import pytest
 import torch
 from engines import COMPILED, num_graphs
 from tiny_models import VOCABULARY, hf_generate, tiny_model
+from torch.torch_version import TorchVersion
 
 from flex_nano_vllm import Inference, SamplingParams, inference
 from flex_nano_vllm.attention import PagedKVCache, kernel_options, step_in_progress
@@ -99,6 +100,7 @@ def test_a_broken_number_ends_its_own_request_among_compiled_decodes():
     with Inference(model, None, **COMPILED) as engine:
         ids = [engine.add_request(prompt, greedy) for prompt in PROMPTS[:3]]
         engine.run_one_step()
+        assert all(sequence.output_len for sequence in engine.scheduler.running)  # from here on they decode
         broken = engine.scheduler.running[1]
         with torch.no_grad():
             row = model.get_input_embeddings().weight[broken.token_ids[-1]]
@@ -246,6 +248,21 @@ def test_the_backend_for_a_cpu_widens_the_products_for_its_own_graphs_and_starts
             assert compiled(torch.ones(2)).tolist() == [2, 2]
         assert seen.pop() == (blocking(8, 16, 1), f"{tag} {torch.get_num_threads()} threads, register tile 8 x 16")
         assert template.GemmBlocking is blocking and torch.compiler.config.cache_key_tag == tag
+
+
+@pytest.mark.parametrize(("version", "is_known"), [("2.15.0+cpu", True), ("2.16.0a0", False)])
+def test_slow_headers_are_left_out_of_kernels_whose_text_is_known(version, is_known, monkeypatch):
+    import torch._inductor.lowering
+    from torch._inductor import compile_fx
+    from torch._inductor.codegen import cpp_flex_attention_template as template
+
+    def includes_slow_header() -> bool:
+        return any("#include <ATen/Context.h>" in text for text in vars(template).values() if isinstance(text, str))
+
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    monkeypatch.setattr(compile_fx, "compile_fx", lambda graph, inputs: includes_slow_header())
+    assert inductor("cpu")(None, []) is not is_known
+    assert includes_slow_header()
 
 
 def test_default_sizes_of_a_cpu():

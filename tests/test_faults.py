@@ -341,6 +341,7 @@ def test_nan_in_one_request_leaves_its_neighbours_and_successors_alone(compiled)
     same steps; its successors get its pages, whose masked slots still hold what it wrote."""
     model = copy.deepcopy(tiny_model("gemma2", torch.float32 if compiled else torch.float64))
     expected = [hf_generate(model, prompt, 6) for prompt in HEALTHY]
+    expected_single = hf_generate(model, [5], 6)
     with torch.no_grad():
         model.get_input_embeddings().weight[POISON] = torch.nan
     # At the first position, the second (which the CPU kernel has been seen to overlook), in the middle, at the end.
@@ -352,6 +353,10 @@ def test_nan_in_one_request_leaves_its_neighbours_and_successors_alone(compiled)
         assert failed == [prompt in bad for prompt in poisoned]
         healthy = [output.outputs[0].token_ids for output in outputs if output.outputs[0].finish_reason != "error"]
         assert healthy == [expected[0], expected[2], expected[3]]
+        # A step of single tokens is one of decodes, with a graph of its own.
+        first, single, last = engine.generate([[POISON], [5], [POISON]], greedy(6), use_tqdm=False)
+        assert first.outputs[0].finish_reason == last.outputs[0].finish_reason == "error"
+        assert single.outputs[0].token_ids == expected_single
         again = engine.generate(HEALTHY, greedy(6), use_tqdm=False)
         assert [output.outputs[0].token_ids for output in again] == expected
         engine.check_invariants()
