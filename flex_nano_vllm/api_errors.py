@@ -1,5 +1,6 @@
 """Errors in OpenAI's shape, and what a client is told of an exception. Knows no request and no endpoint."""
 
+import json
 import logging
 
 from starlette.responses import JSONResponse
@@ -9,6 +10,7 @@ from flex_nano_vllm.intake import StructureError
 
 logger = logging.getLogger(__name__)
 
+DONE = "data: [DONE]\n\n"  # the last event of every stream
 MAX_MESSAGE_LEN = 400  # some name what is wrong, and that may be long
 
 
@@ -24,6 +26,11 @@ class APIError(Exception):
         kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
         kind = kinds.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+    @property
+    def last_events(self) -> bytes:
+        """What a stream ends with that has failed. In ASCII: some clients cut lines at any of Unicode's line breaks."""
+        return f"data: {json.dumps(self.body)}\n\n{DONE}".encode()
 
     def response(self) -> JSONResponse:
         retry = {"Retry-After": "1"} if self.status == 429 else {"Retry-After": "10"} if self.status == 503 else {}

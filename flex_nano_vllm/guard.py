@@ -15,6 +15,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from flex_nano_vllm.api_errors import APIError
 
 PUBLIC_PATHS = {"/", "/health"}
+LAST_WORDS_TIMEOUT = 1.0  # seconds for a client to take the error at the end of its stream
 HEAD_TIMEOUT = 30.0  # seconds from the connection, or the first byte of a further request, to the end of its headers
 
 
@@ -39,11 +40,13 @@ class Guard:
         if scope["path"] not in PUBLIC_PATHS and not self.is_allowed(dict(scope["headers"])):
             error = APIError(401, "the API key is missing or wrong: send Authorization: Bearer KEY", "invalid_api_key")
             return await error.response()(scope, receive, send)
-        started = False
+        started = streams = False
 
         async def note_start(message: Message) -> None:
-            nonlocal started
-            started = True
+            nonlocal started, streams
+            if message["type"] == "http.response.start":
+                started = True
+                streams = dict(message["headers"]).get(b"content-type", b"").startswith(b"text/event-stream")
             await send(message)
 
         try:
@@ -53,9 +56,12 @@ class Guard:
         except APIError as error:
             await error.response()(scope, receive, send)
         except TimeoutError:
+            error = APIError(503, f"the answer takes more than {self.limits.request_timeout} s", "timeout")
             if not started:
-                error = APIError(503, f"the answer takes more than {self.limits.request_timeout} s", "timeout")
                 await error.response()(scope, receive, send)
+            elif streams:
+                with anyio.move_on_after(LAST_WORDS_TIMEOUT):  # a client that does not read would keep us for ever
+                    await send({"type": "http.response.body", "body": error.last_events})
 
     def is_allowed(self, headers: dict[bytes, bytes]) -> bool:
         if self.key_digest is None:

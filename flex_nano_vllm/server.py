@@ -25,7 +25,7 @@ from starlette.types import Receive, Scope, Send
 
 from flex_nano_vllm import __version__, protocol
 from flex_nano_vllm.answers import token_text
-from flex_nano_vllm.api_errors import APIError, api_error
+from flex_nano_vllm.api_errors import DONE, APIError, api_error
 from flex_nano_vllm.async_inference import Answers, AsyncInference, EngineBusy, EngineClosing, EngineError
 from flex_nano_vllm.guard import Guard, ImpatientH11, Limits
 from flex_nano_vllm.inference import Inference
@@ -281,9 +281,10 @@ class API:
                     data = b""
             if includes_usage:
                 data += chunk([], protocol.usage_of(outputs))
+            data += DONE.encode()
         except Exception as error:
-            data += _event(api_error(error).body)
-        yield data + b"data: [DONE]\n\n"
+            data += api_error(error).last_events
+        yield data
 
 
 NOT_FINITE = "the model's numbers were not finite, or left no token to choose"

@@ -26,7 +26,7 @@ from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from flex_nano_vllm import SamplingParams, guard, protocol, server
-from flex_nano_vllm.guard import Limits
+from flex_nano_vllm.guard import Guard, Limits
 from flex_nano_vllm.protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 HERE = str(Path(__file__).parents[1]).encode()
@@ -1008,10 +1008,31 @@ def test_a_request_that_takes_too_long_is_ended(monkeypatch):
         streamed = served.begin(COMPLETIONS, SMALL | dict(max_tokens=40, stream=True))
         gate.wait()
         aborted.wait()
-        response = streamed.getresponse()
-        with pytest.raises(Exception, match="IncompleteRead"):  # not an end that looks like a good one
-            response.read()
+        *_, error, end = streamed.getresponse().read().decode().strip().split("\n\n")
+        assert json.loads(error.removeprefix("data: "))["error"]["code"] == "timeout" and end == "data: [DONE]"
         gate.open()
+
+
+def test_who_does_not_read_is_not_waited_for_when_its_time_is_over(monkeypatch):
+    monkeypatch.setattr(guard, "LAST_WORDS_TIMEOUT", 0.01)
+
+    async def stream(scope, receive, send):
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await asyncio.Event().wait()
+
+    async def nobody_reads(message):
+        sent.append(message["type"])
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    sent, scope = [], {"type": "http", "path": "/", "headers": []}
+    guarded = Guard(stream, None, Limits(request_timeout=0.01))
+    asyncio.run(asyncio.wait_for(guarded(scope, receive, nobody_reads), PATIENCE))
+    assert sent == ["http.response.start", "http.response.body"]
 
 
 def test_a_body_that_never_ends_is_ended():
