@@ -1,11 +1,14 @@
 """Markers that skip what a machine cannot do, and a clean slate of compiled graphs for every test file."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from engines import PROMPTS, SIZES, own_model
 from tiny_models import hf_generate, tiny_model
 
-from flex_nano_vllm import Inference
+from flex_nano_vllm import Inference, cascade, step
+from flex_nano_vllm.cascade import pack
 from flex_nano_vllm.runner import why_not_compiled
 
 
@@ -45,3 +48,23 @@ def engine():
     """Room for everybody."""
     with Inference(own_model("roomy"), None, **SIZES) as engine:
         yield engine
+
+
+@pytest.fixture
+def free_of_charge(monkeypatch):
+    """Decodes are packed whatever little that saves."""
+    monkeypatch.setattr(cascade, "LEAST_SAVING", 0)
+
+
+@pytest.fixture
+def num_packed(free_of_charge, monkeypatch):
+    """Packs whatever shares a page; counts the steps."""
+    counted = [0]
+
+    def counting(*args):
+        packed = pack(*args[:-1], replace(args[-1], whole_cost=0.0, some_cost=0.0))
+        counted[0] += packed is not None
+        return packed
+
+    monkeypatch.setattr(step, "pack", counting)
+    return counted

@@ -9,12 +9,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from engines import COMPILED, SIZES, TIGHT, greedy, num_graphs, own_model, prompt_of, tokens_of, visible_slots
+from engines import SIZES, TIGHT, greedy, own_model, prompt_of, tokens_of, visible_slots
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import hf_generate, tiny_model
 
-from flex_nano_vllm import Inference, cascade, step
+from flex_nano_vllm import Inference, cascade
 from flex_nano_vllm.cascade import CascadeRule, PackedDecodes, pack
 from flex_nano_vllm.geometry import Geometry
 from flex_nano_vllm.kv_manager import KVManager
@@ -25,11 +25,6 @@ from flex_nano_vllm.sequence import Sequence
 from flex_nano_vllm.step import StepBatch, TileKind, TileLayout
 
 ALWAYS = CascadeRule(3, 4, 1, 0.0, 0.0, 1.0)  # whenever anything at all is shared
-
-
-@pytest.fixture
-def free_of_charge(monkeypatch):
-    monkeypatch.setattr(cascade, "LEAST_SAVING", 0)
 
 
 class Family:
@@ -188,20 +183,6 @@ def test_an_engine_whose_sequences_are_too_short_or_too_few_has_no_rule():
 # ---- tokens are the same ----
 
 
-@pytest.fixture
-def num_packed(free_of_charge, monkeypatch):
-    """Packs whatever shares a page; counts the steps."""
-    counted = [0]
-
-    def counting(*args):
-        packed = pack(*args[:-1], replace(args[-1], whole_cost=0.0, some_cost=0.0))
-        counted[0] += packed is not None
-        return packed
-
-    monkeypatch.setattr(step, "pack", counting)
-    return counted
-
-
 @pytest.mark.parametrize("architecture", ["gemma2", "mistral", "qwen3"])
 @pytest.mark.parametrize("release", [True, False])
 def test_tokens_are_those_of_generate_whatever_is_shared_and_preempted(num_packed, architecture, release):
@@ -232,22 +213,3 @@ def test_samples_of_one_prompt_read_it_together(num_packed):
         num_packed[0] = 10 if cascade_on else 0
     assert texts[0] == texts[1]
     assert num_packed[0] == 0
-
-
-@pytest.mark.compiled
-def test_compiled_tokens_are_those_of_generate_and_nothing_is_compiled_after_the_warmup(num_packed):
-    model = tiny_model("gemma2", torch.float32)
-    prompts = [prompt_of(40) + prompt_of(3, seed) for seed in range(4)]  # they end on their fourth pages
-    expected = [hf_generate(model, prompt, 12, ignore_eos=True) for prompt in prompts]
-    with Inference(model, None, **COMPILED) as engine:
-        torch._dynamo.reset()  # other tests' graphs
-        before = num_graphs()
-        engine.warmup()
-        after_warmup = num_graphs()
-        assert after_warmup - before == engine.runner.max_graphs == 3 + 1 + 1 + 2 + 4 + 2, "one more than without"
-        assert tokens_of(engine.generate(prompts, greedy(12), use_tqdm=False)) == expected
-        assert num_packed[0] > 5
-        counted = num_packed[0]
-        # Three of them are too few for the graph of packed decodes.
-        assert tokens_of(engine.generate(prompts[:3], greedy(12), use_tqdm=False)) == expected[:3]
-        assert num_packed[0] == counted and num_graphs() == after_warmup

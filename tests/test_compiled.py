@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from engines import COMPILED, num_graphs
+from engines import COMPILED, greedy, num_graphs, prompt_of, tokens_of
 from tiny_models import VOCABULARY, hf_generate, tiny_model
 from torch.torch_version import TorchVersion
 
@@ -69,6 +69,25 @@ def test_compiled_engine_equals_generate_and_never_compiles_after_warmup():
 
 
 @pytest.mark.compiled
+def test_decodes_that_read_shared_pages_together_have_one_graph_more(num_packed):
+    model = tiny_model("gemma2", torch.float32)
+    prompts = [prompt_of(40) + prompt_of(3, seed) for seed in range(4)]  # they end on their fourth pages
+    expected = [hf_generate(model, prompt, 12, ignore_eos=True) for prompt in prompts]
+    with Inference(model, None, **COMPILED) as engine:
+        torch._dynamo.reset()  # other tests' graphs
+        before = num_graphs()
+        engine.warmup()
+        after_warmup = num_graphs()
+        assert after_warmup - before == engine.runner.max_graphs == 3 + 1 + 1 + 2 + 4 + 2, "one more than without"
+        assert tokens_of(engine.generate(prompts, greedy(12), use_tqdm=False)) == expected
+        assert num_packed[0] > 5
+        counted = num_packed[0]
+        # Three of them are too few for the graph of packed decodes.
+        assert tokens_of(engine.generate(prompts[:3], greedy(12), use_tqdm=False)) == expected[:3]
+        assert num_packed[0] == counted and num_graphs() == after_warmup
+
+
+@pytest.mark.compiled
 def test_layers_with_other_windows_keep_their_own_masks_in_one_graph_and_one_request_is_a_batch():
     """Without a softcap, torch took the second layer's attention for the first one's."""
     model = tiny_model("gemma3_text", torch.float32)
@@ -95,10 +114,9 @@ def test_compiled_tokens_of_other_architectures_are_those_of_generate(architectu
 @pytest.mark.compiled
 def test_a_broken_number_ends_its_own_request_among_compiled_decodes():
     model = tiny_model("gemma2", torch.float32)
-    greedy = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     expected = [hf_generate(model, prompt, 6, ignore_eos=True) for prompt in PROMPTS[:3]]
     with Inference(model, None, **COMPILED) as engine:
-        ids = [engine.add_request(prompt, greedy) for prompt in PROMPTS[:3]]
+        ids = [engine.add_request(prompt, greedy(6)) for prompt in PROMPTS[:3]]
         engine.run_one_step()
         assert all(sequence.output_len for sequence in engine.scheduler.running)  # from here on they decode
         broken = engine.scheduler.running[1]
