@@ -129,6 +129,11 @@ class Answers:
         return sum(mailbox.group[0].num_prompt_tokens for mailbox in self._mailboxes)
 
     @property
+    def request_ids(self) -> list[int]:
+        """The engine's ids of the requests, in order."""
+        return [mailbox.request_id for mailbox in self._mailboxes]
+
+    @property
     def have_ended(self) -> bool:
         """Whether nothing will come any more."""
         return not self._unfinished

@@ -46,7 +46,9 @@ class EventStream(StreamingResponse):
     """Server-sent events of requests, which end when nobody reads them any more."""
 
     def __init__(self, events: AsyncIterator[bytes], answers: Answers):
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        # The page finds its own request in `/state` by these ids.
+        headers = {"Cache-Control": "no-cache", "x-engine-request-id": ",".join(map(str, answers.request_ids))}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
         self.answers = answers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
