@@ -1,9 +1,12 @@
 """The page at `/`, in a real browser: one chats with the model, and sees the engine's pages and queues."""
 
+import json
+import re
+import shlex
 import shutil
 
 import pytest
-from serving import Gate, serving
+from serving import Calls, Gate, Served, serving
 
 from flex_nano_vllm import Inference
 
@@ -12,7 +15,10 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
 --disable-component-update --disable-sync""".split()
+playwright.expect.set_options(timeout=30_000)  # a first step takes seconds on a busy machine
 SUM = "What is 17 plus 8?"
+MONTHS = "The 12 months of the year are: January, February, March,"
+VIEWPORT = dict(width=1280, height=900)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +32,7 @@ def browser():
 @pytest.fixture
 def page(browser):
     """An empty tab in which nothing may go wrong that the test has not asked for."""
-    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page = browser.new_page(viewport=VIEWPORT)
     page.wrong = []
     page.on("pageerror", lambda error: page.wrong.append(str(error)))
     page.on("console", lambda message: message.type == "error" and page.wrong.append(message.text))
@@ -50,8 +56,9 @@ def fresh(engine):
         yield again
 
 
-def engine_again(engine):
-    return Inference(engine.model, engine.tokenizer, 4, 256, page_size=16, compile=False)
+def engine_again(engine, **sizes):
+    sizes = dict(max_batch_size=4, max_seq_length=256, page_size=16) | sizes
+    return Inference(engine.model, engine.tokenizer, compile=False, **sizes)
 
 
 def say(page, text):
@@ -61,6 +68,64 @@ def say(page, text):
 
 def last_answer(page):
     return page.locator("#messages > .message.assistant").last
+
+
+class Load:
+    """Requests of others before the page's own, and steps that stand still: each passes when the page is to see the
+    state after it."""
+
+    def __init__(self, page, server: Served, monkeypatch, *nums_requests: int):
+        self.page, self.server = page, server
+        self.gate = Gate(server.engine)
+        self.polls, self.aborts = (Calls(monkeypatch, server.shared, name) for name in ("call", "abort"))
+        self.streams = []
+        body = dict(model="tiny-random", max_tokens=200, ignore_eos=True, stream=True)
+        for number in nums_requests:
+            prompts = [f"{i} times" for i in range(number)]
+            stream = server.begin("/v1/completions", body | dict(prompt=prompts))
+            self.streams.append((number, stream, stream.getresponse()))  # its head: the requests are in the queue
+        self.gate.wait()
+        page.goto(server.url)
+
+    def remove_first(self) -> None:
+        number, *stream = self.streams.pop(0)
+        for end in reversed(stream):
+            end.close()
+        for _ in range(number):
+            self.aborts.wait()
+
+    def ask(self, question: str) -> None:
+        with self.page.expect_response("**/v1/chat/completions"):  # its head, again
+            say(self.page, question)
+        for _ in range(2):  # the first poll may have come before the question
+            self.next_state()
+
+    def next_state(self) -> None:
+        self.polls.wait()
+        with self.page.expect_response("**/state"):
+            self.gate.let_pass()
+            self.gate.wait()
+
+    def __enter__(self) -> "Load":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        while self.streams:
+            self.remove_first()
+        self.gate.open()
+
+
+def num_ring_pixels(page) -> list[int]:
+    """Of each pool, the pixels in the colour of the text, which is no row's."""
+    return page.evaluate(
+        """() => [...document.querySelectorAll("#pools canvas")].map((canvas) => {
+            const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+            const colour = getComputedStyle(document.body).color.match(/\\d+/g).map(Number);
+            let count = 0;
+            for (let i = 0; i < data.length; i += 4) count += colour.every((value, j) => data[i + j] === value);
+            return count;
+        })"""
+    )
 
 
 def test_a_chat_of_two_turns_is_answered_and_what_it_took_is_shown(page, fresh, tmp_path):
@@ -132,3 +197,143 @@ def test_an_error_is_shown_and_the_turn_can_be_sent_again(page, fresh, monkeypat
         playwright.expect(error).to_contain_text("the step has failed: OSError")
         error.locator("button.again").click()
         playwright.expect(last_answer(page).locator(".text")).to_have_text("25.")
+
+
+def test_the_key_is_asked_for_in_words_about_the_page(page, fresh):
+    with serving(fresh, api_key="open sesame") as server:
+        page.goto(server.url)
+        say(page, SUM)
+        error = page.locator("#messages > .message.error")
+        playwright.expect(error.locator(".text")).to_have_text("This server asks for an API key: type it above")
+        page.fill("#key", "open barley")
+        page.press("#key", "Enter")
+        error.locator("button.again").click()
+        playwright.expect(error.locator(".text")).to_have_text("This server asks for another API key: type it above")
+        page.fill("#key", "open sesame")
+        page.press("#key", "Enter")
+        error.locator("button.again").click()
+        playwright.expect(last_answer(page).locator(".text")).to_have_text("25.")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_my_request_is_marked_where_it_waits_and_where_it_runs(page, fresh, scheme, monkeypatch):
+    page.emulate_media(color_scheme=scheme)
+    with serving(fresh) as server:
+        with Load(page, server, monkeypatch, 3, 2) as load:  # in four rows
+            load.ask(MONTHS)
+            playwright.expect(page.locator("#waiting .mine b")).to_have_text("yours")
+            assert page.locator("#running .mine").count() == 0
+            assert num_ring_pixels(page) == [0, 0]
+
+            load.remove_first()
+            for _ in range(2):
+                load.next_state()
+            playwright.expect(page.locator("#running .request").first).to_have_class("request mine")
+            playwright.expect(page.locator("#running .mine b")).to_have_text("yours")
+            assert page.locator("#running .mine").count() == 1
+            assert page.locator("#waiting .mine").count() == 0
+            assert min(num_ring_pixels(page)) > 20
+            assert "yours" in page.text_content("#pools figure[data-window=none] small")
+        playwright.expect(last_answer(page).locator(".text")).to_contain_text("December")
+        playwright.expect(page.locator("#status")).to_have_text("at rest")
+        assert page.locator(".mine").count() == 0
+        assert num_ring_pixels(page) == [0, 0]
+
+
+def test_waiting_and_reading_are_said_until_text_comes(page, engine, monkeypatch):
+    with (
+        engine_again(engine, max_batch_size=1, max_num_batched_tokens=8) as slow,  # reads the prompt in three steps
+        serving(slow) as server,
+        Load(page, server, monkeypatch, 1, 1) as load,
+    ):
+        load.ask(SUM)
+        progress = last_answer(page).locator(".progress")
+        playwright.expect(progress).to_have_text("waiting, 1 request ahead")
+        for _ in range(2):
+            load.remove_first()
+        for _ in range(2):
+            load.next_state()
+        playwright.expect(progress).to_have_text("reading the prompt, 8 of 18 tokens")
+        for _ in range(2):
+            load.next_state()
+        playwright.expect(last_answer(page).locator(".text")).to_have_text(re.compile("^2"))
+        playwright.expect(progress).to_have_count(0)
+
+
+def test_of_many_waiting_requests_the_first_eight_are_shown_and_mine(page, fresh, monkeypatch):
+    with serving(fresh) as server, Load(page, server, monkeypatch, 4, 20) as load:
+        load.ask(SUM)
+        playwright.expect(page.locator("#waiting span")).to_have_count(9)
+        playwright.expect(page.locator("#waiting .mine")).to_contain_text("20 ahead")
+        playwright.expect(page.locator("#waiting")).to_contain_text("and 12 more")
+
+
+def test_a_request_behind_the_64_listed_ones_is_told_so(page, fresh, monkeypatch):
+    with serving(fresh) as server, Load(page, server, monkeypatch, 4, 35, 35) as load:
+        load.ask(SUM)
+        progress = last_answer(page).locator(".progress")
+        playwright.expect(progress).to_have_text("waiting, 64 or more requests ahead")
+        page.click("#stop")
+        playwright.expect(page.locator("#messages > .message.error")).to_contain_text("Stopped before")
+        playwright.expect(progress).to_have_count(0)
+
+
+def test_examples_are_sent_at_once_and_come_back_with_a_new_chat(page, fresh):
+    answers = {SUM: "25.", "Reverse these words: lamp key drum boat.": "boat drum key lamp.", MONTHS: "April"}
+    with serving(fresh) as server:
+        page.goto(server.url)
+        examples = page.locator("button.example")
+        for example, answer in zip(examples.all(), answers.values(), strict=True):
+            example.click()
+            playwright.expect(last_answer(page).locator(".text")).to_contain_text(answer)
+            playwright.expect(last_answer(page).locator(".note")).to_be_visible()
+            assert not any(button.is_visible() for button in examples.all())
+            page.click("#new")
+            playwright.expect(example).to_be_visible()
+        assert examples.all_text_contents() == list(answers)
+
+
+def test_what_matters_is_in_sight_under_load(page, engine, monkeypatch):
+    """With the sizes that an engine has by itself."""
+    with (
+        engine_again(engine, max_batch_size=32, max_seq_length=None, page_size=None) as large,
+        serving(large) as server,
+        Load(page, server, monkeypatch, 60) as load,
+    ):
+        load.ask(SUM)
+        playwright.expect(page.locator("#waiting .mine")).to_be_visible()
+        numbers = page.locator("#numbers [data-stat]:visible")
+        names = [number.get_attribute("data-stat") for number in numbers.all()]
+        assert names == ["num_running", "num_waiting", "rate", "kv_usage"]
+        rows = page.locator("#running .request")
+        waiting, running = (page.get_by_role("heading", name=name) for name in ("Waiting", "Running"))
+        pools = page.locator("#pools canvas").all()
+        lists = [waiting, page.locator("#waiting"), running, rows.nth(0), rows.nth(1), rows.nth(2)]
+        boxes = [element.bounding_box() for element in (*numbers.all(), page.locator("#speed"), *pools, *lists)]
+        assert len(pools) == 2 and all(box["width"] > 0 for box in boxes)
+        assert max(box["y"] + box["height"] for box in boxes) <= VIEWPORT["height"]
+        tops = [element.bounding_box()["y"] for element in lists]
+        assert tops == sorted(tops), "waiting stands above running"
+
+
+def test_the_speed_has_a_peak_only_where_tokens_were_generated(page, fresh):
+    with serving(fresh) as server:
+        page.goto(server.url)
+        playwright.expect(page.locator("#numbers [data-stat=rate] dd")).to_have_text("0")
+        playwright.expect(page.locator("#engine")).to_contain_text("last 30 s")
+        assert page.get_by_text("peak").count() == 0
+        say(page, SUM)
+        playwright.expect(page.locator("#peak")).to_have_text(re.compile(r"^peak \d+$"))
+
+
+def test_the_command_for_curl_asks_this_server(page, fresh):
+    with serving(fresh) as server:
+        page.goto(server.url)
+        page.wait_for_selector("#status[data-state=ok]")
+        page.click("#curl summary")
+        page.get_by_role("link", name="/openapi.json").wait_for()
+        command, url, *options = shlex.split(page.inner_text("#command").replace("\\\n", ""))
+        assert command == "curl" and url.startswith(server.url) and options[::2] == ["-H", "-d"]
+        status, _, body = server.ask("POST", url.removeprefix(server.url), options[-1])
+        assert status == 200
+        assert json.loads(body)["choices"][0]["message"]["content"] == "25."
