@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from flex_nano_vllm import Inference, SamplingParams
+from flex_nano_vllm.loading import EMBEDDED_MODELS
 from flex_nano_vllm.tasks import (
     TASKS,
     Question,
@@ -45,14 +46,8 @@ SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
 PAD, EOS, BOS, _, END_OF_TURN = range(len(SPECIAL_TOKENS))
 IGNORED = -100  # as a label
 
-# Gemma's form of a conversation: no system role, user and model take turns.
-CHAT_TEMPLATE = """{{ bos_token }}{% for message in messages -%}
-{%- if message['role'] != ['user', 'assistant'][loop.index0 % 2] -%}
-{{ raise_exception('a conversation is user, assistant, user, ...: turn ' ~ loop.index ~ ' is ' ~ message['role']) }}
-{%- endif -%}
-{{ '<start_of_turn>' ~ {'user': 'user', 'assistant': 'model'}[message['role']] ~ '\\n' }}
-{{- message['content'] | trim ~ '<end_of_turn>\\n' }}
-{%- endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"""
+# Gemma's form of a conversation, with a system message and tools in the first turn.
+CHAT_TEMPLATE = (EMBEDDED_MODELS["tiny-gemma2"] / "chat_template.jinja").read_text(encoding="utf-8")
 
 CARD = """---
 license: mit
@@ -130,7 +125,8 @@ def main() -> None:
     for row in accuracies.itertuples(index=False):
         table.add_row(*map(str, row))
     console.print(table)
-    (folder / "README.md").write_text(model_card(options, num_parameters, minutes, device, accuracies))
+    card = model_card(options, num_parameters, minutes, device, accuracies)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / "checkpoint.pt").unlink(missing_ok=True)
 
 

@@ -1,17 +1,16 @@
 """What users see of sequences: texts, log-probabilities, what is new since they last looked. Knows nothing of steps."""
 
-import re
-import weakref
 from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
 
-from flex_nano_vllm.detokenizer import decode, whole_text
+from flex_nano_vllm.detokenizer import text_of
 from flex_nano_vllm.outputs import CompletionDelta, CompletionOutput, Logprob, RequestOutput
 from flex_nano_vllm.sequence import Rating, Sequence
-
-_names: "weakref.WeakKeyDictionary[PreTrainedTokenizerBase, dict[int, str]]" = weakref.WeakKeyDictionary()
+from flex_nano_vllm.vocabulary import has_text, token_bytes, token_name
 
 
 def request_output(group: list[Sequence], tokenizer: PreTrainedTokenizerBase | None) -> RequestOutput:
@@ -20,8 +19,7 @@ def request_output(group: list[Sequence], tokenizer: PreTrainedTokenizerBase | N
     prompt_token_ids = first.token_ids[: first.num_prompt_tokens]
     prompt_logprobs = None
     if first.rates_prompt:
-        rated = zip(prompt_token_ids[1:], first.prompt_ratings)
-        prompt_logprobs = [None, *(logprobs(token_id, rating, tokenizer) for token_id, rating in rated)]
+        prompt_logprobs = [None, *logprobs(first, 1, first.prompt_ratings, tokenizer)]
     return RequestOutput(
         request_id=first.request_id,
         prompt=first.prompt,
@@ -37,12 +35,13 @@ def request_output(group: list[Sequence], tokenizer: PreTrainedTokenizerBase | N
 def _completion(index: int, sequence: Sequence, tokenizer: PreTrainedTokenizerBase | None) -> CompletionOutput:
     token_ids, ratings, params = sequence.output_token_ids, None, sequence.params
     if params.logprobs is not None:
-        ratings = [logprobs(token_id, rating, tokenizer) for token_id, rating in zip(token_ids, sequence.ratings)]
+        ratings = logprobs(sequence, sequence.num_prompt_tokens, sequence.ratings, tokenizer)
     if sequence.text is not None:
         text = sequence.text.text[: sequence.text.num_shown]
     elif tokenizer is not None:
-        silent = frozenset() if params.include_stop_str_in_output else sequence.stop_token_ids
-        text = whole_text(tokenizer, token_ids, silent, params.skip_special_tokens)
+        prompt = sequence.token_ids[: sequence.num_prompt_tokens]
+        has_own_start = sequence.grammar is not None
+        text = text_of(tokenizer, prompt, token_ids, sequence.silent, params.skip_special_tokens, has_own_start)
     else:
         text = None
     return CompletionOutput(
@@ -53,38 +52,40 @@ def _completion(index: int, sequence: Sequence, tokenizer: PreTrainedTokenizerBa
         stop_reason=sequence.stop_reason,
         cumulative_logprob=None if ratings is None else sum(rating.logprob for rating in sequence.ratings),
         logprobs=ratings,
+        error=sequence.error,
     )
 
 
-def logprobs(token_id: int, rating: Rating, tokenizer: PreTrainedTokenizerBase | None) -> dict[int, Logprob]:
-    """The token first, then the most likely ones in order."""
-    named = {token_id: Logprob(rating.logprob, rating.rank, token_text(token_id, tokenizer))}
-    for rank, (other, logprob) in enumerate(rating.top, start=1):
-        if other != token_id:
-            named[other] = Logprob(logprob, rank, token_text(other, tokenizer))
-    return named
+def logprobs(
+    sequence: Sequence, first: int, ratings: SequenceOf[Rating], tokenizer: PreTrainedTokenizerBase | None
+) -> list[dict[int, Logprob]]:
+    """The log-probabilities of the tokens from position `first` on: of each place the token itself first, then the most
+    likely ones in order."""
+    begins_text = tokenizer is not None and sequence.grammar is None
+    for token_id in islice(sequence.token_ids, first) if begins_text else ():
+        if has_text(tokenizer, token_id, sequence.params.skip_special_tokens):
+            begins_text = False
+            break
 
+    def named(token_id: int, logprob: float, rank: int, is_silent: bool) -> Logprob:
+        if tokenizer is None:
+            return Logprob(logprob, rank, None)
+        name = token_name(token_bytes(tokenizer, token_id, skip_special_tokens=False, begins_text=begins_text))
+        skip = sequence.params.skip_special_tokens
+        content = b"" if is_silent else token_bytes(tokenizer, token_id, skip, begins_text)
+        return Logprob(logprob, rank, name, content)
 
-def token_text(token_id: int, tokenizer: PreTrainedTokenizerBase | None) -> str | None:
-    """A name for a token by itself: its text, or what the vocabulary calls it where it is part of a character."""
-    if tokenizer is None:
-        return None
-    names = _names.setdefault(tokenizer, {})  # a prompt's log-probabilities name thousands
-    if token_id not in names:
-        names[token_id] = _token_text(token_id, tokenizer)
-    return names[token_id]
-
-
-def _token_text(token_id: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    text = decode(tokenizer, [token_id], skip_special_tokens=False)
-    name = tokenizer.convert_ids_to_tokens(token_id)
-    if name is None:  # beyond the tokenizer's vocabulary, in the padding of the model's
-        return ""
-    if "\ufffd" in text or re.fullmatch("<0x[0-9A-F]{2}>", name):
-        return name
-    # Some decoders take one space from the first token of a text.
-    spaces = " " * (len(name) - len(name.lstrip("▁")))
-    return text if text.startswith((spaces, "▁")) else spaces + text.lstrip(" ")
+    entries = []
+    for position, rating in enumerate(ratings, start=first):
+        token_id = sequence.token_ids[position]
+        is_silent = position >= sequence.num_prompt_tokens and token_id in sequence.silent
+        entry = {token_id: named(token_id, rating.logprob, rating.rank, is_silent)}
+        for rank, (other, logprob) in enumerate(rating.top, start=1):
+            if other != token_id:
+                entry[other] = named(other, logprob, rank, False)
+        entries.append(entry)
+        begins_text = begins_text and not has_text(tokenizer, token_id, sequence.params.skip_special_tokens)
+    return entries
 
 
 @dataclass
@@ -109,12 +110,19 @@ class Reader:
             if sequence.text is not None:
                 text = sequence.text.text[num_chars : sequence.text.num_shown]
             if sequence.params.logprobs is not None:
-                new = zip(token_ids, sequence.ratings[num_tokens:])
-                ratings = [logprobs(token_id, rating, self.tokenizer) for token_id, rating in new]
+                first = sequence.num_prompt_tokens + num_tokens
+                ratings = logprobs(sequence, first, sequence.ratings[num_tokens:], self.tokenizer)
             self._read[index] = reached, num_chars + len(text or "")
             self._ended[index] = sequence.finish_reason is not None
             yield CompletionDelta(
-                sequence.request_id, index, text, token_ids, ratings, sequence.finish_reason, sequence.stop_reason
+                sequence.request_id,
+                index,
+                text,
+                token_ids,
+                ratings,
+                sequence.finish_reason,
+                sequence.stop_reason,
+                sequence.error,
             )
 
     @property

@@ -1,17 +1,23 @@
 """Errors in OpenAI's shape, and what a client is told of an exception. Knows no request and no endpoint."""
 
-import json
 import logging
+from collections.abc import Sequence
 
+from pydantic_core import ErrorDetails
 from starlette.responses import JSONResponse
 
 from flex_nano_vllm.async_inference import EngineBusy, EngineClosing, EngineDead, EngineError
-from flex_nano_vllm.intake import StructureError
+from flex_nano_vllm.protocol import MAX_PROMPTS
+from flex_nano_vllm.replies import DONE, server_sent_event
+from flex_nano_vllm.sampling_params import InvalidRequestError
 
 logger = logging.getLogger(__name__)
 
-DONE = "data: [DONE]\n\n"  # the last event of every stream
 MAX_MESSAGE_LEN = 400  # some name what is wrong, and that may be long
+# Names of the API where the engine has others.
+API_NAMES = {"structured_outputs": "response_format"}
+# What these hold is not repeated in an error.
+PRIVATE = {"prompt", "messages", "input", "instructions", "tools", "user", "cache_salt", "response_format", "text"}
 
 
 class APIError(Exception):
@@ -19,7 +25,8 @@ class APIError(Exception):
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None):
         super().__init__(message if len(message) <= MAX_MESSAGE_LEN else f"{message[:MAX_MESSAGE_LEN]}…")
-        self.status, self.code, self.param = status, code, param
+        self.status, self.param = status, param
+        self.code = "invalid_value" if code is None and status == 400 else code
 
     @property
     def body(self) -> dict:
@@ -29,19 +36,24 @@ class APIError(Exception):
 
     @property
     def last_events(self) -> bytes:
-        """What a stream ends with that has failed. In ASCII: some clients cut lines at any of Unicode's line breaks."""
-        return f"data: {json.dumps(self.body)}\n\n{DONE}".encode()
+        """What a stream ends with that has failed."""
+        return server_sent_event(self.body) + DONE
 
     def response(self) -> JSONResponse:
         retry = {"Retry-After": "1"} if self.status == 429 else {"Retry-After": "10"} if self.status == 503 else {}
         return JSONResponse(self.body, self.status, headers=retry)
 
 
-def api_error(error: Exception) -> APIError:
-    """What a client is told of an exception."""
+def api_error(error: Exception, names: dict[str, str] | None = None) -> APIError:
+    """What a client is told of an exception.
+
+    Args:
+        names: what the endpoint calls parameters that have another name elsewhere.
+    """
+    names = API_NAMES | (names or {})
     match error:
         case APIError():
-            return error
+            return APIError(error.status, str(error), error.code, names.get(error.param, error.param))
         case EngineBusy():
             return APIError(429, str(error), "queue_full")
         case EngineClosing():
@@ -50,9 +62,52 @@ def api_error(error: Exception) -> APIError:
             return APIError(503, "the engine has died", "engine_dead")
         case EngineError():
             return APIError(500, str(error), "engine_error")
-        case StructureError():
-            return APIError(400, str(error), param="response_format")
+        case InvalidRequestError():
+            return APIError(400, str(error), error.code, names.get(error.param, error.param))
         case ValueError():
             return APIError(400, str(error))
     logger.error("an unexpected error", exc_info=error)
     return APIError(500, "internal error", "internal_error")
+
+
+TYPE_NAMES = {
+    "str",
+    "int",
+    "float",
+    "bool",
+    "list",
+    "dict",
+}  # in a place, the branch of a union that pydantic has tried
+
+
+def invalid_fields(errors: Sequence[ErrorDetails]) -> APIError:
+    """What a client is told of a body that fits no request: the field, its value and the limit."""
+    error = _most_telling(errors)
+    kind, place = error["type"], [part for part in error["loc"] if part != "body"]
+    if kind == "json_invalid":
+        return APIError(400, f"the body is no JSON: {error['ctx']['error']}", "invalid_json")
+    # Branches of unions are no fields, and the keys of logit_bias are the client's.
+    fields = [str(part) for part in place if isinstance(part, int) or (part.isidentifier() and part[0].islower())]
+    fields = [part for part in fields if part not in TYPE_NAMES][: 1 if "logit_bias" in place else None]
+    param = fields[0] if fields else None
+    if param == "prompt" and len(place) > 1:
+        forms = f"a text or a list of token ids, or a list of up to {MAX_PROMPTS} such"
+        return APIError(400, f"prompt must be {forms}", param=param)
+    message = error["msg"].removeprefix("Value error, ")
+    value = error.get("input")
+    is_public = param not in PRIVATE or (fields[-1] == "type" and kind == "literal_error")
+    if is_public and isinstance(value, bool | int | float | str):
+        message += f", got {repr(value)[:50]}"
+    codes = {"missing": "missing_required_parameter", "unsupported": "unsupported_parameter"}
+    return APIError(400, f"{'.'.join(fields)}: {message}" if fields else message, codes.get(kind), param)
+
+
+def _most_telling(errors: Sequence[ErrorDetails]) -> ErrorDetails:
+    """Of a union pydantic reports every branch. A branch of the right type whose value breaks a limit tells more than
+    another branch's wrong type."""
+
+    def field(error: ErrorDetails) -> tuple:
+        return tuple(part for part in error["loc"] if part != "body")[:1]
+
+    of_first_field = [error for error in errors if field(error) == field(errors[0])]
+    return max(of_first_field, key=lambda error: (not error["type"].endswith("_type"), len(error["loc"])))

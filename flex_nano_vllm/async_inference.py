@@ -219,16 +219,20 @@ class AsyncInference:
                         yield item
 
     async def chat(
-        self, messages: list[dict], sampling_params: SamplingParams | None = None, cache_salt: str | None = None
+        self,
+        messages: list[dict],
+        sampling_params: SamplingParams | None = None,
+        cache_salt: str | None = None,
+        tools: list[dict] | None = None,
     ) -> RequestOutput:
         """Answer one conversation. Raises what `Inference.chat` does, and what `generate` does."""
-        return await self.generate(await self.chat_prompt(messages), sampling_params, cache_salt)
+        return await self.generate(await self.chat_prompt(messages, tools), sampling_params, cache_salt)
 
-    async def chat_prompt(self, messages: list[dict]) -> list[int]:
-        """The tokens of a conversation, if somebody could answer it."""
+    async def chat_prompt(self, messages: list[dict], tools: list[dict] | None = None) -> list[int]:
+        """The tokens of a conversation, if there is room for its request."""
         self.check_open()
         self.check_room(1)
-        return await asyncio.to_thread(self.engine.intake.chat_prompt, messages)
+        return await asyncio.to_thread(self.engine.intake.chat_prompt, messages, tools)
 
     async def warmup(self) -> None:
         """`Inference.warmup`, in the thread that needs it."""

@@ -6,6 +6,7 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, StoppingCriteria
 
 from flex_nano_vllm.exactness import compare
+from flex_nano_vllm.generation_defaults import plain_generation
 from flex_nano_vllm.report import FinishedRequest
 from flex_nano_vllm.workload import WorkloadRequest
 
@@ -41,14 +42,15 @@ def padded_batches(
         mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding])
         num_tokens = max(request.max_tokens for request in batch)
         clock = _Clock()
-        model.generate(
-            input_ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=num_tokens,
-            min_new_tokens=num_tokens,
-            do_sample=False,
-            stopping_criteria=[clock],
-        )
+        with plain_generation(model):
+            model.generate(
+                input_ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=num_tokens,
+                min_new_tokens=num_tokens,
+                do_sample=False,
+                stopping_criteria=[clock],
+            )
         for request in batch:
             answer_times = clock.times[: request.max_tokens]
             finished.append(_finished(request, [t - started for t in answer_times]))
@@ -66,9 +68,12 @@ def continuous_batching(
     batching = ContinuousBatchingConfig(max_requests_per_batch=batch_size, allow_block_sharing=False)
     greedy = GenerationConfig(do_sample=False, pad_token_id=0, eos_token_id=-1)
     results = {}
-    with model.continuous_batching_context_manager(
-        generation_config=greedy, continuous_batching_config=batching, block=True
-    ) as manager:
+    with (
+        plain_generation(model),
+        model.continuous_batching_context_manager(
+            generation_config=greedy, continuous_batching_config=batching, block=True
+        ) as manager,
+    ):
         started = time.perf_counter()
         ids = [
             manager.add_request(

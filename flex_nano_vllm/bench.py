@@ -118,7 +118,7 @@ async def ask_all(
 def server(*arguments: str) -> Iterator[int]:
     """A server on the local machine, ready and compiled. Gives its port."""
     command = [sys.executable, "-m", "flex_nano_vllm.server", "--port", "0", *arguments]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8")
     try:
         lines = []
         for line in process.stderr:

@@ -1,6 +1,7 @@
 """`flex-nano-vllm chat | serve | bench`: the engine in a terminal. Knows nothing of what is behind its commands."""
 
 import json
+import sys
 from typing import Annotated
 
 import typer
@@ -102,6 +103,8 @@ def needs_serve() -> None:
 
 def main() -> None:
     """The console script. `serve` is there with its options if the extra is."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal may not know every character that a model writes
+        stream.reconfigure(errors="replace")
     try:
         from flex_nano_vllm.server import serve
     except ImportError:

@@ -1,26 +1,22 @@
-"""Token ids to text, as they come, up to the first stop text. Knows nothing of requests or of other ends.
+"""Token ids to text, as they come, up to the first stop string. Knows nothing of requests or of other ends.
 
-Two things keep text back. A token may be part of a character, and what has come so far of a text may become one that
-ends the output, so that nobody must see it:
+Two things hold text back. A token may be a part of a character, and the latest characters may become a stop string,
+which must not be shown:
 
     stop "END"    tokens    "the E"      "N"       "emy E"      "ND of"
                   shown     "the "       ""        "ENemy "     ""       and the output ends before "END"
 """
 
 import functools
+from collections import deque
 
-from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
-
-def decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], skip_special_tokens: bool) -> str:
-    """The text of tokens. Without `clean_up_tokenization_spaces`, which some tokenizers have switched on: made for
-    English word pieces, it takes spaces out of whatever looks like them, code included."""
-    return tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+from flex_nano_vllm.vocabulary import TextWriter, token_bytes
 
 
 class StopMatcher:
-    """How much of a stop text the latest characters are (Knuth, Morris and Pratt, https://doi.org/10.1137/0206024)."""
+    """How much of a stop string the latest characters are (Knuth, Morris and Pratt, https://doi.org/10.1137/0206024)."""
 
     def __init__(self, stop: str):
         self.stop = stop
@@ -28,7 +24,7 @@ class StopMatcher:
         self._shorter = _shorter_matches(stop)
 
     def feed(self, char: str) -> bool:
-        """Whether the stop text ends with this character."""
+        """Whether the stop string ends with this character."""
         if self.num_matched == len(self.stop):  # it was not to end the output
             self.num_matched = self._shorter[-1]
         self.num_matched = _next_match(self.stop, self._shorter, self.num_matched, char)
@@ -55,97 +51,117 @@ class Detokenizer:
 
     Args:
         tokenizer: a fast one.
-        silent: tokens that have no text: EOS and stop tokens, unless the text is to end with them.
+        prompt_token_ids: what the output continues.
+        silent: tokens without text: EOS and stop tokens, unless the text is to end with them.
         stops: the output ends where one of these begins. If several end with the same character, the longest counts.
-        include_stop: let the text end with the stop text.
-        min_tokens: stop texts that end within so many tokens do not count.
+            One that names a special token is looked for in the text with special tokens, even if the output skips them.
+        include_stop: let the text end with the stop string.
+        min_tokens: stop strings that end within so many tokens do not count.
+        has_own_start: see `TextWriter`.
     Raises:
-        ValueError: for a tokenizer that cannot decode a stream of tokens.
+        ValueError: for a tokenizer whose tokens have no bytes of their own.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
+        prompt_token_ids: list[int] | None = None,
         silent: frozenset[int] = frozenset(),
         skip_special_tokens: bool = True,
         stops: tuple[str, ...] = (),
         include_stop: bool = False,
         min_tokens: int = 0,
+        has_own_start: bool = False,
     ):
         if not tokenizer.is_fast:
-            raise ValueError(f"stop texts and streams need a fast tokenizer, not a {type(tokenizer).__name__}")
+            raise ValueError(f"stop strings and streams need a fast tokenizer, not a {type(tokenizer).__name__}")
         self.tokenizer, self.silent, self.skip_special_tokens = tokenizer, silent, skip_special_tokens
         self.include_stop, self.min_tokens = include_stop, min_tokens
-        self.text = ""  # all that is decoded, what is held back included; up to the stop text
+        self.text = ""  # everything decoded, with what is held back; up to the stop string
         self.stop_reason: str | None = None
-        self._matchers = [StopMatcher(stop) for stop in stops]
-        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
-        self._num_tokens = self._num_decoded = 0  # the latter have their characters in `text`
+        names = special_token_names(tokenizer) if stops and skip_special_tokens else ()
+        self._matchers = [StopMatcher(stop) for stop in stops if not any(name in stop for name in names)]
+        # These see special tokens too. Of the latest characters that they saw, which ones are part of the text?
+        self._matchers_of_all = [StopMatcher(stop) for stop in stops if any(name in stop for name in names)]
+        self._is_in_text: deque[bool] = deque(maxlen=max(map(len, stops), default=0))
+        self._writer = TextWriter(tokenizer, skip_special_tokens, prompt_token_ids or (), has_own_start)
+        self._num_tokens = 0
         self._is_complete = False
 
     def update(self, token_ids: list[int], is_complete: bool = False) -> bool:
         """Take what is new in an output's tokens. `is_complete`: no more will come, so nothing is held back. Returns
-        whether a stop text has been met; what comes after it has no text."""
+        whether a stop string has been met; what comes after it has no text."""
         while self._num_tokens < len(token_ids) and self.stop_reason is None:
+            token_id = token_ids[self._num_tokens]
             self._num_tokens += 1
-            self._take(self._step(token_ids))
+            if token_id in self.silent:
+                continue
+            self._take(self._writer.write(token_id))
+            if self._matchers_of_all and not token_bytes(self.tokenizer, token_id, skip_special_tokens=True):
+                self._take_hidden(token_bytes(self.tokenizer, token_id, skip_special_tokens=False).decode())
         if is_complete and not self._is_complete and self.stop_reason is None:
-            # A character that has not come to its end: the decoder's signs for what is missing.
-            whole = self._decode(token_ids)
-            is_longer = whole.startswith(self.text)  # if not: see `_step`
-            self._take(whole[len(self.text) :] if is_longer else self._decode(token_ids[self._num_decoded :]))
+            self._take(self._writer.finish())
         self._is_complete |= is_complete
         return self.stop_reason is not None
 
-    def _step(self, token_ids: list[int]) -> str:
-        """The characters that are complete with the latest token."""
-        latest = token_ids[self._num_tokens - 1]
-        if latest in self.silent:
-            return ""
-        try:
-            new = self._stream.step(self.tokenizer.backend_tokenizer, latest)
-        except Exception as error:
-            if "Invalid prefix" not in str(error):
-                raise
-            # Where single bytes are tokens (Llama, Gemma), and those in a row are no text, all of them are decoded as
-            # errors, even the letters among them. What was shown stays.
-            self._stream = DecodeStream(ids=[latest], skip_special_tokens=self.skip_special_tokens)
-            new = self._decode(token_ids[self._num_decoded : self._num_tokens])
-        if new is None:
-            return ""
-        self._num_decoded = self._num_tokens
-        return new
-
-    def _decode(self, token_ids: list[int]) -> str:
-        spoken = [token_id for token_id in token_ids if token_id not in self.silent]
-        return decode(self.tokenizer, spoken, self.skip_special_tokens)
-
     def _take(self, new: str) -> None:
-        for end, char in enumerate(new, start=1) if self._matchers else ():
-            met = [matcher.stop for matcher in self._matchers if matcher.feed(char)]
-            if met and self._num_tokens > self.min_tokens:
-                self.stop_reason = max(met, key=len)
-                self.text += new[:end]
-                if not self.include_stop:
-                    self.text = self.text[: -len(self.stop_reason)]
+        """Add characters to the text, up to the end of a stop string."""
+        if not (self._matchers or self._matchers_of_all):
+            self.text += new
+            return
+        for char in new:
+            self.text += char
+            self._is_in_text.append(True)
+            if self._ends_with(char, self._matchers + self._matchers_of_all):
                 return
-        self.text += new
+
+    def _take_hidden(self, name: str) -> None:
+        """Let those stop strings that name a special token see one that the text does not show."""
+        for char in name:
+            self._is_in_text.append(False)
+            if self._ends_with(char, self._matchers_of_all):
+                return
+
+    def _ends_with(self, char: str, matchers: list["StopMatcher"]) -> bool:
+        met = [matcher for matcher in matchers if matcher.feed(char)]
+        if not met or self._num_tokens <= self.min_tokens:
+            return False
+        longest = max(met, key=lambda matcher: len(matcher.stop))
+        self.text = self.text[: len(self.text) - self._num_in_text(longest)]
+        self.stop_reason = longest.stop
+        if self.include_stop:
+            self.text += longest.stop
+        return True
+
+    def _num_in_text(self, matcher: "StopMatcher") -> int:
+        """Characters of the text that are part of what a matcher has matched."""
+        if matcher in self._matchers:
+            return matcher.num_matched
+        return sum(self._is_in_text[-i] for i in range(1, matcher.num_matched + 1))
 
     @property
     def num_shown(self) -> int:
         """Characters of `text` that will stay, whatever comes."""
         if self._is_complete or self.stop_reason is not None:
             return len(self.text)
-        return len(self.text) - max((matcher.num_matched for matcher in self._matchers), default=0)
+        matchers = self._matchers + self._matchers_of_all
+        return len(self.text) - max(map(self._num_in_text, matchers), default=0)
 
 
-def whole_text(
-    tokenizer: PreTrainedTokenizerBase, token_ids: list[int], silent: frozenset[int], skip_special_tokens: bool
+def special_token_names(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The contents of all special tokens."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return [*added, *tokenizer.all_special_tokens]
+
+
+def text_of(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_token_ids: list[int],
+    token_ids: list[int],
+    silent: frozenset[int],
+    skip_special_tokens: bool,
+    has_own_start: bool,
 ) -> str:
-    """The text that a `Detokenizer` would have shown of the tokens, which costs less if nobody has followed them."""
-    text = decode(tokenizer, [token_id for token_id in token_ids if token_id not in silent], skip_special_tokens)
-    if "\ufffd" in text and tokenizer.is_fast:  # decoded one by one, bytes that are no text may make other signs
-        detokenizer = Detokenizer(tokenizer, silent, skip_special_tokens)
-        detokenizer.update(token_ids, is_complete=True)
-        return detokenizer.text
-    return text
+    """The text of an output that was not decoded token by token: what a `Detokenizer` shows in the end."""
+    writer = TextWriter(tokenizer, skip_special_tokens, prompt_token_ids, has_own_start)
+    return "".join([*(writer.write(token_id) for token_id in token_ids if token_id not in silent), writer.finish()])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from flex_nano_vllm.generation_defaults import plain_generation
 from flex_nano_vllm.inference import Inference
 from flex_nano_vllm.sampling_params import SamplingParams
 
@@ -70,9 +71,10 @@ def greedy_under_preemption(engine: Inference, prompts: list[list[int]], max_tok
 def hf_generate(model: PreTrainedModel, prompt: list[int], max_tokens: int) -> list[int]:
     """Greedy tokens of one prompt, alone, by transformers. The model must not be an engine's (`Inference.close`)."""
     input_ids = torch.tensor([prompt], device=model.device)
-    output = model.generate(
-        input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=max_tokens, do_sample=False
-    )
+    with plain_generation(model):
+        output = model.generate(
+            input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=max_tokens, do_sample=False
+        )
     return output[0, len(prompt) :].tolist()
 
 

@@ -55,8 +55,9 @@ class Geometry:
         pool = f"{self.n_pages - 1} usable pages x {self.page_size}"
         to_raise = "max_seq_length" if self.max_request_tokens == self.max_seq_length else "n_pages"
         return (
-            f"has {prompt_len} tokens, but prompt and output together get {self.max_request_tokens} "
-            f"(max_seq_length={self.max_seq_length}; the pool holds {pool}): shorten it or raise {to_raise}"
+            f"has {prompt_len} tokens, but the maximum context length is {self.max_request_tokens} tokens, prompt and "
+            f"output together (max_seq_length={self.max_seq_length}; the pool holds {pool}): shorten it or raise "
+            f"{to_raise}"
         )
 
     @cached_property

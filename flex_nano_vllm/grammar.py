@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_REGEX_BYTES = 4 * 1024
+MAX_WHITESPACE_BYTES = 128
+MAX_GRAMMAR_BYTES = 256 * 1024
 MAX_DEPTH = 64  # of the schema's JSON text
 MAX_CACHED_GRAMMARS = 32
 
@@ -37,9 +39,10 @@ LIMITS = dict(
 )
 # `no_forcing`: where the text is certain, llguidance would else allow but the first token of its tokenization, and that
 # takes text such as "<eos>" for the special token.
-GRAMMAR = '%llguidance {"no_forcing": true}\nstart: '
-# Room for a line break and deep indentation. Without a bound, a weak model ends up writing nothing but spaces.
-SCHEMA_OPTIONS = {"whitespace_pattern": r"[ \t\r\n]{1,40}"}
+OPTIONS = '%llguidance {"no_forcing": true}\n'
+GRAMMAR = f"{OPTIONS}start: "
+# Between two symbols of JSON: nothing or one space. Where more is allowed, a weak model writes little else.
+WHITESPACE_PATTERN = " "
 
 
 class GrammarCompiler:
@@ -72,28 +75,40 @@ class GrammarCompiler:
         self._has_logit = np.packbits(has_logit, bitorder="little").view("<i4")
         self._cached = lru_cache(MAX_CACHED_GRAMMARS)(lambda text: Grammar(self, text))
 
-    def compile(self, kind: str, source: str | list[str] | dict | bool | None = None) -> "Grammar":
+    def compile(
+        self,
+        kind: str,
+        source: str | list[str] | dict | bool | None = None,
+        whitespace_pattern: str = WHITESPACE_PATTERN,
+    ) -> "Grammar":
         """The grammar of a source, from the cache if it is there.
 
         Args:
             kind: "json_object", "json_schema", "regex" (as of Rust's regex, matched as a whole, with digits and word
-                characters of ASCII, as in the patterns of a schema) or "choice".
-            source: the schema as text or parsed, the regular expression, or the strings to choose from.
+                characters of ASCII, as in the patterns of a schema), "choice", or "grammar" (llguidance's Lark:
+                https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md).
+            source: the schema as text or parsed, the regular expression, the strings to choose from, or the grammar.
+            whitespace_pattern: a regular expression for what may stand between two symbols of JSON.
         Raises:
             ValueError: the source is malformed, uses what is not supported, or is too large.
         """
         if kind == "json_object":
-            text = schema_grammar({"type": "object"})
+            text = schema_grammar({"type": "object"}, whitespace_pattern)
         elif kind == "json_schema":
-            text = schema_grammar(source)
+            text = schema_grammar(source, whitespace_pattern)
         elif kind == "regex":
             text = self._regex_grammar(source, MAX_REGEX_BYTES)
         elif kind == "choice":
             if not (isinstance(source, list) and source and all(isinstance(choice, str) for choice in source)):
                 raise ValueError("a choice has to be a list of strings, one at least")
             text = self._regex_grammar("|".join(map(re.escape, source)), MAX_SCHEMA_BYTES)
+        elif kind == "grammar":
+            if not isinstance(source, str):
+                raise ValueError(f"a grammar has to be a string, not {type(source).__name__}")
+            check_size(source, MAX_GRAMMAR_BYTES)
+            text = f"{OPTIONS}{source}"
         else:
-            raise ValueError(f"unknown kind of grammar {kind!r}: json_object, json_schema, regex or choice")
+            raise ValueError(f"unknown kind of grammar {kind!r}: json_object, json_schema, regex, choice or grammar")
         return self._cached(text)
 
     def _regex_grammar(self, source: str, max_bytes: int) -> str:
@@ -173,8 +188,16 @@ class Follower:
         return self._grammar.compiler._mask(self._matcher)
 
 
-def schema_grammar(source: str | dict | bool | None) -> str:
+def schema_grammar(source: str | dict | bool | None, whitespace_pattern: str = WHITESPACE_PATTERN) -> str:
+    """The grammar of JSON that fits a schema."""
+    return f"{GRAMMAR}{json_rule(source, whitespace_pattern)}"
+
+
+def json_rule(source: str | dict | bool | None, whitespace_pattern: str = WHITESPACE_PATTERN) -> str:
+    """The right side of a rule of a grammar: JSON that fits a schema. Raises ValueError for a schema that is malformed
+    or too large."""
     try:
+        check_size(whitespace_pattern, MAX_WHITESPACE_BYTES)
         text = source if isinstance(source, str) else json.dumps(source, ensure_ascii=False)
         check_size(text, MAX_SCHEMA_BYTES)
         schema = json.loads(text)
@@ -183,9 +206,10 @@ def schema_grammar(source: str | dict | bool | None) -> str:
             raise ValueError("it has to be an object or true")
         check_schema(schema)
         # Not sorted: the order of properties is the order in which they are written.
-        text = json.dumps(schema | {"x-guidance": SCHEMA_OPTIONS}, ensure_ascii=False, allow_nan=False)
+        options = {"whitespace_pattern": whitespace_pattern}
+        text = json.dumps(schema | {"x-guidance": options}, ensure_ascii=False, allow_nan=False)
         text.encode()  # a surrogate may have been escaped
-        return f"{GRAMMAR}%json {text}"
+        return f"%json {text}"
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"bad JSON schema: {error}") from error
 

@@ -5,6 +5,10 @@ but those that are public.
 import asyncio
 import hashlib
 import hmac
+import json
+import logging
+import re
+import uuid
 from dataclasses import dataclass
 
 import anyio
@@ -13,6 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from flex_nano_vllm.api_errors import APIError
+
+logger = logging.getLogger(__name__)
 
 PUBLIC_PATHS = {"/", "/health"}
 LAST_WORDS_TIMEOUT = 1.0  # seconds for a client to take the error at the end of its stream
@@ -28,7 +34,8 @@ class Limits:
 
 
 class Guard:
-    """Stands before everything else: the key, the size of the body, and the time that a request may take."""
+    """Stands before everything else: the key, the kind and the size of the body, the time that a request may take. It
+    gives each request an id, and logs each refusal."""
 
     def __init__(self, app: ASGIApp, api_key: str | None, limits: Limits):
         self.app, self.limits = app, limits
@@ -37,31 +44,27 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        if scope["path"] not in PUBLIC_PATHS and not self.is_allowed(dict(scope["headers"])):
+        headers = dict(scope["headers"])
+        answer = _Answer(scope, _request_id(headers), send)
+        if scope["path"] not in PUBLIC_PATHS and not self.is_allowed(headers):
             error = APIError(401, "the API key is missing or wrong: send Authorization: Bearer KEY", "invalid_api_key")
-            return await error.response()(scope, receive, send)
-        started = streams = False
-
-        async def note_start(message: Message) -> None:
-            nonlocal started, streams
-            if message["type"] == "http.response.start":
-                started = True
-                streams = dict(message["headers"]).get(b"content-type", b"").startswith(b"text/event-stream")
-            await send(message)
-
+            return await error.response()(scope, receive, answer.send)
+        if scope["method"] == "HEAD":  # what GET answers, without its body, which uvicorn leaves out
+            scope = scope | {"method": "GET"}
         try:
+            check_media(headers)
             with anyio.fail_after(self.limits.request_timeout):
-                body = await self.body(receive, dict(scope["headers"]))
-                await self.app(scope, _replayed(body, receive), note_start)
+                body = await self.body(receive, headers)
+                await self.app(scope, _replayed(body, receive), answer.send)
         except APIError as error:
-            await error.response()(scope, receive, send)
+            await error.response()(scope, receive, answer.send)
         except TimeoutError:
             error = APIError(503, f"the answer takes more than {self.limits.request_timeout} s", "timeout")
-            if not started:
-                await error.response()(scope, receive, send)
-            elif streams:
+            if not answer.has_started:
+                await error.response()(scope, receive, answer.send)
+            elif answer.is_stream:
                 with anyio.move_on_after(LAST_WORDS_TIMEOUT):  # a client that does not read would keep us for ever
-                    await send({"type": "http.response.body", "body": error.last_events})
+                    await answer.send({"type": "http.response.body", "body": error.last_events})
 
     def is_allowed(self, headers: dict[bytes, bytes]) -> bool:
         if self.key_digest is None:
@@ -90,6 +93,55 @@ class Guard:
         if is_too_large:
             raise APIError(413, f"the body has more than the {most} bytes that are allowed", "body_too_large")
         return b"".join(parts)
+
+
+class _Answer:
+    """The answer on its way out: it gets the request's id, and is logged if it is a refusal."""
+
+    def __init__(self, scope: Scope, request_id: str, send: Send):
+        self._scope, self._request_id, self._send = scope, request_id, send
+        self.has_started = self.is_stream = False
+        self._status = 0
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.has_started, self._status = True, message["status"]
+            self.is_stream = dict(message["headers"]).get(b"content-type", b"").startswith(b"text/event-stream")
+            headers = [*message["headers"], (b"x-request-id", self._request_id.encode())]
+            message = message | {"headers": headers}
+        elif self._status >= 400:
+            self._log(message.get("body", b""))
+            self._status = 0  # once
+        await self._send(message)
+
+    def _log(self, body: bytes) -> None:
+        """One line. Errors hold no prompt (see `api_errors`)."""
+        try:
+            reason = json.loads(body)["error"]["message"]
+        except (ValueError, LookupError, TypeError):
+            reason = ""
+        level = logging.WARNING if self._status >= 500 else logging.INFO
+        request = f"{self._scope['method']} {self._scope['path'][:100]!r}"
+        logger.log(level, "%s: %s %s (%s)", request, self._status, reason, self._request_id)
+
+
+def _request_id(headers: dict[bytes, bytes]) -> str:
+    """The client's own id of its request if it is a decent one, else a new one."""
+    given = headers.get(b"x-request-id", b"").decode("latin-1")
+    return given if re.fullmatch("[!-~]{1,128}", given) else f"req_{uuid.uuid4().hex}"
+
+
+def check_media(headers: dict[bytes, bytes]) -> None:
+    """Raises APIError for a body that is no JSON by its own word, or that is compressed."""
+    has_body = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
+    kind = headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
+    if has_body and not re.fullmatch(r"application/([a-z0-9.+-]+\+)?json", kind):
+        got = f"got {kind[:100]!r}" if kind else "there is none"
+        raise APIError(415, f"Content-Type must be application/json, {got}", "unsupported_media_type")
+    encoding = headers.get(b"content-encoding", b"identity").decode("latin-1").strip().lower()
+    if encoding not in ("identity", ""):
+        message = f"Content-Encoding {encoding[:100]!r} is not supported: send the body as it is"
+        raise APIError(415, message, "unsupported_media_type")
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

@@ -1,7 +1,6 @@
 """The engine as its user sees it: prompts in, texts out. Knows nothing of page arithmetic or masks."""
 
 import functools
-import itertools
 import logging
 import threading
 import time
@@ -17,21 +16,23 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flex_nano_vllm.answers import Reader, request_output
+from flex_nano_vllm.generation_defaults import not_applied, sampling_defaults
 from flex_nano_vllm.geometry import Geometry, cdiv
 from flex_nano_vllm.intake import Intake, Prompt, check_streamed
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.loading import load
 from flex_nano_vllm.memory import check_pool_fits, pool_size
 from flex_nano_vllm.metrics import EngineStats, StepMetrics
-from flex_nano_vllm.outputs import CompletionDelta, RequestOutput
+from flex_nano_vllm.outputs import CompletionDelta, RequestError, RequestOutput
 from flex_nano_vllm.page_table import PageTable
-from flex_nano_vllm.patching import check_supported, layer_windows, unpatch_model
+from flex_nano_vllm.patching import check_supported, layer_windows, max_positions, num_logits, unpatch_model
 from flex_nano_vllm.planner import Plan, make_plan
 from flex_nano_vllm.runner import ModelRunner, why_not_compiled
 from flex_nano_vllm.sampling import take_samples
 from flex_nano_vllm.sampling_params import SamplingParams, is_int
 from flex_nano_vllm.scheduler import Chunk, Scheduler
 from flex_nano_vllm.sequence import Sequence
+from flex_nano_vllm.weights import WeightsWatch
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ class Inference:
         record_steps: bool = False,
     ):
         check_supported(model)
-        model_max = model.config.max_position_embeddings
+        model_max = max_positions(model)
         max_seq_length = model_max if max_seq_length is None else max_seq_length
         on_cpu = model.device.type == "cpu"
         if page_size is None:
@@ -133,7 +134,8 @@ class Inference:
         if self.max_request_tokens < 2:
             raise ValueError(f"n_pages={n_pages} of page_size={page_size} hold no prompt token and a generated one")
         self.scheduler = Scheduler(self.kv, max_num_batched_tokens, watermark)
-        self.intake = Intake(model, tokenizer, geometry)
+        self.intake = Intake(model, tokenizer, geometry, num_logits(model))
+        self._has_warned = not not_applied(model.generation_config, SamplingParams())  # nothing to warn of
         self.steps: list[StepMetrics] = []
         self._record_steps = record_steps
         self._start_time = time.perf_counter()
@@ -147,6 +149,7 @@ class Inference:
         compiled = obstacle is None if compile is None else compile
         with torch.inference_mode(False):
             self.runner = ModelRunner(model, self.kv, compiled, enable_cascade)
+        self._weights = WeightsWatch(model)  # as it is now, with its caches
         self._give_back = weakref.finalize(self, unpatch_model, model)
         logger.info("KV memory for %s", self.plan(self.max_request_tokens - 1, 1))
         _engine_of_model[model] = weakref.ref(self)
@@ -203,9 +206,10 @@ class Inference:
                     "the engine has unfinished requests: run_one_step() until it has none, or abort them"
                 )
             outputs: dict[int, RequestOutput] = {}
+            self._warn_of_defaults(*(group[0].params for group in requests))
             try:
-                for sequence in itertools.chain(*requests):
-                    self.scheduler.add(sequence)
+                for group in requests:
+                    self._add(group)
                 with tqdm(total=len(requests), unit="req", dynamic_ncols=True, disable=not use_tqdm) as bar:
                     started, num_tokens = time.perf_counter(), 0
                     while self.has_unfinished_requests():
@@ -237,6 +241,7 @@ class Inference:
             params = SamplingParams() if sampling_params is None else sampling_params
             check_streamed(params)
             group = self.intake.request(prompt, params, cache_salt, follow=True)
+            self._warn_of_defaults(params)
         return self._stream(group)
 
     def _stream(self, group: list[Sequence]) -> Iterator[CompletionDelta]:
@@ -260,10 +265,14 @@ class Inference:
                     pass
 
     def stream_chat(
-        self, messages: list[dict], sampling_params: SamplingParams | None = None, cache_salt: str | None = None
+        self,
+        messages: list[dict],
+        sampling_params: SamplingParams | None = None,
+        cache_salt: str | None = None,
+        tools: list[dict] | None = None,
     ) -> Iterator[CompletionDelta]:
         """Answer one conversation, as `stream` does a prompt."""
-        return self.stream(self.intake.chat_prompt(messages), sampling_params, cache_salt)
+        return self.stream(self.intake.chat_prompt(messages, tools), sampling_params, cache_salt)
 
     def chat(
         self,
@@ -271,17 +280,19 @@ class Inference:
         sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
         use_tqdm: bool = True,
         cache_salt: str | None = None,
+        tools: list[dict] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or a list of them, in the form of the tokenizer's chat template.
 
             engine.chat([{"role": "user", "content": "What is 17 plus 8?"}])[0].outputs[0].text
 
-        Control tokens in what somebody says are read as text. Raises what `generate` does, and ValueError for messages
-        of another form, or that the template refuses.
+        Control tokens in messages are read as text. `tools`, in OpenAI's form, are given to the template; calls come as
+        text, in the model's own form (`tools.CallParser` finds them). Raises what `generate` does, and ValueError for
+        messages of another form, or that the template refuses.
         """
         is_list = isinstance(messages, list | tuple)
         conversations = messages if is_list and messages and isinstance(messages[0], list | tuple) else [messages]
-        prompts = [self.intake.chat_prompt(conversation) for conversation in conversations]
+        prompts = [self.intake.chat_prompt(conversation, tools) for conversation in conversations]
         return self.generate(prompts, sampling_params, use_tqdm, cache_salt)
 
     def add_request(
@@ -290,7 +301,9 @@ class Inference:
         """Queue one request and return its id. Raises ValueError, before anything is taken, for what can never run."""
         with self._exclusively():
             params = SamplingParams() if sampling_params is None else sampling_params
-            return self._add(self.intake.request(prompt, params, cache_salt))
+            group = self.intake.request(prompt, params, cache_salt)
+            self._warn_of_defaults(params)
+            return self._add(group)
 
     def add(self, group: list[Sequence]) -> None:
         """Queue a request that `intake` has made, for callers that check prompts while a step runs."""
@@ -345,9 +358,31 @@ class Inference:
             return self._report()
 
     def _add(self, group: list[Sequence]) -> int:
+        if not self.has_unfinished_requests() and self._weights.has_changed():
+            logger.info("the model's weights have changed: forgetting the pages computed with the old ones")
+            self.kv.reset()
         for sequence in group:
             self.scheduler.add(sequence)
         return group[0].request_id
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The parameters that the model's own `generation_config` states, as vLLM's method of this name."""
+        return SamplingParams(**sampling_defaults(self.model.generation_config))
+
+    def _warn_of_defaults(self, *all_params: SamplingParams) -> None:
+        """Say once what `model.generate` does by the model's `generation_config`, and a request does not."""
+        for params in {id(params): params for params in all_params}.values():
+            if self._has_warned:
+                return
+            missing = not_applied(self.model.generation_config, params)
+            if missing:
+                self._has_warned = True
+                stated = ", ".join(f"{name}={value!r}" for name, value in missing.items())
+                logger.warning(
+                    "the model's generation_config states %s: model.generate applies that, this request does not "
+                    "(get_default_sampling_params() has what can be applied)",
+                    stated[:400],
+                )
 
     def _step(self) -> None:
         started = time.perf_counter()
@@ -385,7 +420,7 @@ class Inference:
                 reason = "stop" if sequence.text.update(sequence.output_token_ids, is_last) else None
             except Exception:
                 logger.exception("request %s: its text cannot be decoded", sequence.request_id)
-                reason = "error"
+                reason, sequence.error = "error", RequestError("the text cannot be decoded")
             if reason is not None:
                 if not is_last:
                     self.scheduler.finish(sequence, reason)
@@ -416,7 +451,9 @@ class Inference:
             self.runner.warmup()
 
     def reset_prefix_cache(self) -> None:
-        """Forget what was computed for earlier requests: after a change of the model's weights, or to measure.
+        """Forget what was computed for earlier requests: to measure, or after a change of the model that the engine
+        does not see (see `weights.WeightsWatch`). One that it sees empties the cache when the next request comes to
+        an idle engine.
 
         Raises RuntimeError while there are unfinished requests.
         """

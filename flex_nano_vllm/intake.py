@@ -12,27 +12,30 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flex_nano_vllm.chat import chat_token_ids
-from flex_nano_vllm.detokenizer import Detokenizer, decode
+from flex_nano_vllm.detokenizer import Detokenizer, special_token_names
 from flex_nano_vllm.geometry import Geometry, cdiv
 from flex_nano_vllm.grammar import Grammar, GrammarCompiler
 from flex_nano_vllm.metrics import RequestMetrics
-from flex_nano_vllm.sampling_params import MAX_SEED, SamplingParams, is_int
+from flex_nano_vllm.sampling_params import MAX_SEED, InvalidRequestError, SamplingParams, is_int
 from flex_nano_vllm.sequence import Sequence
+from flex_nano_vllm.vocabulary import decode
 
 Prompt = str | SequenceOf[int] | dict
-
-
-class StructureError(ValueError):
-    """`structured_outputs` that cannot be had."""
 
 
 class Intake:
     """Makes sequences of requests, and numbers them. Any thread may ask; one at a time is served."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, geometry: Geometry):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        geometry: Geometry,
+        num_logits: int,
+    ):
         self.tokenizer, self.geometry = tokenizer, geometry
         self.num_embeddings = model.get_input_embeddings().num_embeddings
-        self.num_logits = model.get_output_embeddings().weight.shape[0]
+        self.num_logits = num_logits
         # A tokenizer may have more tokens than the model, and a config name one that there is not.
         self.eos_token_ids = _eos_token_ids(model, tokenizer).intersection(range(self.num_logits))
         self._request_ids = itertools.count()
@@ -51,7 +54,9 @@ class Intake:
         is_one = isinstance(prompts, str | dict) or (is_list and prompts and is_int(prompts[0]))
         prompts = [prompts] if is_one else prompts
         if not isinstance(prompts, list | tuple) or not prompts:
-            raise ValueError(f"prompts must be a text, a list of token ids, or a non-empty list of such: {prompts!r}")
+            kind = type(prompts).__name__
+            got = f"an empty {kind}" if isinstance(prompts, list | tuple) else f"an object of type {kind}"
+            raise ValueError(f"prompts must be a text, a list of token ids, or a non-empty list of such, not {got}")
         if sampling_params is None:
             sampling_params = SamplingParams()
         if isinstance(sampling_params, SamplingParams):
@@ -80,7 +85,9 @@ class Intake:
             follow: decode the output token by token, so that its text can be shown as it comes.
         """
         if cache_salt is not None and not (isinstance(cache_salt, str) and cache_salt):
-            raise ValueError(f"cache_salt must be None or a text that is not empty, got {cache_salt!r}")
+            raise InvalidRequestError(
+                f"cache_salt must be None or a text that is not empty, got {cache_salt!r}", "cache_salt"
+            )
         if not isinstance(params, SamplingParams):
             raise ValueError(f"{name}: sampling_params must be SamplingParams, got {params!r}")
         if isinstance(prompt, dict):
@@ -89,30 +96,21 @@ class Intake:
             token_ids = self.token_ids(prompt, name)
             refusal = self.geometry.refusal(len(token_ids))
             if refusal is not None:
-                raise ValueError(f"{name} {refusal}")
+                raise InvalidRequestError(f"{name} {refusal}", "prompt", "context_length_exceeded")
             eos_token_ids = frozenset() if params.ignore_eos else self.eos_token_ids
-            stop_token_ids = eos_token_ids.union(params.stop_token_ids or ())
-            self._check_ids(params, stop_token_ids, name)
+            self._check_texts(params, follow, name)
+            stop_string_ids = self._stop_string_ids(params)
+            self._check_ids(params, eos_token_ids.union(params.stop_token_ids or (), stop_string_ids), name)
             allowed = self._allowed(params)
             grammar = self._grammar(params, name)
-            self._check_texts(params, follow, name)
+            self._check_both(allowed, grammar, name)
             request_id = next(self._request_ids)
         room = self.geometry.max_request_tokens - len(token_ids)
         seed = _draw_seed(params)
         group: list[Sequence] = []
         metrics = RequestMetrics()
         for index in range(params.n):
-            text = None
-            if self.tokenizer is not None and (follow or params.stops):
-                text = Detokenizer(
-                    self.tokenizer,
-                    frozenset() if params.include_stop_str_in_output else stop_token_ids,
-                    params.skip_special_tokens,
-                    params.stops,
-                    params.include_stop_str_in_output,
-                    params.min_tokens,
-                )
-            Sequence(
+            sequence = Sequence(
                 request_id=request_id,
                 prompt=prompt if isinstance(prompt, str) else None,
                 token_ids=list(token_ids),
@@ -121,13 +119,24 @@ class Intake:
                 seed=(seed + index) % (MAX_SEED + 1),
                 eos_token_ids=eos_token_ids,
                 max_total_tokens=len(token_ids) + (room if params.max_tokens is None else min(room, params.max_tokens)),
+                stop_string_ids=stop_string_ids,
                 cache_salt=cache_salt,
-                text=text,
                 allowed=allowed,
                 grammar=None if grammar is None else grammar.follow(),
                 metrics=metrics,
                 group=group,
             )
+            if self.tokenizer is not None and (follow or params.stops):
+                sequence.text = Detokenizer(
+                    self.tokenizer,
+                    token_ids,
+                    sequence.silent,
+                    params.skip_special_tokens,
+                    params.stops,
+                    params.include_stop_str_in_output,
+                    params.min_tokens,
+                    has_own_start=grammar is not None,
+                )
         return group
 
     def tokenize(self, text: str) -> list[int]:
@@ -135,39 +144,48 @@ class Intake:
         with self.lock:
             return self.token_ids(text, "prompt")
 
-    def chat_prompt(self, messages: list[dict]) -> list[int]:
+    def chat_prompt(self, messages: list[dict], tools: list[dict] | None = None) -> list[int]:
         """The tokens of a conversation, see `chat_token_ids`."""
         with self.lock:  # among other things, to split control tokens is a switch of the tokenizer
-            return chat_token_ids(self.tokenizer, messages)
+            try:
+                return chat_token_ids(self.tokenizer, messages, tools)
+            except ValueError as error:
+                raise InvalidRequestError(
+                    str(error), "tools" if str(error).startswith("tools") else "messages"
+                ) from error
 
     def detokenize(self, token_ids: list[int]) -> str:
         """The text of tokens, control tokens included."""
         if not all(token_id < self.num_embeddings for token_id in token_ids):
-            raise ValueError(f"the model's token ids are 0 to {self.num_embeddings - 1}")
+            raise InvalidRequestError(f"the model's token ids are 0 to {self.num_embeddings - 1}", "tokens")
         return decode(self.tokenizer, token_ids, skip_special_tokens=False)
 
     def token_ids(self, prompt: str | SequenceOf[int], name: str) -> list[int]:
         """A prompt's tokens, none of them unknown to the model."""
         if isinstance(prompt, str | list | tuple) and not prompt:
-            raise ValueError(f"{name} is empty")
+            raise InvalidRequestError(f"{name} is empty", "prompt")
         if isinstance(prompt, str):
             if self.tokenizer is None:
-                raise ValueError(f"{name} is a text, but the engine has no tokenizer: pass token ids")
+                raise InvalidRequestError(
+                    f"{name} is a text, but the engine has no tokenizer: pass token ids", "prompt"
+                )
             try:
                 prompt.encode()
             except UnicodeEncodeError as error:
-                raise ValueError(f"{name} is not valid Unicode: {error}") from None
+                raise InvalidRequestError(f"{name} is not valid Unicode: {error}", "prompt") from None
             # A prompt from a chat template brings its own BOS.
             has_bos = bool(self.tokenizer.bos_token) and prompt.startswith(self.tokenizer.bos_token)
             prompt = self.tokenizer(prompt, add_special_tokens=not has_bos).input_ids
         if not isinstance(prompt, list | tuple):
-            raise ValueError(f"{name} must be a text or a list of token ids, got {type(prompt).__name__}")
+            raise InvalidRequestError(
+                f"{name} must be a text or a list of token ids, got {type(prompt).__name__}", "prompt"
+            )
         for token_id in prompt:
             if not is_int(token_id) or not 0 <= token_id < self.num_embeddings:
                 known = f"the model's token ids are 0 to {self.num_embeddings - 1}"
-                raise ValueError(f"{name} holds {token_id!r}, but {known}")
+                raise InvalidRequestError(f"{name} holds {token_id!r}, but {known}", "prompt")
         if not prompt:
-            raise ValueError(f"{name} has no tokens: the tokenizer makes none of it")
+            raise InvalidRequestError(f"{name} has no tokens: the tokenizer makes none of it", "prompt")
         return [int(token_id) for token_id in prompt]
 
     def _check_ids(self, params: SamplingParams, stop_token_ids: frozenset[int], name: str) -> None:
@@ -176,20 +194,29 @@ class Intake:
             for token_id in getattr(params, parameter) or ():
                 if token_id >= self.num_logits:
                     known = f"the model's token ids are 0 to {self.num_logits - 1}"
-                    raise ValueError(f"{name}: {parameter} holds {token_id}, but {known}")
+                    raise InvalidRequestError(f"{name}: {parameter} holds {token_id}, but {known}", parameter)
         allowed = params.allowed_token_ids
         if allowed is not None and params.min_tokens and stop_token_ids.issuperset(allowed):
-            raise ValueError(f"{name}: allowed_token_ids holds stop tokens only, but min_tokens={params.min_tokens}")
+            message = f"{name}: allowed_token_ids holds stop tokens only, but min_tokens={params.min_tokens}"
+            raise InvalidRequestError(message, "allowed_token_ids")
         for parameter in ("logprobs", "prompt_logprobs"):
             if (getattr(params, parameter) or 0) > self.num_logits:
-                raise ValueError(f"{name}: {parameter} is more than the {self.num_logits} tokens of the model")
+                message = f"{name}: {parameter} is more than the {self.num_logits} tokens of the model"
+                raise InvalidRequestError(message, parameter)
+
+    def _stop_string_ids(self, params: SamplingParams) -> frozenset[int]:
+        """Special tokens that are a stop string. A text that skips special tokens would never show them."""
+        names = set(special_token_names(self.tokenizer)) if params.stops else ()
+        ids = {self.tokenizer.convert_tokens_to_ids(stop) for stop in params.stops if stop in names}
+        return frozenset(ids).intersection(range(self.num_logits))
 
     def _check_texts(self, params: SamplingParams, follow: bool, name: str) -> None:
         if self.tokenizer is None and params.stops:
-            raise ValueError(f"{name}: stop is a text, but the engine has no tokenizer: use stop_token_ids")
+            message = f"{name}: stop is a string, but the engine has no tokenizer: use stop_token_ids"
+            raise InvalidRequestError(message, "stop")
         if self.tokenizer is not None and (follow or params.stops) and not self.tokenizer.is_fast:
             kind = type(self.tokenizer).__name__
-            raise ValueError(f"{name}: stop texts and streams need a fast tokenizer, not a {kind}")
+            raise ValueError(f"{name}: stop strings and streams need a fast tokenizer, not a {kind}")
 
     def _allowed(self, params: SamplingParams) -> np.ndarray | None:
         """The bits of `allowed_token_ids`, as `sampler.Draw` has them."""
@@ -199,17 +226,24 @@ class Intake:
         bits[list(params.allowed_token_ids)] = True
         return np.packbits(bits, bitorder="little").view(np.int32)
 
+    def _check_both(self, allowed: np.ndarray | None, grammar: Grammar | None, name: str) -> None:
+        """A structure and `allowed_token_ids` must have a first token in common."""
+        if allowed is not None and grammar is not None and not (grammar.follow().allowed([]) & allowed).any():
+            message = f"{name}: no token of allowed_token_ids can begin what structured_outputs ask for"
+            raise InvalidRequestError(message, "allowed_token_ids")
+
     def _grammar(self, params: SamplingParams, name: str) -> Grammar | None:
         if params.structured_outputs is None:
             return None
         if self.tokenizer is None:
-            raise ValueError(f"{name}: structured_outputs are about text, but the engine has no tokenizer")
+            message = f"{name}: structured_outputs are about text, but the engine has no tokenizer"
+            raise InvalidRequestError(message, "structured_outputs")
         try:
             if self._grammars is None:
                 self._grammars = GrammarCompiler(self.tokenizer, self.num_logits, self.eos_token_ids)
-            return self._grammars.compile(*params.structured_outputs.kind_and_source)
+            return self._grammars.compile(**params.structured_outputs.arguments)
         except (ValueError, ImportError) as error:
-            raise StructureError(f"{name}: structured_outputs: {error}") from error
+            raise InvalidRequestError(f"{name}: structured_outputs: {error}", "structured_outputs") from error
 
 
 def check_streamed(params: SamplingParams) -> None:

@@ -27,8 +27,8 @@ def free_bytes(device: torch.device) -> int:
     free = psutil.virtual_memory().available
     cgroup = Path("/sys/fs/cgroup")  # version 2, as Docker and Kubernetes mount it
     with contextlib.suppress(OSError, ValueError):  # no cgroup, or its limit is "max"
-        limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
-        statistics = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        limit, used = (int((cgroup / name).read_text(encoding="utf-8")) for name in ("memory.max", "memory.current"))
+        statistics = dict(line.split() for line in (cgroup / "memory.stat").read_text(encoding="utf-8").splitlines())
         free = min(free, limit - used + int(statistics["file"]))  # the page cache gives way
     return free
 

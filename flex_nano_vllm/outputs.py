@@ -6,12 +6,21 @@ from typing import NamedTuple
 from flex_nano_vllm.metrics import RequestMetrics
 
 
+@dataclass(frozen=True)
+class RequestError:
+    """Why a request has ended with finish_reason "error"."""
+
+    message: str
+    param: str | None = None  # the parameter of the request that led to it; None: a fault of the model or the engine
+
+
 class Logprob(NamedTuple):
     """How likely the model found a token, before sampling parameters changed that."""
 
     logprob: float  # natural logarithm
     rank: int  # 1: the most likely one
-    decoded_token: str | None  # None where the engine has no tokenizer
+    decoded_token: str | None  # None where the engine has no tokenizer; `bytes:\\xf0` for a part of a character
+    token_bytes: bytes | None = None  # what the token adds to the text, b"" for a special token that is skipped
 
 
 @dataclass(frozen=True)
@@ -21,10 +30,11 @@ class CompletionOutput:
     index: int
     text: str | None  # None where the engine has no tokenizer
     token_ids: list[int]  # every generated token, a final EOS or stop token included
-    finish_reason: str  # "stop", "length", "abort" or "error" (there was no token to take)
+    finish_reason: str  # "stop", "length", "abort" or "error"
     stop_reason: int | str | None = None  # the stop token or text that was met; None of an EOS
     cumulative_logprob: float | None = None  # of the tokens; None unless `logprobs` were asked for
     logprobs: list[dict[int, Logprob]] | None = None  # by token id: the token's own, and the most likely ones
+    error: RequestError | None = None  # why there was no next token, with finish_reason "error"
 
 
 @dataclass(frozen=True)
@@ -58,3 +68,4 @@ class CompletionDelta:
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None  # of the last delta of each completion
     stop_reason: int | str | None = None
+    error: RequestError | None = None

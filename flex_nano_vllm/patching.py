@@ -19,7 +19,10 @@ SUPPORTED_MODEL_TYPES = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "
 def check_supported(model: PreTrainedModel) -> None:
     """Raises ValueError, naming the reason, for a model that this attention would answer wrongly for."""
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"model must be a loaded transformers model, got {model!r}: see Inference.from_pretrained")
+        got = f"model must be a loaded transformers model, not an object of type {type(model).__name__}"
+        if hasattr(model, "get_base_model"):  # PEFT's wrapper, around a model whose layers have the adapters in them
+            raise ValueError(f"{got}: pass its get_base_model()")
+        raise ValueError(f"{got}: see Inference.from_pretrained")
     name, config = type(model).__name__, model.config
     if config.model_type not in SUPPORTED_MODEL_TYPES:
         supported = ", ".join(SUPPORTED_MODEL_TYPES)
@@ -33,11 +36,38 @@ def check_supported(model: PreTrainedModel) -> None:
         # These two choose their frequencies by the longest sequence in the call, and a call holds many sequences.
         if parameters.get("rope_type") in ("dynamic", "longrope"):
             raise ValueError(f"{name} uses rope_type {parameters['rope_type']!r}, which depends on the batch")
+    for module in model.modules():
+        if type(module).__module__.startswith("torch.ao.nn.quantized.dynamic"):
+            raise ValueError(
+                f"{name} has {type(module).__name__} layers of quantize_dynamic, which scale all tokens of a step "
+                "together, so that requests would change each other's tokens: quantize the weights only (torchao)"
+            )
     if model.training:
         raise ValueError(f"{name} is in training mode: call model.eval() first")
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) != 1 or "meta" in {device.type for device in devices}:
         raise ValueError(f"{name} must live on one device, but its parameters are on {sorted(map(str, devices))}")
+
+
+def max_positions(model: PreTrainedModel) -> int:
+    """How many positions a model can tell apart: `max_position_embeddings`, or more where RoPE is stretched.
+
+    YaRN reaches `factor` times `original_max_position_embeddings`; linear scaling, `factor` times the number in the
+    config. In a config with a RoPE for each kind of layer the number is that of the stretched one already (Gemma-3).
+    """
+    config, rope = model.config, model.config.rope_parameters
+    stated, kind = config.max_position_embeddings, rope.get("rope_type")
+    if kind not in ("yarn", "linear"):
+        return stated
+    original = rope.get("original_max_position_embeddings") if kind == "yarn" else None
+    return max(stated, int((original or stated) * rope["factor"]))
+
+
+def num_logits(model: PreTrainedModel) -> int:
+    """How many logits a model has for each token. The head may be quantised, and have no weight as a tensor."""
+    head = model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    return len(weight) if isinstance(weight, Tensor) else head.out_features
 
 
 def attention_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -69,10 +99,9 @@ def patch_model(model: PreTrainedModel, geometry: Geometry) -> None:
     num_kv_heads, head_dim = kv_shape(model)
     try:
         for attention, window in zip(attention_layers(model), geometry.layer_windows, strict=True):
-            weight = attention.o_proj.weight
             num_slots = geometry.pools[geometry.pool_of(window)] * geometry.page_size
             attention.unpatched_implementation = model.config._attn_implementation  # first: it marks what to undo
-            attention.kv_cache = PagedKVCache(window, num_slots, num_kv_heads, head_dim, model.dtype, weight.device)
+            attention.kv_cache = PagedKVCache(window, num_slots, num_kv_heads, head_dim, model.dtype, model.device)
         last = model.get_decoder().layers[-1]
         last.unpatched_forward = vars(last).get("forward")  # some wrap a layer by setting it, accelerate for one
         last.forward = pruned_forward(last)

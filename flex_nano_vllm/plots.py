@@ -37,7 +37,7 @@ def plot_savings(paths: list[str], path: str) -> None:
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     gain, ttft, memory = figure.subplots(1, 3)
     for file in paths:
-        record = json.loads(Path(file).read_text().splitlines()[-1])
+        record = json.loads(Path(file).read_text(encoding="utf-8").splitlines()[-1])
         name = f"{record['model']} {record['dtype']}"
         cells = pd.DataFrame(record.get("cascade", []))
         for batch_size, row in cells.groupby("decodes") if len(cells) else ():

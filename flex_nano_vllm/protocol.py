@@ -1,24 +1,25 @@
-"""The OpenAI API as data: what its requests may hold, and the shapes of answers. Knows no engine and no HTTP.
+"""What the requests of the OpenAI API may hold. Knows no engine and no HTTP.
 
-Fields that vLLM adds to OpenAI's have vLLM's names. What OpenAI has and we do not is refused by name if it is asked
-for; fields that nobody knows are ignored, as OpenAI's clients send more of them every month. Numbers are strict: `true`
-and "2" are no ints, NaN and Infinity are nothing.
+Fields that vLLM adds to OpenAI's have vLLM's names. What OpenAI has and this server does not is refused by name if a
+client asks for it; unknown fields of a request are ignored, because OpenAI's clients send new ones every month. Numbers
+are strict: `true` and "2" are no ints, NaN and Infinity are no numbers.
 """
 
-import time
-import uuid
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
 
-from flex_nano_vllm.outputs import Logprob, RequestOutput
 from flex_nano_vllm.sampling_params import (
     MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
     MAX_SEED,
+    MIN_SEED,
+    InvalidRequestError,
     SamplingParams,
     StructuredOutputsParams,
 )
+from flex_nano_vllm.tools import MAX_TOOLS, tool_schemas
 
 MAX_PROMPTS, MAX_SAMPLES = 64, 16
 MAX_CHOICES = 128  # prompts times samples
@@ -36,7 +37,7 @@ def unsupported(*harmless: Any) -> Any:
 
     def check(value: Any) -> Any:
         if value is not None and value not in harmless:
-            raise ValueError("is not supported")
+            raise PydanticCustomError("unsupported", "is not supported")
         return value
 
     return Annotated[Any, AfterValidator(check), WithJsonSchema({"enum": [None, *harmless]})]
@@ -64,36 +65,63 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
+class Closed(Strict):
+    """An object of which every field is looked at."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
 class StreamOptions(Strict):
     include_usage: bool | None = None
-    continuous_usage_stats: unsupported(False) = None
+    continuous_usage_stats: bool | None = None  # in every chunk
 
 
-class JSONSchema(Strict):
+class JSONSchema(Closed):
     name: str | None = None
-    schema_: dict[str, Any] | bool = Field(alias="schema")
+    description: str | None = None
+    schema_: dict[str, Any] | bool | None = Field(None, alias="schema")
+    strict: bool | None = None  # schemas are always followed
 
 
-class ResponseFormat(Strict):
+class ResponseFormat(Closed):
     """OpenAI's three types, and `regex`."""
 
     type: Literal["text", "json_object", "json_schema", "regex"]
     json_schema: JSONSchema | None = None
+    schema_: dict[str, Any] | bool | None = Field(None, alias="schema")  # of json_object, as llama.cpp has it
     regex: str | None = None
+    whitespace_pattern: str | None = None  # between the symbols of JSON; vLLM's name
+
+    NEEDED: ClassVar[dict[str, tuple[str, ...]]] = {
+        "text": (),
+        "json_object": ("schema_", "whitespace_pattern"),
+        "json_schema": ("json_schema", "whitespace_pattern"),
+        "regex": ("regex",),
+    }
+
+    @model_validator(mode="after")
+    def _check_fields(self):
+        for name in ("json_schema", "schema_", "regex", "whitespace_pattern"):
+            if getattr(self, name) is not None and name not in self.NEEDED[self.type]:
+                raise ValueError(f"{name.rstrip('_')} is no field of type {self.type}")
+        if self.type in ("json_schema", "regex") and getattr(self, self.type) is None:
+            raise ValueError(f"type {self.type} needs {self.type}")
+        return self
+
+    @property
+    def json_source(self) -> dict[str, Any] | str | None:
+        """The schema that the answer has to fit; None where it needs not be JSON."""
+        schema = self.json_schema.schema_ if self.json_schema is not None else self.schema_
+        if self.type == "json_object" and schema is None:
+            return {"type": "object"}
+        return None if self.type in ("text", "regex") else "true" if schema in (None, True) else schema
 
     def structured_outputs(self) -> StructuredOutputsParams | None:
         if self.type == "text":
             return None
-        if self.type == "json_object":
-            return StructuredOutputsParams(json_object=True)
-        if self.type == "json_schema":
-            if self.json_schema is None:
-                raise ValueError("response_format of type json_schema needs json_schema")
-            schema = self.json_schema.schema_
-            return StructuredOutputsParams(json="true" if schema is True else schema)
-        if self.regex is None:
-            raise ValueError("response_format of type regex needs regex")
-        return StructuredOutputsParams(regex=self.regex)
+        if self.type == "regex":
+            return StructuredOutputsParams(regex=self.regex)
+        return StructuredOutputsParams(json=self.json_source, whitespace_pattern=self.whitespace_pattern)
 
 
 class GenerationRequest(Strict):
@@ -103,7 +131,7 @@ class GenerationRequest(Strict):
     n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
+    seed: Annotated[int, Field(ge=MIN_SEED, le=MAX_SEED)] | None = None
     stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
@@ -151,21 +179,31 @@ class GenerationRequest(Strict):
             raise ValueError("stream_options are for stream=true only")
         return self
 
-    def sampling_params(self, **others: Any) -> SamplingParams:
-        """Raises ValueError, as `SamplingParams` does."""
+    def sampling_params(self, defaults: dict[str, Any], **others: Any) -> SamplingParams:
+        """Raises ValueError, as `SamplingParams` does.
+
+        Args:
+            defaults: of `SamplingParams`, for what the request does not say.
+            others: what the request says in fields of other names.
+        """
         given = {name: getattr(self, name) for name in self.SAME if getattr(self, name) is not None}
         if self.logit_bias:
             try:
                 given["logit_bias"] = {int(token_id): bias for token_id, bias in self.logit_bias.items()}
             except ValueError:
-                raise ValueError("logit_bias must be an object by token ids") from None
+                raise InvalidRequestError("logit_bias must be an object by token ids", "logit_bias") from None
         if self.response_format is not None:
             given["structured_outputs"] = self.response_format.structured_outputs()
-        return SamplingParams(**given, **others)
+        return SamplingParams(**defaults | given | others)
 
     @property
     def includes_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def includes_usage_always(self) -> bool:
+        """Whether every chunk of a stream tells what has been used so far."""
+        return bool(self.includes_usage and self.stream_options.continuous_usage_stats)
 
 
 class CompletionRequest(GenerationRequest):
@@ -177,7 +215,7 @@ class CompletionRequest(GenerationRequest):
         | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)],
         Field(union_mode="left_to_right"),
     ]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None  # 0: the prompt only, which `echo` and `logprobs` rate
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
     best_of: unsupported(1) = None
@@ -189,11 +227,11 @@ class CompletionRequest(GenerationRequest):
         is_one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
         return [self.prompt] if is_one else self.prompt
 
-    def to_params(self) -> SamplingParams:
-        # No prompt is rated that nobody sees.
+    def to_params(self, defaults: dict[str, Any]) -> SamplingParams:
+        # A prompt that the answer does not show is not rated.
         prompt_logprobs = self.logprobs if self.echo else None
-        limit = {} if self.max_tokens is None else {"max_tokens": self.max_tokens}
-        return self.sampling_params(logprobs=self.logprobs, prompt_logprobs=prompt_logprobs, **limit)
+        limit = {} if self.max_tokens is None else {"max_tokens": max(1, self.max_tokens)}
+        return self.sampling_params(defaults, logprobs=self.logprobs, prompt_logprobs=prompt_logprobs, **limit)
 
 
 class TextPart(Strict):
@@ -201,23 +239,60 @@ class TextPart(Strict):
     text: str | None = None
 
 
+class CalledFunction(Strict):
+    name: Text
+    arguments: Text
+
+
+class ToolCall(Strict):
+    id: Text
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Message(Strict):
     role: str
     content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_PARTS)] | None = None
-    tool_calls: unsupported([]) = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
+    tool_call_id: Text | None = None
     function_call: unsupported() = None
 
     @property
     def texts(self) -> list[str]:
         """What it says."""
+        calls = [call.function.name + call.function.arguments for call in self.tool_calls or ()]
         if isinstance(self.content, list):
-            return [part.text or "" for part in self.content]
-        return [self.content or ""]
+            return [part.text or "" for part in self.content] + calls
+        return [self.content or "", *calls]
 
     def to_dict(self) -> dict:
-        message = self.model_dump(include={"role", "content"})
-        # OpenAI's newer word, which no template knows.
+        message = self.model_dump(exclude_none=True)
+        # OpenAI's newer word, which templates do not know.
         return message | {"role": "system"} if self.role == "developer" else message
+
+
+Name = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+
+
+class Function(Closed):
+    name: Name
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None  # schemas are always followed, where the model's form of a call lets a grammar do it
+
+
+class Tool(Strict):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Strict):
+    name: Name
+
+
+class NamedTool(Strict):
+    type: Literal["function"]
+    function: FunctionName
 
 
 Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
@@ -229,27 +304,61 @@ class ChatCompletionRequest(GenerationRequest):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    tools: unsupported([]) = None
-    tool_choice: unsupported("none", "auto") = None
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
     functions: unsupported([]) = None
     function_call: unsupported("none", "auto") = None
     modalities: unsupported(["text"]) = None
     audio: unsupported() = None
     prediction: unsupported() = None
     web_search_options: unsupported() = None
-    reasoning_effort: unsupported("none") = None
-    chat_template: unsupported() = None  # a program, which nobody gets to send
+    # Of models that reason; others ignore it, here as at OpenAI.
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    chat_template: unsupported() = None  # a program: a client must not send one
     chat_template_kwargs: unsupported({}) = None
     add_generation_prompt: unsupported(True) = None
     continue_final_message: unsupported(False) = None
     echo: unsupported(False) = None
 
-    def to_params(self) -> SamplingParams:
+    @model_validator(mode="after")
+    def _check_tools(self):
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise ValueError("two tools have the same name")
+        if self.tool_choice == "required" and not names:
+            raise ValueError('tool_choice "required" needs tools')
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise ValueError(f"tool_choice names {self.tool_choice.function.name}, which is not among the tools")
+        return self
+
+    def to_params(self, defaults: dict[str, Any]) -> SamplingParams:
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs=true")
+            raise InvalidRequestError("top_logprobs needs logprobs=true", "top_logprobs")
         num_top = (self.top_logprobs or 0) if self.logprobs else None
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return self.sampling_params(logprobs=num_top, max_tokens=max_tokens)  # None: as many as fit
+        limit = {} if max_tokens is None and "max_tokens" in defaults else {"max_tokens": max_tokens}
+        return self.sampling_params(defaults, logprobs=num_top, **limit)  # None: as many as fit
+
+    @property
+    def known_tools(self) -> list[dict]:
+        """The tools that the model is told of, in OpenAI's form."""
+        if self.tool_choice == "none":
+            return []
+        return [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in self.tools or ()]
+
+    @property
+    def callable_tools(self) -> dict[str, dict]:
+        """The schemas of the tools that may be called, by name."""
+        schemas = tool_schemas(self.known_tools)
+        if isinstance(self.tool_choice, NamedTool):
+            return {self.tool_choice.function.name: schemas[self.tool_choice.function.name]}
+        return schemas
+
+    @property
+    def needs_call(self) -> bool:
+        """Whether the answer must be a call."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
 
     @property
     def num_top(self) -> int:
@@ -275,84 +384,3 @@ class TokenizeRequest(Strict):
 class DetokenizeRequest(Strict):
     model: str | None = None
     tokens: TokenIds
-
-
-class Error(BaseModel):
-    message: str
-    type: str
-    param: str | None = None
-    code: str | int | None = None
-
-
-class ErrorResponse(BaseModel):
-    error: Error
-
-
-def new_id(prefix: str) -> str:
-    return f"{prefix}-{uuid.uuid4().hex}"
-
-
-def envelope(object_name: str, response_id: str, model: str, choices: list[dict], usage: dict | None) -> dict:
-    """What every answer and every chunk of one has around its choices."""
-    created = int(time.time())
-    return dict(
-        id=response_id,
-        object=object_name,
-        created=created,
-        model=model,
-        choices=choices,
-        usage=usage,
-        system_fingerprint=None,
-    )
-
-
-def usage_of(outputs: list[RequestOutput]) -> dict:
-    """Tokens of all requests and samples; a prompt counts once."""
-    prompt = sum(len(output.prompt_token_ids) for output in outputs)
-    completion = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
-    cached = sum(output.num_cached_tokens for output in outputs)
-    return dict(
-        prompt_tokens=prompt,
-        completion_tokens=completion,
-        total_tokens=prompt + completion,
-        prompt_tokens_details={"cached_tokens": cached},
-    )
-
-
-def completion_logprobs(
-    token_ids: list[int], rated: list[dict[int, Logprob] | None], offset: int, first_text: str | None = None
-) -> dict:
-    """The four lists of the older API.
-
-    Args:
-        offset: of the first token in the whole text.
-        first_text: of a token that is not rated because it has none before it.
-    """
-    tokens, logprobs, top, offsets = [], [], [], []
-    for token_id, entry in zip(token_ids, rated):
-        text = first_text if entry is None else entry[token_id].decoded_token
-        tokens.append(text)
-        logprobs.append(None if entry is None else _finite(entry[token_id].logprob))
-        top.append(None if entry is None else {other.decoded_token: _finite(other.logprob) for other in entry.values()})
-        offsets.append(offset)
-        offset += len(text)
-    return dict(tokens=tokens, token_logprobs=logprobs, top_logprobs=top, text_offset=offsets)
-
-
-def chat_logprobs(token_ids: list[int], rated: list[dict[int, Logprob]], num_top: int) -> dict:
-    """A list of tokens, each with the `num_top` most likely ones in its place."""
-    content = []
-    for token_id, entry in zip(token_ids, rated):
-        likely = sorted((other for other in entry.values() if other.rank <= num_top), key=lambda other: other.rank)
-        content.append(_chat_logprob(entry[token_id]) | {"top_logprobs": [_chat_logprob(other) for other in likely]})
-    return dict(content=content, refusal=None)
-
-
-def _chat_logprob(logprob: Logprob) -> dict:
-    token = logprob.decoded_token
-    return dict(token=token, logprob=_finite(logprob.logprob), bytes=list(token.encode()))
-
-
-def _finite(logprob: float) -> float:
-    """JSON has no infinity; vLLM has this number in its place."""
-    return max(logprob, -9999.0)

@@ -145,7 +145,7 @@ def compare_runs(paths: list[str], console: Console) -> None:
 
 
 def _read_runs(path: str) -> list[dict]:
-    lines = Path(path).read_text().splitlines()
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
     runs = [json.loads(line) for line in lines if line.startswith('{"engine"')]
     if not runs:
         raise ValueError(f"{path} holds no JSON line of a benchmark run")

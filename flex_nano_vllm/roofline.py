@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from flex_nano_vllm.inference import Inference
 from flex_nano_vllm.overhead import decoding_together
-from flex_nano_vllm.patching import kv_shape, layer_windows
+from flex_nano_vllm.patching import kv_shape, layer_windows, num_logits
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def step_cost(model: PreTrainedModel, chunks: list[tuple[int, int]]) -> StepCost
     layers = model.get_decoder().layers
     in_layers, in_last = num_weights(layers), num_weights(layers[-1])
     keys_in_last = num_weights(layers[-1].self_attn.k_proj) + num_weights(layers[-1].self_attn.v_proj)
-    head = model.get_output_embeddings().weight.numel()
+    head = num_logits(model) * model.config.hidden_size
     num_kv_heads, head_dim = kv_shape(model)
     num_tokens, num_ends = sum(length for _, length in chunks), len(chunks)
     num_bytes = (in_layers + head) * model.dtype.itemsize

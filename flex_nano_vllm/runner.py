@@ -24,7 +24,7 @@ from flex_nano_vllm.attention import ATTN_IMPLEMENTATION, step_in_progress
 from flex_nano_vllm.cascade import CascadeRule, PackedDecodes
 from flex_nano_vllm.geometry import Geometry, cdiv
 from flex_nano_vllm.kv_manager import KVManager
-from flex_nano_vllm.patching import attention_layers, patch_model
+from flex_nano_vllm.patching import attention_layers, num_logits, patch_model
 from flex_nano_vllm.sampler import ARGMAX, Draw, choose, sample
 from flex_nano_vllm.sampling_params import SamplingParams
 from flex_nano_vllm.scheduler import Chunk
@@ -132,14 +132,20 @@ class ModelRunner:
         """
         if self.model.config._attn_implementation != ATTN_IMPLEMENTATION:
             raise RuntimeError("set_attn_implementation was called on the engine's model: close the engine first")
-        self._copy_pages()
-        return self._run(chunks, pack_decodes(chunks, self.kv, self.layout))
+        with self._without_autocast():
+            self._copy_pages()
+            return self._run(chunks, pack_decodes(chunks, self.kv, self.layout))
+
+    def _without_autocast(self) -> torch.autocast:
+        """The engine computes in the model's dtype, in whatever mode its caller's thread is: so do the KV pools."""
+        return torch.autocast(self.model.device.type, enabled=False)
 
     def sample(self, logits: Tensor, draws: list[Draw]) -> Tensor:
         """`sampler.sample`, compiled: the same for any number of rows, of edits, and of ranks that are looked at."""
-        if all(draw is ARGMAX for draw in draws):
-            return sample(logits, draws)  # nothing compiled takes part, so no settings of the compiler need changing
-        return self._sample_compiled(logits, draws)
+        with self._without_autocast():
+            if all(draw is ARGMAX for draw in draws):
+                return sample(logits, draws)  # nothing compiled takes part: the compiler's settings stay
+            return self._sample_compiled(logits, draws)
 
     @torch._dynamo.config.patch(DYNAMO_CONFIG)
     @torch.inference_mode(False)
@@ -206,6 +212,10 @@ class ModelRunner:
         """Compile every graph by running each bucket, on padding: row 0 sees nothing and writes to page 0."""
         if not self.compiled:
             return
+        with self._without_autocast():
+            self._warmup()
+
+    def _warmup(self) -> None:
         rule, buckets = self.layout.cascade, self.decode_layout.kinds[0].buckets
         decodes = [(bucket, None) for bucket in buckets]
         if rule is not None:
@@ -229,7 +239,7 @@ class ModelRunner:
                 if num_chunks * cdiv(length, kind.tile_len) > num_tiles_reached:
                     self._run([padding_chunk(length, rated)] * num_chunks)
                 num_tiles_reached = bucket
-        logits = torch.zeros(2, self.model.get_output_embeddings().weight.shape[0], device=self.model.device)
+        logits = torch.zeros(2, num_logits(self.model), device=self.model.device)
         self.sample(logits.to(self.model.dtype), [Draw(temperature=1.0)] * 2)
         gc.collect()  # compiling leaves so much behind that a step of serving would soon pause for it, 0.3 s
 
@@ -243,7 +253,7 @@ def release_openmp_threads() -> None:
     them.
     """
     try:
-        mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+        mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()}
     except OSError:
         return  # another system, where it is not known to matter
     for path in mapped:

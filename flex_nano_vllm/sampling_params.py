@@ -7,11 +7,24 @@ from numbers import Integral, Real
 
 # Below this temperature the softmax is a spike: sampling is argmax (vLLM draws the line at the same value).
 GREEDY_BELOW = 1e-5
-MAX_SEED = 2**63 - 1
+MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1
 MAX_SAMPLES = 16_384  # vLLM's limit: more of them are a mistake, or an attack
 MAX_LOGPROBS = 20  # vLLM's default limit
 MAX_STOPS, MAX_STOP_LEN = 64, 1024  # every new character is compared with each of them
 MAX_LOGIT_BIAS = 1024  # entries; all of them go to the device in every step
+
+
+class InvalidRequestError(ValueError):
+    """A request that is refused before anything is taken.
+
+    Args:
+        param: the parameter at fault, by its name in `SamplingParams`, or "prompt".
+        code: "context_length_exceeded" for a prompt that is too long, else None.
+    """
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.param, self.code = param, code
 
 
 def is_int(value: object) -> bool:
@@ -28,26 +41,38 @@ class StructuredOutputsParams:
         regex: a regular expression for the whole text.
         choice: the texts to choose from.
         json_object: True for any JSON object.
+        grammar: a grammar in llguidance's Lark, for callers who are trusted: its cost has few limits.
+        whitespace_pattern: a regular expression for what may stand between two symbols of JSON. Default: one space.
     """
 
     json: dict | str | None = None
     regex: str | None = None
     choice: list[str] | None = None
     json_object: bool | None = None
+    grammar: str | None = None
+    whitespace_pattern: str | None = None
 
     def __post_init__(self):
-        given = [name for name, value in vars(self).items() if value is not None]
+        kinds = ("json", "regex", "choice", "json_object", "grammar")
+        given = [name for name in kinds if getattr(self, name) is not None]
         if len(given) != 1 or self.json_object is False:
-            raise ValueError(f"structured_outputs needs exactly one of json, regex, choice, json_object, got {given}")
+            message = f"structured_outputs needs exactly one of {', '.join(kinds)}, got {given}"
+            raise InvalidRequestError(message, "structured_outputs")
+        if self.whitespace_pattern is not None:
+            if not isinstance(self.whitespace_pattern, str):
+                raise InvalidRequestError("whitespace_pattern must be a string", "structured_outputs")
+            if given[0] not in ("json", "json_object"):
+                raise InvalidRequestError("whitespace_pattern is for json and json_object only", "structured_outputs")
 
     @property
-    def kind_and_source(self) -> tuple[str, object]:
+    def arguments(self) -> dict[str, object]:
         """As `GrammarCompiler.compile` takes them."""
-        if self.json is not None:
-            return "json_schema", self.json
-        if self.regex is not None:
-            return "regex", self.regex
-        return ("choice", self.choice) if self.choice is not None else ("json_object", None)
+        kind, source = "json_object", None
+        for name, its_kind in dict(json="json_schema", regex="regex", choice="choice", grammar="grammar").items():
+            if getattr(self, name) is not None:
+                kind, source = its_kind, getattr(self, name)
+        given = {} if self.whitespace_pattern is None else {"whitespace_pattern": self.whitespace_pattern}
+        return dict(kind=kind, source=source) | given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +88,13 @@ class SamplingParams:
     `logit_bias`, the penalties, `temperature`, `min_p`, `top_k`, `top_p`.
 
     Args:
-        n: samples of the prompt.
+        n: samples of the prompt. With temperature 0 they are the same.
         temperature: in [0, 2]; 0 is greedy.
         top_p: in (0, 1]; draw from the most likely tokens that together have this probability.
         top_k: draw from the most likely so many tokens; 0 or -1: from all. Tokens as likely as the last one are in.
         min_p: in [0, 1]; draw from tokens that are at least so likely as this share of the most likely one.
-        seed: None for one from torch's global generator.
-        stop: texts that end the output where they begin; at most 64 of at most 1,024 characters.
+        seed: a signed 64-bit int; None for one from torch's global generator.
+        stop: strings that end the output where they begin; at most 64 of at most 1,024 characters.
         stop_token_ids: tokens that end the output, as an EOS does.
         ignore_eos: do not end at an EOS.
         max_tokens: None for as many as fit.
@@ -121,24 +146,24 @@ class SamplingParams:
         self._check_int("top_k", -1)
         self._check_int("min_tokens", 0)
         self._check_int("max_tokens", 1, none="as many as fit")
-        self._check_int("seed", 0, MAX_SEED, none="one of torch's")
+        self._check_int("seed", MIN_SEED, MAX_SEED, none="one of torch's")
         self._check_int("logprobs", 0, MAX_LOGPROBS, none="none")
         self._check_int("prompt_logprobs", 0, MAX_LOGPROBS, none="none")
         self._check_ids("stop_token_ids")
         self._check_ids("allowed_token_ids")
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be a bool, got {getattr(self, name)!r}")
-        if self.n > 1 and self.greedy:
-            raise ValueError(f"n must be 1 with temperature=0, or all samples would be the same, got {self.n}")
+                raise InvalidRequestError(f"{name} must be a bool, got {getattr(self, name)!r}", name)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
+            message = f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}"
+            raise InvalidRequestError(message, "min_tokens")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
-            raise ValueError("allowed_token_ids is empty: no token could be generated")
+            raise InvalidRequestError("allowed_token_ids is empty: no token could be generated", "allowed_token_ids")
         self._check_stop()
         self._check_logit_bias()
         if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
-            raise ValueError(f"structured_outputs must be StructuredOutputsParams, got {self.structured_outputs!r}")
+            message = f"structured_outputs must be StructuredOutputsParams, got {_shortened(self.structured_outputs)}"
+            raise InvalidRequestError(message, "structured_outputs")
 
     @property
     def greedy(self) -> bool:
@@ -158,7 +183,8 @@ class SamplingParams:
         value = getattr(self, name)
         is_number = isinstance(value, Real) and not isinstance(value, bool)
         if not is_number or not least <= value <= most or (above and value == least):
-            raise ValueError(f"{name} must be a number in {'(' if above else '['}{least}, {most}], got {value!r}")
+            bounds = f"{'(' if above else '['}{least}, {most}]"
+            raise InvalidRequestError(f"{name} must be a number in {bounds}, got {_shortened(value)}", name)
 
     def _check_int(self, name: str, least: int, most: int | None = None, none: str = "") -> None:
         value = getattr(self, name)
@@ -166,35 +192,39 @@ class SamplingParams:
             return
         if not is_int(value) or value < least or (most is not None and value > most):
             bounds = f">= {least}" if most is None else f"in [{least}, {most}]"
-            raise ValueError(f"{name} must be an int {bounds}{f', or None for {none}' if none else ''}, got {value!r}")
+            bounds += f", or None for {none}" if none else ""
+            raise InvalidRequestError(f"{name} must be an int {bounds}, got {_shortened(value)}", name)
 
     def _check_ids(self, name: str) -> None:
         value = getattr(self, name)
         if value is not None and not (isinstance(value, list | tuple) and all(is_int(i) and i >= 0 for i in value)):
-            raise ValueError(f"{name} must be a list of token ids, got {_shortened(value)}")
+            raise InvalidRequestError(f"{name} must be a list of token ids, got {_shortened(value)}", name)
 
     def _check_stop(self) -> None:
         stops = [self.stop] if isinstance(self.stop, str) else self.stop
         if stops is None:
             return
         if not isinstance(stops, list | tuple) or len(stops) > MAX_STOPS:
-            raise ValueError(f"stop must be a text or a list of at most {MAX_STOPS}, got {_shortened(stops)}")
+            got = f"{len(stops)} of them" if isinstance(stops, list | tuple) else _shortened(stops)
+            raise InvalidRequestError(f"stop must be a string or a list of at most {MAX_STOPS}, got {got}", "stop")
         for text in stops:
             if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_LEN:
-                raise ValueError(f"stop must be of 1 to {MAX_STOP_LEN} characters, got {_shortened(text)}")
+                message = f"stop must be of 1 to {MAX_STOP_LEN} characters, got {_shortened(text)}"
+                raise InvalidRequestError(message, "stop")
 
     def _check_logit_bias(self) -> None:
         bias = self.logit_bias
         if bias is None:
             return
         if not isinstance(bias, dict) or not all(is_int(token_id) and token_id >= 0 for token_id in bias):
-            raise ValueError(f"logit_bias must be a dict by token ids, got {_shortened(bias)}")
+            raise InvalidRequestError(f"logit_bias must be a dict by token ids, got {_shortened(bias)}", "logit_bias")
         if len(bias) > MAX_LOGIT_BIAS:
-            raise ValueError(f"logit_bias has {len(bias)} entries, more than {MAX_LOGIT_BIAS}")
+            raise InvalidRequestError(f"logit_bias has {len(bias)} entries, more than {MAX_LOGIT_BIAS}", "logit_bias")
         for token_id, value in bias.items():
             is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
             if not is_number or abs(value) > 100:
-                raise ValueError(f"logit_bias must be in [-100, 100], got {value!r} for token {token_id}")
+                message = f"logit_bias must be in [-100, 100], got {value!r} for token {token_id}"
+                raise InvalidRequestError(message, "logit_bias")
 
 
 def _shortened(value: object) -> str:

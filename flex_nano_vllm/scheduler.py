@@ -200,7 +200,7 @@ class Scheduler:
             sequence.num_computed_tokens = chunk.start + chunk.length
             self.kv.commit(sequence.row, sequence.num_computed_tokens)
             if token_id < 0:
-                sequence.finish_reason = "error"
+                sequence.fail()
             elif samples:
                 sequence.append(token_id)
             if sequence.finish_reason is not None:

@@ -10,6 +10,7 @@ import numpy as np
 from flex_nano_vllm.detokenizer import Detokenizer
 from flex_nano_vllm.grammar import Follower
 from flex_nano_vllm.metrics import RequestMetrics
+from flex_nano_vllm.outputs import RequestError
 from flex_nano_vllm.penalties import Penalties
 from flex_nano_vllm.sampling_params import SamplingParams
 
@@ -41,6 +42,7 @@ class Sequence:
     seed: int  # params.seed, or one drawn at arrival
     eos_token_ids: frozenset[int]  # empty with ignore_eos
     max_total_tokens: int  # prompt + output, as far as max_tokens, the model and the pool allow
+    stop_string_ids: frozenset[int] = frozenset()  # special tokens that are a stop string by themselves
     cache_salt: str | None = None  # shares pages with sequences of the same salt only
     text: Detokenizer | None = None  # of the output, where somebody follows it token by token
     allowed: np.ndarray | None = None  # bits of the tokens that may come, see `sampler.Draw`
@@ -50,6 +52,7 @@ class Sequence:
     row: int | None = None  # of the page table, while running
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    error: RequestError | None = None  # why there is no next token
     ratings: list[Rating] = field(default_factory=list)  # of the output, if `logprobs` were asked for
     prompt_ratings: list[Rating] = field(default_factory=list)  # from the second token on, as far as computed
     metrics: RequestMetrics = field(default_factory=RequestMetrics)  # of the request: one for all of its samples
@@ -76,7 +79,13 @@ class Sequence:
     @property
     def stop_token_ids(self) -> frozenset[int]:
         """All tokens that end the output."""
-        return self.eos_token_ids.union(self.params.stop_token_ids or ())
+        return self.eos_token_ids.union(self.params.stop_token_ids or (), self.stop_string_ids)
+
+    @property
+    def silent(self) -> frozenset[int]:
+        """Tokens without text: those that end the output, unless the text is to show what ended it."""
+        ends = self.eos_token_ids.union(self.params.stop_token_ids or ())
+        return frozenset() if self.params.include_stop_str_in_output else ends
 
     @property
     def rates_prompt(self) -> bool:
@@ -93,16 +102,29 @@ class Sequence:
         return Penalties(params, prompt, self.stop_token_ids, self.max_total_tokens - self.num_prompt_tokens)
 
     def allowed_tokens(self) -> np.ndarray | None:
-        """Bits of the tokens that may come next, None if all may. None of them is set where a grammar cannot go on,
-        which ends the request as it does where numbers are not finite."""
+        """Bits of the tokens that may come next, None if all may. Where the structure leaves none, no bit is set, and
+        `error` says why: the request ends there."""
         if self.grammar is None:
             return self.allowed
         try:
             allowed = self.grammar.allowed(self.output_token_ids)
         except ValueError as error:
             logger.warning("request %s: its structure cannot be followed any further: %s", self.request_id, error)
+            self._note(f"the structure cannot be followed after {self.output_len} tokens: {error}")
             return np.zeros(self.grammar.num_words, dtype=np.int32)
-        return allowed if self.allowed is None else allowed & self.allowed
+        if self.allowed is not None:
+            allowed = allowed & self.allowed
+            if not allowed.any():
+                self._note(f"no token of allowed_token_ids continues the structure after {self.output_len} tokens")
+        return allowed
+
+    def _note(self, message: str) -> None:
+        self.error = RequestError(message, "structured_outputs")
+
+    def fail(self) -> None:
+        """End for want of a next token. Where `allowed_tokens` has not said why, the model's numbers are the reason."""
+        self.finish_reason = "error"
+        self.error = self.error or RequestError("the model's numbers were not finite")
 
     def append(self, token_id: int) -> None:
         """Take a sampled token and see whether it was the last."""

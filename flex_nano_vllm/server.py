@@ -2,16 +2,17 @@
 
     uv run --extra serve python -m flex_nano_vllm.server --model tiny-gemma2
 
-Who calls is not trusted: every size is bounded before it is used, every path but `/health` and the page at `/` asks for
-the API key if there is one, and no error holds a prompt or what a file held.
+Clients are not trusted: every size is bounded before it is used, every path but `/health` and the page at `/` asks for
+the API key if there is one, and no error holds a prompt or the contents of a file.
 """
 
 import asyncio
-import json
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable
+import time
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,31 +20,38 @@ import typer
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from flex_nano_vllm import __version__, protocol
-from flex_nano_vllm.answers import token_text
-from flex_nano_vllm.api_errors import DONE, APIError, api_error
+from flex_nano_vllm import __version__, protocol, replies, responses
+from flex_nano_vllm.api_errors import APIError, api_error, invalid_fields
 from flex_nano_vllm.async_inference import Answers, AsyncInference, EngineBusy, EngineClosing, EngineError
+from flex_nano_vllm.chat import template_of
+from flex_nano_vllm.chat_turn import ChatTurn, with_tools
+from flex_nano_vllm.chunks import ChatChunks, CompletionChunks, CompletionText, EventWriter, shown
+from flex_nano_vllm.generation_defaults import not_expressed, sampling_defaults
 from flex_nano_vllm.guard import Guard, ImpatientH11, Limits
 from flex_nano_vllm.inference import Inference
-from flex_nano_vllm.outputs import CompletionDelta, RequestOutput
+from flex_nano_vllm.outputs import CompletionDelta, CompletionOutput, RequestOutput
 from flex_nano_vllm.prometheus import Metrics
 from flex_nano_vllm.protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from flex_nano_vllm.responses import ResponsesRequest, ResponseWriter
+from flex_nano_vllm.tools import call_form
 
 logger = logging.getLogger(__name__)
 
-PAGE = (Path(__file__).parent / "page.html").read_text()
+PAGE = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 MAX_SHOWN_PAGES, MAX_SHOWN_REQUESTS = 4096, 64
 MAX_CHARS_PER_TOKEN = 32  # texts of more on average are too long whatever they say, and are not tokenized to see
-ERRORS = {status: {"model": protocol.ErrorResponse} for status in (400, 401, 404, 413, 429, 500, 503)}
+ERRORS = {status: {"model": replies.ErrorResponse} for status in (400, 401, 404, 413, 415, 429, 500, 503)}
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events of requests, which end when nobody reads them any more."""
+    """Server-sent events of requests, which end when the client stops reading them."""
 
     def __init__(self, events: AsyncIterator[bytes], answers: Answers):
         # The page finds its own request in `/state` by these ids.
@@ -59,18 +67,27 @@ class EventStream(StreamingResponse):
 
 
 class API:
-    """The endpoints. Each answers from the engine, or raises."""
+    """The endpoints. Each answers from the engine, or raises.
 
-    def __init__(self, shared: AsyncInference, model_name: str):
-        self.shared, self.engine, self.model_name = shared, shared.engine, model_name
+    Args:
+        defaults: of `SamplingParams`, for what a request does not say.
+    """
+
+    def __init__(self, shared: AsyncInference, model_name: str, defaults: dict[str, Any]):
+        self.shared, self.engine, self.model_name, self.defaults = shared, shared.engine, model_name, defaults
+        self.tokenizer = shared.engine.tokenizer
         self.metrics = Metrics(shared.engine)
+        self.created = int(time.time())
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         self.check_model(body.model)
-        params = body.to_params()
-        if len(body.prompts) * params.n > protocol.MAX_CHOICES:
-            raise APIError(400, f"more than {protocol.MAX_CHOICES} completions in one request", param="n")
-        self.check_length(*(prompt for prompt in body.prompts if isinstance(prompt, str)))
+        params = body.to_params(self.defaults)
+        num_choices = len(body.prompts) * params.n
+        if num_choices > protocol.MAX_CHOICES:
+            raise APIError(
+                400, f"{num_choices} completions in one request, more than {protocol.MAX_CHOICES}", param="n"
+            )
+        self.check_length("prompt", *(prompt for prompt in body.prompts if isinstance(prompt, str)))
         answers = await self.shared.submit(body.prompts, params, body.cache_salt, follow=bool(body.stream))
         if params.prompt_logprobs is not None:
             num_echoed = answers.num_prompt_tokens * params.n * (params.prompt_logprobs + 1)
@@ -79,48 +96,62 @@ class API:
                 most = f"more than the {protocol.MAX_ECHOED} that one answer may have"
                 raise APIError(400, f"echo and logprobs give {num_echoed} log-probabilities, {most}", param="logprobs")
         if body.stream:
-            return EventStream(self.completion_events(body, answers), answers)
-        outputs = await self.whole(answers, request)
+            writer = CompletionChunks(self.tokenizer, self.model_name, body, params, answers)
+            return EventStream(self.events(answers, writer), answers)
+        outputs = [shown(body, output) for output in await self.whole(answers, request)]
         choices = []
         for output in outputs:
-            prefix = self.echoed(output) if body.echo else ""
             for completion in output.outputs:
-                logprobs = None
-                if completion.logprobs is not None:
-                    token_ids, rated, first = completion.token_ids, completion.logprobs, None
-                    if body.echo:
-                        token_ids = output.prompt_token_ids + token_ids
-                        rated = output.prompt_logprobs + rated
-                        first = token_text(output.prompt_token_ids[0], self.engine.tokenizer)
-                    logprobs = protocol.completion_logprobs(token_ids, rated, 0, first)
-                choice = dict(index=len(choices), text=prefix + completion.text, logprobs=logprobs)
-                choices.append(choice | _ending(completion))
-        return self.answer("text_completion", "cmpl", choices, outputs)
+                choice = CompletionText(self.tokenizer, body, params, output).choice(completion)
+                choices.append(dict(index=len(choices)) | choice)
+        return self.answer("text_completion", "cmpl-", choices, outputs)
 
     async def chat_completions(self, body: ChatCompletionRequest, request: Request) -> Response:
         self.check_model(body.model)
-        params = body.to_params()
-        prompt = await self.chat_prompt(body.messages)
-        answers = await self.shared.submit([prompt], params, body.cache_salt, follow=bool(body.stream))
+        turn = await self.chat_turn(body)
         if body.stream:
-            return EventStream(self.chat_events(body, answers), answers)
-        outputs = await self.whole(answers, request)
+            return EventStream(self.events(turn.answers, ChatChunks(self.model_name, turn)), turn.answers)
+        outputs = await self.whole(turn.answers, request)
         choices = []
-        for completion in outputs[0].outputs:
+        for index, completion in enumerate(outputs[0].outputs):
             logprobs = None
             if completion.logprobs is not None:
-                logprobs = protocol.chat_logprobs(completion.token_ids, completion.logprobs, body.num_top)
-            message = dict(role="assistant", content=completion.text, refusal=None)
-            choice = dict(index=completion.index, message=message, logprobs=logprobs)
-            choices.append(choice | _ending(completion))
-        return self.answer("chat.completion", "chatcmpl", choices, outputs)
+                content = replies.chat_logprobs(completion.token_ids, completion.logprobs, body.num_top)
+                logprobs = dict(content=content, refusal=None)
+            message = turn.message(index, completion.text)
+            choice = dict(index=index, message=message, logprobs=logprobs)
+            choices.append(choice | replies.ending(completion, turn.num_calls(index)))
+        return self.answer("chat.completion", "chatcmpl-", choices, outputs)
+
+    async def responses(self, body: ResponsesRequest, request: Request) -> Response:
+        self.check_model(body.model)
+        try:
+            turn = await self.chat_turn(body.to_chat())
+        except ValidationError as error:
+            raise api_error(invalid_fields(error.errors()), responses.API_NAMES) from error
+        except (APIError, ValueError) as error:
+            raise api_error(error, responses.API_NAMES) from error
+        writer = ResponseWriter(body, turn, self.model_name, self.defaults)
+        if body.stream:
+            return EventStream(self.events(turn.answers, writer), turn.answers)
+        (output,) = await self.whole(turn.answers, request)
+        return JSONResponse(writer.whole(output))
+
+    async def chat_turn(self, body: ChatCompletionRequest) -> ChatTurn:
+        """Hand a chat over to the engine."""
+        params, form = body.to_params(self.defaults), call_form(template_of(self.tokenizer))
+        if body.known_tools:
+            params = await asyncio.to_thread(with_tools, params, body, form)
+        prompt = await self.chat_prompt(body.messages, body.known_tools)
+        answers = await self.shared.submit([prompt], params, body.cache_salt, follow=bool(body.stream))
+        return ChatTurn(answers, body, form)
 
     async def tokenize(self, body: TokenizeRequest) -> dict:
         self.check_model(body.model or self.model_name)
         if body.messages is not None:
             token_ids = await self.chat_prompt(body.messages)
         else:
-            self.check_length(body.prompt)
+            self.check_length("prompt", body.prompt)
             token_ids = await asyncio.to_thread(self.engine.intake.tokenize, body.prompt)
         return {"tokens": token_ids, "count": len(token_ids), "max_model_len": self.engine.max_seq_length}
 
@@ -129,11 +160,17 @@ class API:
         return {"prompt": await asyncio.to_thread(self.engine.intake.detokenize, body.tokens)}
 
     async def models(self) -> dict:
-        return {"object": "list", "data": [await self.model(self.model_name)]}
+        return {"object": "list", "data": [self.served_model]}
 
-    async def model(self, name: str) -> dict:
+    async def model(self, name: str) -> Response:
+        if not name:  # the list with a slash behind it
+            return RedirectResponse("/v1/models")
         self.check_model(name)
-        model = dict(id=name, object="model", created=0, owned_by="flex-nano-vllm")
+        return JSONResponse(self.served_model)
+
+    @property
+    def served_model(self) -> dict:
+        model = dict(id=self.model_name, object="model", created=self.created, owned_by="flex-nano-vllm")
         return model | {"max_model_len": self.engine.max_seq_length}
 
     async def health(self) -> Response:
@@ -172,23 +209,22 @@ class API:
         if name != self.model_name:
             raise APIError(404, f"this server has the model {self.model_name!r} only", "model_not_found", "model")
 
-    def check_length(self, *texts: str) -> None:
+    def check_length(self, param: str, *texts: str) -> None:
         most = MAX_CHARS_PER_TOKEN * self.engine.max_seq_length
         for text in texts:
             if len(text) > most:
-                raise APIError(400, f"a text of {len(text)} characters has more than {most}: shorten it")
+                message = f"a text of {len(text)} characters has more than {most}: shorten it"
+                limit = f"the maximum context length is {self.engine.max_request_tokens} tokens"
+                raise APIError(400, f"{message} ({limit})", "context_length_exceeded", param)
 
-    async def chat_prompt(self, messages: list[protocol.Message]) -> list[int]:
+    async def chat_prompt(self, messages: list[protocol.Message], tools: list[dict] | None = None) -> list[int]:
         conversation = [message.to_dict() for message in messages]
         if len(messages) > self.engine.max_seq_length:  # each has a token at least
-            raise APIError(400, f"{len(messages)} messages have more tokens than fit", param="messages")
-        self.check_length("".join(part for message in messages for part in message.texts))
-        return await self.shared.chat_prompt(conversation)
-
-    def echoed(self, output: RequestOutput) -> str:
-        if output.prompt is not None:
-            return output.prompt
-        return self.engine.intake.detokenize(output.prompt_token_ids)
+            limit = f"the maximum context length is {self.engine.max_request_tokens} tokens"
+            message = f"{len(messages)} messages have more tokens than fit: {limit}"
+            raise APIError(400, message, "context_length_exceeded", "messages")
+        self.check_length("messages", "".join(part for message in messages for part in message.texts))
+        return await self.shared.chat_prompt(conversation, tools or None)
 
     async def whole(self, answers: Answers, request: Request) -> list[RequestOutput]:
         """The requests' answers, in order. A client that leaves ends them."""
@@ -199,129 +235,74 @@ class API:
             finally:
                 watching.cancel()
         outputs = [ended[index] for index in sorted(ended)]
-        if any(completion.finish_reason == "error" for output in outputs for completion in output.outputs):
-            raise EngineError(NOT_FINITE)
         for output in outputs:
+            for completion in output.outputs:
+                _check_ending(completion)
             self.metrics.observe(output)
         return outputs
 
     def answer(self, kind: str, prefix: str, choices: list[dict], outputs: list[RequestOutput]) -> Response:
-        usage = protocol.usage_of(outputs)
-        return JSONResponse(protocol.envelope(kind, protocol.new_id(prefix), self.model_name, choices, usage))
+        envelope = replies.Envelope(kind, prefix, self.model_name)
+        return JSONResponse(envelope.with_choices(choices, usage=replies.usage_of(outputs)))
 
-    async def completion_events(self, body: CompletionRequest, answers: Answers) -> AsyncIterator[bytes]:
-        offsets: dict[int, int] = {}  # by choice: characters that were sent
-        num_samples = body.n or 1
-
-        def choices(index: int, delta: CompletionDelta) -> list[dict]:
-            number = index * num_samples + delta.index
-            text, logprobs, offset = delta.text, None, offsets.get(number)
-            token_ids, rated, first = delta.token_ids, delta.logprobs, None
-            if offset is None:
-                offset = 0
-                if body.echo:
-                    output = answers.so_far(index)
-                    text = self.echoed(output) + text
-                    if rated is not None:
-                        token_ids, rated = output.prompt_token_ids + token_ids, output.prompt_logprobs + rated
-                        first = token_text(output.prompt_token_ids[0], self.engine.tokenizer)
-            if rated is not None:
-                logprobs = protocol.completion_logprobs(token_ids, rated, offset, first)
-                offsets[number] = offset + sum(map(len, logprobs["tokens"]))
-            else:
-                offsets[number] = 0
-            return [dict(index=number, text=text, logprobs=logprobs) | _ending(delta)]
-
-        async for event in self.events("text_completion", "cmpl", body.includes_usage, answers, choices):
-            yield event
-
-    async def chat_events(self, body: ChatCompletionRequest, answers: Answers) -> AsyncIterator[bytes]:
-        begun: set[int] = set()
-
-        def choices(index: int, delta: CompletionDelta) -> list[dict]:
-            opening = []
-            if delta.index not in begun:
-                begun.add(delta.index)
-                role = {"role": "assistant", "content": ""}
-                opening = [dict(index=delta.index, delta=role, logprobs=None, finish_reason=None)]
-            logprobs = None
-            if delta.logprobs is not None:
-                logprobs = protocol.chat_logprobs(delta.token_ids, delta.logprobs, body.num_top)
-            content = {"content": delta.text} if delta.text else {}
-            return [*opening, dict(index=delta.index, delta=content, logprobs=logprobs) | _ending(delta)]
-
-        async for event in self.events("chat.completion.chunk", "chatcmpl", body.includes_usage, answers, choices):
-            yield event
-
-    async def events(
-        self,
-        kind: str,
-        prefix: str,
-        includes_usage: bool,
-        answers: Answers,
-        choices_of: Callable[[int, CompletionDelta], list[dict]],
-    ) -> AsyncIterator[bytes]:
-        """The events of a stream: a chunk for each choice that `choices_of` makes of a delta, usage, the end. Those of
-        one time are sent together."""
-        outputs, response_id, data = [], protocol.new_id(prefix), b""
-
-        def chunk(choices: list[dict], usage: dict | None = None) -> bytes:
-            return _event(protocol.envelope(kind, response_id, self.model_name, choices, usage))
-
+    async def events(self, answers: Answers, writer: EventWriter) -> AsyncIterator[bytes]:
+        """The events of a stream. Those of one time are sent together."""
+        outputs, data = {}, writer.begin()
         try:
             async for news in answers:
                 for index, item in news:
                     if isinstance(item, RequestOutput):
-                        outputs.append(item)
+                        outputs[index] = item
                         self.metrics.observe(item)
-                    elif item.finish_reason == "error":
-                        raise EngineError(NOT_FINITE)
                     else:
-                        data += b"".join(chunk([choice]) for choice in choices_of(index, item))
+                        _check_ending(item)
+                        data += writer.delta(index, item)
                 if not answers.have_ended:
                     yield data
                     data = b""
-            if includes_usage:
-                data += chunk([], protocol.usage_of(outputs))
-            data += DONE.encode()
+            data += writer.end([outputs[index] for index in sorted(outputs)])
         except Exception as error:
-            data += api_error(error).last_events
+            data += writer.fail(api_error(error))
         yield data
 
 
-NOT_FINITE = "the model's numbers were not finite, or left no token to choose"
-
-
-def _ending(completion: Any) -> dict:
-    return dict(finish_reason=completion.finish_reason, stop_reason=completion.stop_reason)
-
-
-def _event(data: dict) -> bytes:
-    # As ASCII: some clients cut lines at any of Unicode's line breaks.
-    return f"data: {json.dumps(data, separators=(',', ':'))}\n\n".encode()
+def _check_ending(item: CompletionOutput | CompletionDelta) -> None:
+    """Raises for an answer that has ended for want of a next token."""
+    if item.finish_reason != "error":
+        return
+    if item.error.param is not None:  # the request's own mistake
+        raise APIError(400, item.error.message, param=item.error.param)
+    raise EngineError(item.error.message)
 
 
 async def _leave_with_client(request: Request, answers: Answers) -> None:
-    """A client that goes is noticed by nobody else before the answer is sent."""
+    """End the requests of a client that leaves: starlette would notice only when it sends the answer."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
     answers.leave()
 
 
 def create_app(
-    shared: AsyncInference, model_name: str, api_key: str | None = None, limits: Limits | None = None
+    shared: AsyncInference,
+    model_name: str,
+    api_key: str | None = None,
+    limits: Limits | None = None,
+    allowed_origins: tuple[str, ...] = (),
+    defaults: dict[str, Any] | None = None,
 ) -> FastAPI:
     """The application. It closes `shared` when it ends, after all requests have finished.
 
     Args:
         model_name: what requests must call the model.
-        api_key: None lets everybody in.
+        api_key: None asks for none.
+        allowed_origins: of pages elsewhere whose scripts may call this server; "*" for all.
+        defaults: of `SamplingParams`, for what a request does not say.
     """
     if shared.engine.tokenizer is None:
         raise ValueError("the engine has no tokenizer, and the API is about texts")
     if api_key == "":  # the variable of an environment that was meant to hold one
         raise ValueError("the API key is empty: give one, or none at all")
-    api = API(shared, model_name)
+    api = API(shared, model_name, defaults or {})
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -330,20 +311,16 @@ def create_app(
 
     app = FastAPI(title="flex-nano-vllm", lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS)
     app.add_middleware(Guard, api_key=api_key, limits=limits or Limits())
+    if allowed_origins:  # before the guard: a browser asks whether it may send the key without sending it
+        exposed = ["x-request-id", "x-engine-request-id", "retry-after"]
+        everything = dict(allow_methods=["*"], allow_headers=["*"], expose_headers=exposed)
+        app.add_middleware(CORSMiddleware, allow_origins=list(allowed_origins), **everything)
 
     async def on_error(request: Request, error: Exception) -> Response:
         return api_error(error).response()
 
-    async def on_invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        # Not the keys of an object of the client's.
-        location = [str(part) for part in first["loc"] if part != "body"][: 1 if "logit_bias" in first["loc"] else None]
-        param = location[0] if location and first["type"] != "json_invalid" else None  # else it is a place in the text
-        where = f"{'.'.join(location)}: " if location else ""
-        if param == "prompt" and len(location) > 1:  # of its forms, pydantic names the first
-            first["msg"] = f"a text or a list of token ids, or a list of up to {protocol.MAX_PROMPTS} such"
-            where = "prompt must be "
-        return APIError(400, where + first["msg"].removeprefix("Value error, "), param=param).response()
+    async def on_invalid(request: Request, error: RequestValidationError | ValidationError) -> Response:
+        return invalid_fields(error.errors()).response()
 
     async def on_http_error(request: Request, error: HTTPException) -> Response:
         response = APIError(error.status_code, error.detail).response()
@@ -356,19 +333,40 @@ def create_app(
         app.add_exception_handler(kind, on_error)
     app.add_exception_handler(Exception, on_error)
 
-    streamed, text = ({200: {"content": {kind: {}}}} for kind in ("text/event-stream", "text/plain"))
-    app.post("/v1/completions", responses=streamed)(api.completions)
-    app.post("/v1/chat/completions", responses=streamed)(api.chat_completions)
-    app.get("/v1/models")(api.models)
-    app.get("/v1/models/{name:path}")(api.model)
-    app.post("/tokenize")(api.tokenize)
-    app.post("/detokenize")(api.detokenize)
+    def streamed(model: type) -> dict:
+        return {200: {"model": model, "content": {"text/event-stream": {}}}}
+
+    app.post("/v1/completions", responses=streamed(replies.Completion))(api.completions)
+    app.post("/v1/chat/completions", responses=streamed(replies.ChatCompletion))(api.chat_completions)
+    app.post("/v1/responses", responses=streamed(responses.Response))(api.responses)
+    app.get("/v1/models", response_model=replies.ModelList)(api.models)
+    app.get("/v1/models/{name:path}", responses={200: {"model": replies.ServedModel}})(api.model)
+    app.post("/tokenize", response_model=replies.Tokens)(api.tokenize)
+    app.post("/detokenize", response_model=replies.Detokenized)(api.detokenize)
     app.get("/health")(api.health)
-    app.get("/metrics", response_class=Response, responses=text)(api.prometheus)
+    app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})(api.prometheus)
     app.get("/version")(api.version)
     app.get("/state")(api.state)
     app.get("/", include_in_schema=False)(api.page)
     return app
+
+
+class GenerationConfigSource(str, Enum):
+    """Where the defaults of sampling come from."""
+
+    model = "model"
+    none = "none"
+
+
+def server_defaults(engine: Inference) -> dict[str, Any]:
+    """The defaults of `SamplingParams` by the model's generation config. Logs them, and what cannot be applied."""
+    config = engine.model.generation_config
+    defaults, missing = sampling_defaults(config), not_expressed(config)
+    if defaults:
+        logger.info("defaults of the model's generation_config: %s", defaults)
+    if missing:
+        logger.warning("the model's generation_config states what is not applied: %s", ", ".join(missing))
+    return defaults
 
 
 def serve(
@@ -386,6 +384,12 @@ def serve(
     page_size: Annotated[int | None, typer.Option(help="Tokens of a page.")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Token budget of a step.")] = None,
     compile: Annotated[bool, typer.Option(help="Compile the model, before the first request.")] = True,
+    generation_config: Annotated[
+        GenerationConfigSource, typer.Option(help="Defaults of sampling: the model's own, or none.")
+    ] = GenerationConfigSource.model,
+    allowed_origins: Annotated[
+        list[str] | None, typer.Option(help="A page elsewhere that may call (CORS), * for all; may be repeated.")
+    ] = None,
     max_waiting: Annotated[int, typer.Option(help="Samples that may wait; more get a 429.")] = 1024,
     request_timeout: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 600.0,
     drain_timeout: Annotated[int, typer.Option(help="Seconds that requests have to finish after SIGTERM.")] = 30,
@@ -407,11 +411,16 @@ def serve(
         )
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
+    try:
+        defaults = server_defaults(engine) if generation_config == GenerationConfigSource.model else {}
+    except ValueError as error:
+        raise SystemExit(f"the model's generation_config: {error}; --generation-config none ignores it") from None
     shared = AsyncInference(engine, max_waiting)
     if engine.runner.compiled:
         logger.info("compiling, which takes minutes the first time")
         asyncio.run(shared.warmup())
-    app = create_app(shared, served_model_name or model, api_key, Limits(request_timeout=request_timeout))
+    limits = Limits(request_timeout=request_timeout)
+    app = create_app(shared, served_model_name or model, api_key, limits, tuple(allowed_origins or ()), defaults)
     uvicorn.run(
         app,
         host=host,

@@ -540,7 +540,7 @@ def test_news_that_cannot_be_told_are_an_error_of_their_request_only(engine, ora
             answers = await together(shared, shared.submit(["abc"], rated), shared.submit(["xyz"], greedy(6)))
             return await asyncio.gather(*(last(answer) for answer in answers), return_exceptions=True)
 
-    raise_at_call(monkeypatch, answers_module, "token_text", number, OSError)
+    raise_at_call(monkeypatch, answers_module, "logprobs", number, OSError)
     failed, other = run(main())
     assert type(failed) is EngineError and "OSError" in str(failed)
     assert answers_of(other) == expected_of(oracle, "xyz", greedy(6))

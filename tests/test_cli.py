@@ -27,7 +27,7 @@ def test_a_turn_that_cannot_be_answered_says_why_and_the_chat_goes_on():
     result = chat(f"{'long ' * 300}\n{SUM}\n")
     assert result.exit_code == 0
     error, answer = result.stdout.rsplit("\n", 2)[:2]
-    assert "prompt and output together get 256" in error.replace("\n", " ") and answer == "25."
+    assert "maximum context length is 256 tokens" in error.replace("\n", " ") and answer == "25."
 
 
 def test_a_new_conversation_forgets_the_one_before(monkeypatch):

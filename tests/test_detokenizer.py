@@ -1,4 +1,4 @@
-"""Token ids to text as they come, against the text of all of them; stop texts, against a search at each character."""
+"""Token ids to text as they come, against the text of all of them; stop strings, against a search at each character."""
 
 import itertools
 import random
@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from flex_nano_vllm.answers import token_text
-from flex_nano_vllm.detokenizer import Detokenizer, StopMatcher, decode
+from flex_nano_vllm.detokenizer import Detokenizer, StopMatcher
 from flex_nano_vllm.loading import EMBEDDED_MODELS
 from flex_nano_vllm.random_models import byte_tokenizer
+from flex_nano_vllm.vocabulary import decode
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 BYTES = [f"<0x{i:02X}>" for i in range(256)]
@@ -193,12 +193,12 @@ def test_a_slow_tokenizer_is_refused():
         Detokenizer(Slow())
 
 
-# --- stop texts --------------------------------------------------------------------------------------------------
+# --- stop strings --------------------------------------------------------------------------------------------------
 
 
 def first_stop(pieces, stops, min_tokens):
-    """The oracle: (where the output ends, the stop text, the number of tokens), the earliest end of any stop text that
-    ends with a token after the first `min_tokens`; of several the longest."""
+    """The oracle: (where the output ends, the stop string, the number of tokens), the earliest end of any stop string
+    that ends with a token after the first `min_tokens`; of several the longest."""
     text = ""
     for num_tokens, piece in enumerate(pieces, start=1):
         for char in piece:
@@ -210,7 +210,7 @@ def first_stop(pieces, stops, min_tokens):
 
 
 def check_stops(tokenizer, token_ids, stops, include_stop, min_tokens, pieces=None):
-    if pieces is None:  # of a decoder without stop texts
+    if pieces is None:  # of a decoder without stop strings
         _, shown, _ = follow(tokenizer, token_ids)
         pieces = [later[len(earlier) :] for earlier, later in zip(["", *shown], shown)]
     reached, stop, num_tokens = first_stop(pieces, stops, min_tokens)
@@ -218,7 +218,7 @@ def check_stops(tokenizer, token_ids, stops, include_stop, min_tokens, pieces=No
     wanted = reached if stop is None or include_stop else reached[: -len(stop)]
     assert (text.text, text.stop_reason, num_taken) == (wanted, stop, num_tokens)
     check_growth(shown, text.text)
-    # No more is held back than may become a stop text.
+    # No more is held back than may become a stop string.
     for num_tokens, piece in enumerate(shown[:-1], start=1):
         come = "".join(pieces[:num_tokens])
         assert any(stop.startswith(come[len(piece) :]) for stop in stops) or piece == come
@@ -288,25 +288,3 @@ def test_a_matcher_knows_the_longest_beginning_of_the_stop_text_that_has_come(st
         longest = max(n for n in range(len(stop) + 1) if text[:end].endswith(stop[:n]))
         assert matcher.feed(char) == (longest == len(stop))
         assert matcher.num_matched == longest
-
-
-# --- names of single tokens --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma"])
-def test_a_token_is_called_by_its_text_with_all_of_its_spaces(name):
-    tokenizer = TOKENIZERS[name]
-    names = {token: token_text(tokenizer.convert_tokens_to_ids(token), tokenizer) for token in PIECES}
-    assert names == {token: token.replace("▁", " ") for token in PIECES}
-
-
-def test_a_token_that_is_part_of_a_character_is_called_by_its_name():
-    token_ids = IS_BYTES("ñ", add_special_tokens=False).input_ids
-    assert [token_text(token_id, IS_BYTES) for token_id in token_ids] == ["Ã", "±"]
-    llama = TOKENIZERS["llama"]
-    assert token_text(llama.convert_tokens_to_ids("<0xE2>"), llama) == "<0xE2>"
-
-
-def test_special_tokens_have_names_and_tokens_beyond_the_vocabulary_have_none():
-    assert [token_text(token_id, IS_BYTES) for token_id in (1, len(IS_BYTES), 10**6)] == ["<eos>", "", ""]
-    assert token_text(5, None) is None

@@ -24,7 +24,7 @@ from engines import (
 )
 from tiny_models import hf_generate, tiny_model
 
-from flex_nano_vllm import Inference, SamplingParams, inference, sampling
+from flex_nano_vllm import Inference, SamplingParams, answers, inference, sampling
 from flex_nano_vllm.attention import PagedKVCache
 from flex_nano_vllm.exactness import greedy_under_preemption
 from flex_nano_vllm.page_table import PageTable
@@ -88,8 +88,8 @@ SEAMS = [
     (Scheduler, "commit", 4),
     (Scheduler, "_release", 1),  # a preemption
     (Scheduler, "_release", 3),
-    (TOKENIZER, "decode", 1),
-    (TOKENIZER, "decode", 2),
+    (answers, "text_of", 1),
+    (answers, "text_of", 2),
     (inference.tqdm, "update", 1),
 ]
 
@@ -196,7 +196,7 @@ def test_requests_of_a_failed_step_can_be_aborted(tight_engine, expected_texts, 
 def test_a_text_that_cannot_be_decoded_loses_no_request(tight_engine, expected_texts, monkeypatch):
     """The contract of run_one_step: "if it raises, nothing has moved: the step can be run again"."""
     ids = add_texts(tight_engine)
-    raise_at_call(monkeypatch, TOKENIZER, "decode", 1, OverflowError)
+    raise_at_call(monkeypatch, answers, "text_of", 1, OverflowError)
     with pytest.raises(OverflowError, match="injected"):
         drain(tight_engine)
     monkeypatch.undo()
@@ -209,7 +209,7 @@ def test_a_text_that_cannot_be_decoded_loses_no_request(tight_engine, expected_t
 def test_an_abort_whose_text_cannot_be_decoded_gives_the_pages_back(tight_engine, monkeypatch):
     request_id = tight_engine.add_request("abc", greedy(5))
     tight_engine.run_one_step()
-    raise_at_call(monkeypatch, TOKENIZER, "decode", 1, OverflowError)
+    raise_at_call(monkeypatch, answers, "text_of", 1, OverflowError)
     with pytest.raises(OverflowError, match="injected"):
         tight_engine.abort(request_id)
     assert_empty(tight_engine)

@@ -22,7 +22,7 @@ def folder(tmp_path):
 
 def change_config(folder, **changes):
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
 
 
 def test_a_saved_model_answers_as_it_did(folder):
@@ -35,7 +35,7 @@ def test_a_saved_model_answers_as_it_did(folder):
 def test_code_that_comes_with_a_model_is_refused_and_not_run(folder, model_type, monkeypatch):
     """transformers would ask on the terminal whether to run it, and go by the answer."""
     canary = folder / "canary"
-    (folder / "code.py").write_text(f"open({str(canary)!r}, 'w')")
+    (folder / "code.py").write_text(f"open({str(canary)!r}, 'w')", encoding="utf-8")
     auto_map = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
     change_config(folder, model_type=model_type, auto_map=auto_map)
     monkeypatch.setattr("builtins.input", lambda *_: "y")

@@ -8,7 +8,7 @@ NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "tour.ipynb"
 
 def test_every_cell_prints_what_the_notebook_shows(capsys):
     namespace = {}
-    for cell in json.loads(NOTEBOOK.read_text())["cells"]:
+    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
         if cell["cell_type"] == "code":
             exec(compile("".join(cell["source"]), "tour.ipynb", "exec"), namespace)
             assert capsys.readouterr().out == "".join(line for output in cell["outputs"] for line in output["text"])

@@ -20,7 +20,8 @@ from serving import MODEL, new_engine, serving
 ABSENT = """tools tool_choice functions function_call modalities audio prediction web_search_options reasoning_effort
     chat_template chat_template_kwargs best_of suffix""".split()
 OPERATIONS = {
-    *[("post", path) for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")],
+    *[("post", path) for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses")],
+    *[("post", path) for path in ("/tokenize", "/detokenize")],
     *[("get", path) for path in ("/v1/models", "/v1/models/{name}", "/health", "/metrics", "/version", "/state")],
 }
 # What nobody would guess.
@@ -28,6 +29,7 @@ FIELDS = {
     "/v1/completions": dict(model=MODEL, prompt="a", logit_bias=None) | dict.fromkeys(ABSENT),
     "/v1/chat/completions": dict(model=MODEL, messages=[{"role": "user", "content": "a"}], logit_bias=None)
     | dict.fromkeys(ABSENT),
+    "/v1/responses": dict(model=MODEL, input="a", logit_bias=None) | dict.fromkeys(ABSENT),
     "/tokenize": dict(model=MODEL),
     "/detokenize": dict(model=MODEL),
 }
@@ -71,7 +73,7 @@ def test_the_description_is_a_valid_document_of_all_that_is_offered(description,
 def test_the_description_says_what_an_error_looks_like(description):
     for path, methods in description["paths"].items():
         for operation in methods.values():
-            for status in ("400", "401", "404", "413", "429", "500", "503"):
+            for status in ("400", "401", "404", "413", "415", "429", "500", "503"):
                 content = operation["responses"][status]["content"]["application/json"]
                 assert content["schema"]["$ref"].endswith("/ErrorResponse"), path
 

@@ -11,7 +11,19 @@ PACKAGE = Path(flex_nano_vllm.__file__).parent
 # Whoever stands further right may import whoever stands further left, never the other way round.
 ORDER = [
     ["metrics", "masks", "workload", "tasks", "random_models", "sampling_params", "plots", "geometry", "prefix_cache"],
-    ["transfer", "detokenizer", "grammar", "chat", "loading", "outputs", "report", "penalties"],
+    [
+        "transfer",
+        "vocabulary",
+        "generation_defaults",
+        "weights",
+        "grammar",
+        "loading",
+        "outputs",
+        "report",
+        "penalties",
+    ],
+    ["detokenizer"],
+    ["chat"],
     ["sequence", "page_table", "sampler"],
     ["kv_manager", "answers", "intake"],
     ["scheduler", "cascade"],
@@ -23,8 +35,10 @@ ORDER = [
     ["inference", "crossover"],
     ["exactness", "async_inference", "llm"],
     ["__init__"],
-    ["baselines", "overhead", "savings", "protocol", "bench", "api_errors", "prometheus"],
-    ["roofline", "guard"],
+    ["baselines", "overhead", "savings", "bench", "prometheus", "replies", "tools"],
+    ["roofline", "protocol"],
+    ["api_errors", "chat_turn"],
+    ["chunks", "guard", "responses"],
     ["server"],
     ["cli"],
 ]
@@ -50,7 +64,7 @@ def test_imports_point_one_way():
     rank = {name: level for level, names in enumerate(ORDER) for name in names}
     assert set(rank) == {path.stem for path in PACKAGE.glob("*.py")}
     for path in PACKAGE.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.module.startswith("flex_nano_vllm."):
                 imported = node.module.split(".")[1]
                 assert rank[imported] < rank[path.stem], f"{path.name} imports {imported}"

@@ -8,7 +8,7 @@ import pytest
 README = Path(__file__).parent.parent / "README.md"
 
 
-SNIPPETS = re.findall(r"```python\n(.*?)```\n```text\n(.*?)```", README.read_text(), re.DOTALL)
+SNIPPETS = re.findall(r"```python\n(.*?)```\n```text\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
 @pytest.mark.compiled
@@ -19,6 +19,6 @@ def test_snippet_prints_what_the_readme_shows(snippet, shown, capsys):
 
 
 def test_links_to_files_are_not_broken():
-    targets = re.findall(r"\]\(([^)#:]+)\)", README.read_text())
+    targets = re.findall(r"\]\(([^)#:]+)\)", README.read_text(encoding="utf-8"))
     assert targets
     assert [target for target in targets if not (README.parent / target).exists()] == []

@@ -55,7 +55,7 @@ def compared(tmp_path, *runs: str) -> list[list[str]]:
     files = []
     for i, run in enumerate(runs):
         files.append(tmp_path / f"{i}.log")
-        files[-1].write_text(f"some table\n{run}\n")
+        files[-1].write_text(f"some table\n{run}\n", encoding="utf-8")
     console = Console(width=200, file=io.StringIO())
     compare_runs([str(file) for file in files], console)
     rows = [line.split("│")[1:-1] for line in console.file.getvalue().splitlines() if line.startswith("│")]

@@ -78,7 +78,7 @@ def check_rating(named, context, token_id, num_top):
     best = sorted(range(VOCABULARY), key=lambda i: -logprobs[i])
     assert next(iter(named)) == token_id
     assert [i for i in named if i != token_id] == [i for i in best[:num_top] if i != token_id]
-    for i, (logprob, rank, text) in named.items():
+    for i, (logprob, rank, text, _) in named.items():
         assert logprob == pytest.approx(logprobs[i], abs=2e-6)
         assert (rank, text) == (best.index(i) + 1, None)
 

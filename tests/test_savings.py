@@ -80,7 +80,7 @@ def test_all_parts_are_measured_and_add_up(options, capsys, monkeypatch, tmp_pat
     assert peak["saved"] == pytest.approx(1 - peak["pages, all layers together"] / peak["if all layers were full"])
 
     plots = pytest.importorskip("flex_nano_vllm.plots")
-    (tmp_path / "run.json").write_text("a table\n" + line + "\n")
+    (tmp_path / "run.json").write_text("a table\n" + line + "\n", encoding="utf-8")
     plots.plot_savings([str(tmp_path / "run.json")], str(tmp_path / "run.png"))
     assert (tmp_path / "run.png").stat().st_size > 10_000
 

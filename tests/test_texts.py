@@ -75,7 +75,12 @@ def test_allowed_tokens_hold_within_a_structure(engine):
     params = structured(StructuredOutputsParams(regex="[abc]{4}"), allowed_token_ids=[B, 1])
     assert one(engine, params) == ("bbbb", 5, "stop", None)
     nothing = structured(StructuredOutputsParams(regex="[ac]{4}"), allowed_token_ids=[B, 1])
-    assert engine.generate("x", nothing, use_tqdm=False)[0].outputs[0].finish_reason == "error"
+    with pytest.raises(ValueError, match="allowed_token_ids can begin what structured_outputs"):
+        engine.generate("x", nothing, use_tqdm=False)
+    ends_soon = structured(StructuredOutputsParams(regex="b[ac]{3}"), allowed_token_ids=[B, 1])
+    (failed,) = engine.generate("x", ends_soon, use_tqdm=False)[0].outputs
+    assert (failed.text, failed.finish_reason, failed.error.param) == ("b", "error", "structured_outputs")
+    assert "allowed_token_ids continues the structure after 1 tokens" in failed.error.message
 
 
 def test_a_structure_that_has_come_to_its_end_ends_whatever_the_least_number_of_tokens(engine):

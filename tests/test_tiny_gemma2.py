@@ -96,9 +96,31 @@ def test_its_tokenizer_loses_nothing_and_its_chat_has_gemmas_form():
         "<bos><start_of_turn>user\nu<end_of_turn>\n<start_of_turn>model\na<end_of_turn>\n"
         "<start_of_turn>user\nu<end_of_turn>\n<start_of_turn>model\n"
     )
-    for roles in (["system", "user"], ["user", "user"], ["assistant"]):
-        with pytest.raises(Exception, match="turn"):
-            tokenizer().apply_chat_template([{"role": role, "content": "x"} for role in roles], tokenize=False)
+
+
+def test_its_chat_begins_its_first_user_turn_with_the_system_message_and_the_tools():
+    messages = [{"role": "system", "content": "Be brief. "}, {"role": "assistant", "content": "a"}]
+    messages += [{"role": "user", "content": "u"}, {"role": "user", "content": "v"}]
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+    assert tokenizer().apply_chat_template(messages, tools=tools, tokenize=False) == (
+        "<bos><start_of_turn>model\na<end_of_turn>\n<start_of_turn>user\nBe brief.\n\nTools:\n"
+        '{"name": "add", "parameters": {"type": "object"}}\nCall one by <tool_call>\n'
+        '{"name": ..., "arguments": ...}\n</tool_call>\n\nu<end_of_turn>\n<start_of_turn>user\nv<end_of_turn>\n'
+    )
+
+
+def test_its_chat_shows_calls_and_their_results():
+    function = {"name": "add", "arguments": {"a": "é"}}
+    messages = [
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": "x", "tool_calls": [{"function": function}]},
+    ]
+    messages.append({"role": "tool", "content": "3"})
+    assert tokenizer().apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == (
+        "<bos><start_of_turn>user\nu<end_of_turn>\n<start_of_turn>model\nx\n<tool_call>\n"
+        '{"name": "add", "arguments": {"a": "é"}}\n</tool_call><end_of_turn>\n<start_of_turn>user\n'
+        "<tool_response>\n3\n</tool_response><end_of_turn>\n<start_of_turn>model\n"
+    )
 
 
 @pytest.fixture(scope="module")

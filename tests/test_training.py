@@ -63,7 +63,7 @@ def test_from_the_command_line_to_a_model_that_answers(tmp_path, monkeypatch, ca
     monkeypatch.setattr(training, "TASKS", ["months", "sums"])
     monkeypatch.setattr(Inference, "from_pretrained", functools.partial(Inference.from_pretrained, compile=False))
     training.main()
-    shown, card = capsys.readouterr().out, (tmp_path / "README.md").read_text()
+    shown, card = capsys.readouterr().out, (tmp_path / "README.md").read_text(encoding="utf-8")
     assert all(task in shown and f"| {task} | 2 | 0 | 0 |" in card for task in training.TASKS)
     assert "Short of it:\nmonths, bare (0 of 2); months, chat (0 of 2).\n" in card
     assert "--steps 2 --tokens_per_step 400 --learning_rate 0.006 --seed 0" in card

@@ -1,0 +1,69 @@
+"""What chats and responses have in common: messages and tools become a request, its output text and calls. Knows no
+HTTP.
+"""
+
+from dataclasses import replace
+from importlib.util import find_spec
+
+from flex_nano_vllm.async_inference import Answers
+from flex_nano_vllm.grammar import json_rule
+from flex_nano_vllm.protocol import ChatCompletionRequest
+from flex_nano_vllm.replies import new_id, tool_call
+from flex_nano_vllm.sampling_params import InvalidRequestError, SamplingParams, StructuredOutputsParams
+from flex_nano_vllm.tools import MAX_CALLS, CallArguments, CallBegun, CallForm, CallParser, Piece, Said, tools_grammar
+
+
+def with_tools(params: SamplingParams, body: ChatCompletionRequest, form: CallForm) -> SamplingParams:
+    """Parameters with the grammar of valid calls, where the request or the form of the calls wants one."""
+    response_format = body.response_format
+    if response_format is not None and response_format.type == "regex" and not body.needs_call:
+        raise InvalidRequestError("response_format of type regex cannot be combined with tools", "response_format")
+    try:
+        source = response_format.json_source if response_format is not None else None
+        otherwise = None
+        if source is not None:
+            pattern = response_format.whitespace_pattern
+            otherwise = json_rule(source) if pattern is None else json_rule(source, pattern)
+        is_parallel = body.parallel_tool_calls is not False
+        grammar = tools_grammar(form, body.callable_tools, body.needs_call, is_parallel, otherwise)
+    except ValueError as error:
+        raise InvalidRequestError(f"tools: {error}", "tools") from error
+    is_needed = body.needs_call or otherwise is not None
+    if grammar is None or not (is_needed or find_spec("llguidance")):  # calls are found in any case
+        return params
+    return replace(params, structured_outputs=StructuredOutputsParams(grammar=grammar))
+
+
+class ChatTurn:
+    """The answer to a chat, as it comes."""
+
+    def __init__(self, answers: Answers, body: ChatCompletionRequest, form: CallForm):
+        self.answers, self.body, self.form = answers, body, form
+        self._parsers: dict[int, CallParser] = {}  # by choice
+
+    def pieces(self, index: int, text: str, is_complete: bool) -> list[Piece]:
+        """Text and calls in what has come to a choice."""
+        if not self.body.known_tools:
+            return [Said(text)] if text else []
+        if index not in self._parsers:
+            max_calls = 1 if self.body.parallel_tool_calls is False else MAX_CALLS
+            self._parsers[index] = CallParser(self.form, set(self.body.callable_tools), max_calls)
+        return self._parsers[index].feed(text, is_complete)
+
+    def num_calls(self, index: int) -> int:
+        """How many calls a choice has begun so far."""
+        return self._parsers[index].num_calls if index in self._parsers else 0
+
+    def message(self, index: int, text: str) -> dict:
+        """The whole message of a choice."""
+        said, calls = "", []
+        for piece in self.pieces(index, text, is_complete=True):
+            match piece:
+                case Said():
+                    said += piece.text
+                case CallBegun():
+                    calls.append(tool_call(new_id("call_"), piece.name, ""))
+                case CallArguments():
+                    calls[piece.index]["function"]["arguments"] += piece.text
+        message = dict(role="assistant", content=said if said or not calls else None, refusal=None)
+        return message | ({"tool_calls": calls} if calls else {})

@@ -1,0 +1,182 @@
+"""Completions and chats as their streams have them: chunk by chunk. Knows no engine and no HTTP."""
+
+from dataclasses import replace
+from typing import Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from flex_nano_vllm.api_errors import APIError
+from flex_nano_vllm.async_inference import Answers
+from flex_nano_vllm.chat_turn import ChatTurn
+from flex_nano_vllm.outputs import CompletionDelta, CompletionOutput, RequestOutput
+from flex_nano_vllm.protocol import ChatCompletionRequest, CompletionRequest
+from flex_nano_vllm.replies import (
+    DONE,
+    Envelope,
+    chat_logprobs,
+    completion_logprobs,
+    ending,
+    new_id,
+    server_sent_event,
+    tool_call,
+    usage,
+    usage_of,
+)
+from flex_nano_vllm.sampling_params import SamplingParams
+from flex_nano_vllm.tools import CallBegun, Piece, Said
+from flex_nano_vllm.vocabulary import OffsetCounter, TextWriter, echo, token_bytes, token_name
+
+
+class EventWriter(Protocol):
+    """Turns what a request brings into the events of its stream."""
+
+    def begin(self) -> bytes:
+        """The events before anything has come."""
+
+    def delta(self, index: int, delta: CompletionDelta) -> bytes:
+        """The events of what is new in the answer to prompt number `index`."""
+
+    def end(self, outputs: list[RequestOutput]) -> bytes:
+        """The events after the last delta."""
+
+    def fail(self, error: APIError) -> bytes:
+        """The events that end a stream whose request has failed."""
+
+
+class ChunkWriter:
+    """A stream of chunks, each of one choice, then usage if the client wants it."""
+
+    def __init__(
+        self, kind: str, prefix: str, model: str, body: CompletionRequest | ChatCompletionRequest, answers: Answers
+    ):
+        self.body, self.answers = body, answers
+        self._envelope = Envelope(kind, prefix, model)
+        self._num_generated = 0
+
+    def begin(self) -> bytes:
+        return b""
+
+    def delta(self, index: int, delta: CompletionDelta) -> bytes:
+        self._num_generated += len(delta.token_ids)
+        used = {"usage": None} if self.body.includes_usage else {}
+        if self.body.includes_usage_always:
+            used = {"usage": usage(self.answers.num_prompt_tokens, self._num_generated)}
+        chunks = [self._envelope.with_choices([choice], **used) for choice in self.choices(index, delta)]
+        return b"".join(map(server_sent_event, chunks))
+
+    def choices(self, index: int, delta: CompletionDelta) -> list[dict]:
+        """The choice of each chunk that a delta makes."""
+        raise NotImplementedError
+
+    def end(self, outputs: list[RequestOutput]) -> bytes:
+        if not self.body.includes_usage:
+            return DONE
+        return server_sent_event(self._envelope.with_choices([], usage=usage_of(outputs))) + DONE
+
+    def fail(self, error: APIError) -> bytes:
+        return error.last_events
+
+
+def shown(body: CompletionRequest, output: RequestOutput) -> RequestOutput:
+    """What of an output the answer has: nothing if the request was for no tokens."""
+    if body.max_tokens != 0:
+        return output
+    return replace(output, outputs=[without_tokens(completion) for completion in output.outputs])
+
+
+def without_tokens(item: CompletionDelta | CompletionOutput) -> CompletionDelta | CompletionOutput:
+    """What has come, without the one token that the engine generates at least."""
+    logprobs = None if item.logprobs is None else []
+    reason = item.finish_reason and "length"
+    return replace(item, text="", token_ids=[], logprobs=logprobs, finish_reason=reason, stop_reason=None)
+
+
+class CompletionText:
+    """One choice of a completion, whole or as it comes: its text and its log-probabilities, with the prompt's."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, body: CompletionRequest, params: SamplingParams, output: RequestOutput
+    ):
+        self._output, self._echoes, self._is_first = output, bool(body.echo), True
+        skip, prompt = params.skip_special_tokens, output.prompt_token_ids
+        self._echo, self._offsets = echo(tokenizer, output.prompt, prompt, skip) if body.echo else ("", [])
+        writer = TextWriter(tokenizer, skip, prompt, has_own_start=params.structured_outputs is not None)
+        self._counter = OffsetCounter(writer, len(self._echo))
+        first = token_bytes(tokenizer, prompt[0], skip_special_tokens=False, begins_text=True)
+        self._first_name = token_name(first)
+
+    def choice(self, new: CompletionOutput | CompletionDelta) -> dict:
+        """Text and log-probabilities of what is new."""
+        text, token_ids, rated = new.text, new.token_ids, new.logprobs
+        offsets = self._counter.take(token_ids) if rated is not None else []
+        if self._is_first and self._echoes:
+            text = self._echo + text
+            if rated is not None:
+                token_ids = self._output.prompt_token_ids + token_ids
+                rated = self._output.prompt_logprobs + rated
+                offsets = self._offsets + offsets
+        self._is_first = False
+        logprobs = None if rated is None else completion_logprobs(token_ids, rated, offsets, self._first_name)
+        return dict(text=text, logprobs=logprobs) | ending(new)
+
+
+class CompletionChunks(ChunkWriter):
+    """The stream of `/v1/completions`."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        model: str,
+        body: CompletionRequest,
+        params: SamplingParams,
+        answers: Answers,
+    ):
+        super().__init__("text_completion", "cmpl-", model, body, answers)
+        self.tokenizer, self.params = tokenizer, params
+        self._texts: dict[int, CompletionText] = {}  # by choice
+
+    def delta(self, index: int, delta: CompletionDelta) -> bytes:
+        return super().delta(index, without_tokens(delta) if self.body.max_tokens == 0 else delta)
+
+    def choices(self, index: int, delta: CompletionDelta) -> list[dict]:
+        number = index * self.params.n + delta.index
+        if number not in self._texts:
+            output = self.answers.so_far(index)
+            self._texts[number] = CompletionText(self.tokenizer, self.body, self.params, output)
+        return [dict(index=number) | self._texts[number].choice(delta)]
+
+    def end(self, outputs: list[RequestOutput]) -> bytes:
+        return super().end([shown(self.body, output) for output in outputs])
+
+
+class ChatChunks(ChunkWriter):
+    """The stream of `/v1/chat/completions`."""
+
+    def __init__(self, model: str, turn: ChatTurn):
+        super().__init__("chat.completion.chunk", "chatcmpl-", model, turn.body, turn.answers)
+        self.turn = turn
+        self._begun: set[int] = set()
+
+    def choices(self, index: int, delta: CompletionDelta) -> list[dict]:
+        pieces = self.turn.pieces(delta.index, delta.text, delta.finish_reason is not None)
+        contents = [_content(piece) for piece in pieces]
+        if delta.index not in self._begun:
+            self._begun.add(delta.index)
+            contents.insert(0, {"role": "assistant", "content": ""})
+        logprobs = None
+        if delta.logprobs is not None:
+            content = chat_logprobs(delta.token_ids, delta.logprobs, self.turn.body.num_top)
+            logprobs = dict(content=content, refusal=None) if content else None
+        if logprobs or delta.finish_reason or not contents:
+            contents += [{}] if not contents or "role" in contents[-1] else []
+        choices = [dict(index=delta.index, delta=content, logprobs=None, finish_reason=None) for content in contents]
+        choices[-1] |= {"logprobs": logprobs} | ending(delta, self.turn.num_calls(delta.index))
+        return choices
+
+
+def _content(piece: Piece) -> dict:
+    if isinstance(piece, Said):
+        return {"content": piece.text}
+    if isinstance(piece, CallBegun):
+        return {"tool_calls": [{"index": piece.index} | tool_call(new_id("call_"), piece.name, "")]}
+    return {"tool_calls": [{"index": piece.index, "function": {"arguments": piece.text}}]}

@@ -1,0 +1,225 @@
+"""The shapes of the OpenAI API's answers. Knows no engine and no HTTP.
+
+The classes describe the answers in /openapi.json; the functions make them, as plain dicts.
+"""
+
+import json
+import time
+import uuid
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from flex_nano_vllm import __version__
+from flex_nano_vllm.outputs import CompletionDelta, CompletionOutput, Logprob, RequestOutput
+
+FINGERPRINT = f"flex-nano-vllm-{__version__}"
+
+
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class Reply(BaseModel):
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    usage: Usage
+
+
+class CompletionLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Literal["stop", "length"]
+    stop_reason: int | str | None
+
+
+class Completion(Reply):
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
+
+
+class TokenLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class RatedToken(TokenLogprob):
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[RatedToken]
+    refusal: None
+
+
+class FunctionCall(BaseModel):
+    name: str
+    arguments: str
+
+
+class MessageToolCall(BaseModel):
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
+class AssistantMessage(BaseModel):
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None
+    tool_calls: list[MessageToolCall] = []
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length", "tool_calls"]
+    stop_reason: int | str | None
+
+
+class ChatCompletion(Reply):
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+
+
+class ServedModel(BaseModel):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    object: Literal["list"]
+    data: list[ServedModel]
+
+
+class Tokens(BaseModel):
+    tokens: list[int]
+    count: int
+    max_model_len: int
+
+
+class Detokenized(BaseModel):
+    prompt: str
+
+
+class Error(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | int | None = None
+
+
+class ErrorResponse(BaseModel):
+    error: Error
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}{uuid.uuid4().hex}"
+
+
+class Envelope:
+    """What an answer, or every chunk of one, has around its choices."""
+
+    def __init__(self, kind: str, prefix: str, model: str):
+        self.fields = dict(id=new_id(prefix), object=kind, created=int(time.time()), model=model)
+        self.fields["system_fingerprint"] = FINGERPRINT
+
+    def with_choices(self, choices: list[dict], **usage: dict | None) -> dict:
+        return self.fields | {"choices": choices} | usage
+
+
+def usage_of(outputs: list[RequestOutput]) -> dict:
+    """Tokens of all requests and samples; a prompt counts once."""
+    num_prompt = sum(len(output.prompt_token_ids) for output in outputs)
+    num_generated = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
+    return usage(num_prompt, num_generated, sum(output.num_cached_tokens for output in outputs))
+
+
+def usage(num_prompt: int, num_generated: int, num_cached: int = 0) -> dict:
+    return dict(
+        prompt_tokens=num_prompt,
+        completion_tokens=num_generated,
+        total_tokens=num_prompt + num_generated,
+        prompt_tokens_details={"cached_tokens": num_cached},
+    )
+
+
+def ending(completion: CompletionOutput | CompletionDelta, num_calls: int = 0) -> dict:
+    """How a choice has ended; None while it has not."""
+    reason = completion.finish_reason
+    return dict(
+        finish_reason="tool_calls" if reason == "stop" and num_calls else reason, stop_reason=completion.stop_reason
+    )
+
+
+def completion_logprobs(
+    token_ids: list[int], rated: list[dict[int, Logprob] | None], offsets: list[int], first_name: str | None = None
+) -> dict:
+    """The four lists of the older API.
+
+    Args:
+        offsets: of the tokens in the whole text.
+        first_name: of a token that is not rated because none precedes it.
+    """
+    tokens, logprobs, top = [], [], []
+    for token_id, entry in zip(token_ids, rated):
+        tokens.append(first_name if entry is None else entry[token_id].decoded_token)
+        logprobs.append(None if entry is None else _finite(entry[token_id].logprob))
+        by_name: dict[str, float] = {}
+        for other in entry.values() if entry is not None else ():  # of two with one name the more likely
+            by_name.setdefault(other.decoded_token, _finite(other.logprob))
+        top.append(None if entry is None else by_name)
+    return dict(tokens=tokens, token_logprobs=logprobs, top_logprobs=top, text_offset=offsets)
+
+
+def chat_logprobs(token_ids: list[int], rated: list[dict[int, Logprob]], num_top: int) -> list[dict]:
+    """A list of tokens, each with the `num_top` most likely ones in its place."""
+    content = []
+    for token_id, entry in zip(token_ids, rated):
+        likely = sorted((other for other in entry.values() if other.rank <= num_top), key=lambda other: other.rank)
+        content.append(_chat_logprob(entry[token_id]) | {"top_logprobs": [_chat_logprob(other) for other in likely]})
+    return content
+
+
+def _chat_logprob(logprob: Logprob) -> dict:
+    return dict(token=logprob.decoded_token, logprob=_finite(logprob.logprob), bytes=list(logprob.token_bytes or b""))
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity; vLLM has this number in its place."""
+    return max(logprob, -9999.0)
+
+
+def tool_call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
+    return dict(id=call_id, type="function", function=dict(name=name, arguments=arguments))
+
+
+DONE = b"data: [DONE]\n\n"  # the last event of every stream
+
+
+def server_sent_event(data: dict, name: str | None = None) -> bytes:
+    """In ASCII: some clients cut lines at any of Unicode's line breaks."""
+    head = f"event: {name}\n" if name else ""
+    return f"{head}data: {json.dumps(data, separators=(',', ':'))}\n\n".encode()

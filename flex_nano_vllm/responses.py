@@ -1,0 +1,353 @@
+"""OpenAI's newer API, `/v1/responses`, as chats: its requests become a chat's, and the answer becomes items and events.
+Nothing is stored, so a conversation is sent whole each time. Knows no engine and no HTTP.
+"""
+
+import time
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, model_validator
+
+from flex_nano_vllm.api_errors import APIError
+from flex_nano_vllm.chat_turn import ChatTurn
+from flex_nano_vllm.outputs import CompletionDelta, RequestOutput
+from flex_nano_vllm.protocol import (
+    MAX_MESSAGES,
+    MAX_PARTS,
+    ChatCompletionRequest,
+    Closed,
+    GenerationRequest,
+    Name,
+    Strict,
+    Text,
+    unsupported,
+)
+from flex_nano_vllm.replies import DONE, chat_logprobs, new_id, server_sent_event
+from flex_nano_vllm.sampling_params import MAX_LOGPROBS
+from flex_nano_vllm.tools import MAX_TOOLS, CallArguments, CallBegun, Said
+
+# What a response calls the parameters of a chat.
+API_NAMES = {
+    "messages": "input",
+    "prompt": "input",
+    "max_tokens": "max_output_tokens",
+    "structured_outputs": "text",
+    "response_format": "text",
+    "logprobs": "top_logprobs",
+}
+LOGPROBS = "message.output_text.logprobs"  # what `include` asks for them by
+
+
+class InputPart(Strict):
+    type: Literal["input_text", "output_text", "text", "refusal"]
+    text: Text | None = None
+    refusal: Text | None = None
+
+    @property
+    def content(self) -> str | None:
+        return self.refusal if self.type == "refusal" else self.text
+
+    @model_validator(mode="after")
+    def _check_content(self):
+        if self.content is None:
+            raise ValueError(f"a content part of type {self.type} has no text")
+        return self
+
+
+Parts = Annotated[list[InputPart], Field(fail_fast=True, max_length=MAX_PARTS)]
+
+
+class InputMessage(Strict):
+    type: Literal["message"] = "message"
+    role: Literal["user", "assistant", "system", "developer"]
+    content: Text | Parts
+
+
+class InputCall(Strict):
+    type: Literal["function_call"]
+    call_id: Text
+    name: Text
+    arguments: Text
+
+
+class InputResult(Strict):
+    type: Literal["function_call_output"]
+    call_id: Text
+    output: Text | Parts
+
+
+class InputReasoning(Strict):
+    """Of another model; left out."""
+
+    type: Literal["reasoning"]
+
+
+InputItem = InputMessage | InputCall | InputResult | InputReasoning
+
+
+class TextFormat(Closed):
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class TextOptions(Strict):
+    format: TextFormat | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None  # of models that know it
+
+
+class FlatTool(Closed):
+    type: Literal["function"]
+    name: Name
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class FlatToolName(Strict):
+    type: Literal["function"]
+    name: Name
+
+
+class ResponsesRequest(GenerationRequest):
+    input: Text | Annotated[list[InputItem], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
+    instructions: Text | None = None
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    text: TextOptions | None = None
+    tools: Annotated[list[FlatTool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | FlatToolName | None = None
+    parallel_tool_calls: bool | None = None
+    metadata: dict[str, str] | None = None
+    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
+    reasoning: dict[str, Any] | None = None  # of models that reason
+    store: bool | None = None  # the answer says that it is not stored
+    n: unsupported(1) = None
+    response_format: unsupported() = None  # `text.format` is
+    previous_response_id: unsupported() = None  # nothing is stored
+    conversation: unsupported() = None
+    background: unsupported(False) = None
+    truncation: unsupported("disabled") = None
+    max_tool_calls: unsupported() = None
+    prompt: unsupported() = None
+
+    def to_chat(self) -> ChatCompletionRequest:
+        """The chat that asks for the same. Raises pydantic's ValidationError for what a chat may not be."""
+        fields = self.model_dump(include=set(GenerationRequest.model_fields), exclude_none=True, by_alias=True)
+        fields |= dict(messages=self.messages, max_tokens=self.max_output_tokens)
+        fields["parallel_tool_calls"] = self.parallel_tool_calls
+        if self.top_logprobs or LOGPROBS in (self.include or ()):
+            fields |= dict(logprobs=True, top_logprobs=self.top_logprobs or 0)
+        if self.text is not None and self.text.format is not None:
+            form = self.text.format.model_dump(by_alias=True, exclude_none=True)
+            kind = form.pop("type")
+            fields["response_format"] = {"type": kind} | ({"json_schema": form} if kind == "json_schema" else {})
+        if self.tools:
+            tools = [tool.model_dump(exclude={"type"}, exclude_none=True) for tool in self.tools]
+            fields["tools"] = [{"type": "function", "function": tool} for tool in tools]
+        choice = self.tool_choice
+        named = isinstance(choice, FlatToolName)
+        fields["tool_choice"] = {"type": "function", "function": {"name": choice.name}} if named else choice
+        return ChatCompletionRequest.model_validate(fields)
+
+    @property
+    def messages(self) -> list[dict]:
+        """The conversation as a chat has it: calls are part of the assistant's message before them."""
+        messages: list[dict] = []
+        if self.instructions is not None:
+            messages.append({"role": "system", "content": self.instructions})
+        items = [InputMessage(role="user", content=self.input)] if isinstance(self.input, str) else self.input
+        for item in items:
+            match item:
+                case InputMessage():
+                    messages.append({"role": item.role, "content": _text(item.content)})
+                case InputCall():
+                    if not messages or messages[-1]["role"] != "assistant":
+                        messages.append({"role": "assistant", "content": ""})
+                    call = {"id": item.call_id, "function": {"name": item.name, "arguments": item.arguments}}
+                    messages[-1].setdefault("tool_calls", []).append(call)
+                case InputResult():
+                    messages.append({"role": "tool", "content": _text(item.output), "tool_call_id": item.call_id})
+        return messages
+
+
+def _text(content: str | list[InputPart]) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(part.content for part in content)
+
+
+class Response(BaseModel):
+    """What `/v1/responses` answers, as far as it is not an echo of the request."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["completed", "incomplete", "in_progress"]
+    model: str
+    output: list[dict[str, Any]]
+    usage: dict[str, Any] | None
+
+
+class ResponseWriter:
+    """One response: the events of its stream, and the whole of it, which the last event holds.
+
+    Args:
+        defaults: temperature and top_p where the request has none.
+    """
+
+    def __init__(self, body: ResponsesRequest, turn: ChatTurn, model: str, defaults: dict[str, Any]):
+        self.body, self.turn = body, turn
+        choice, text = body.tool_choice or "auto", body.text or TextOptions()
+        form = {"type": "text"} if text.format is None else text.format.model_dump(by_alias=True, exclude_none=True)
+        if form["type"] == "json_schema":
+            form = {"description": None, "strict": None} | form
+        self.response: dict[str, Any] = dict(
+            id=new_id("resp_"),
+            object="response",
+            created_at=int(time.time()),
+            status="in_progress",
+            model=model,
+            output=[],
+            usage=None,
+            error=None,
+            incomplete_details=None,
+            completed_at=None,
+            instructions=body.instructions,
+            max_output_tokens=body.max_output_tokens,
+            max_tool_calls=None,
+            metadata=body.metadata or {},
+            parallel_tool_calls=body.parallel_tool_calls is not False,
+            previous_response_id=None,
+            prompt_cache_key=None,
+            reasoning={"effort": None, "summary": None},
+            safety_identifier=None,
+            service_tier="default",
+            store=False,
+            background=False,
+            temperature=defaults.get("temperature", 1.0) if body.temperature is None else body.temperature,
+            top_p=defaults.get("top_p", 1.0) if body.top_p is None else body.top_p,
+            presence_penalty=body.presence_penalty or 0.0,
+            frequency_penalty=body.frequency_penalty or 0.0,
+            top_logprobs=body.top_logprobs or 0,
+            text={"format": form} | ({"verbosity": text.verbosity} if text.verbosity else {}),
+            tool_choice=choice if isinstance(choice, str) else choice.model_dump(),
+            tools=[tool.model_dump() for tool in body.tools or ()],
+            truncation="disabled",
+        )
+        self._item: dict[str, Any] | None = None  # that is being written
+        self._num_events = 0
+
+    def begin(self) -> bytes:
+        return self._event("response.created", response=self.response) + self._event(
+            "response.in_progress", response=self.response
+        )
+
+    def delta(self, index: int, delta: CompletionDelta) -> bytes:
+        logprobs = []
+        if delta.logprobs is not None:
+            logprobs = chat_logprobs(delta.token_ids, delta.logprobs, self.turn.body.num_top)
+        return self._take(delta.text, delta.finish_reason, logprobs)
+
+    def whole(self, output: RequestOutput) -> dict:
+        """The response to a request that was not streamed."""
+        (completion,) = output.outputs
+        logprobs = []
+        if completion.logprobs is not None:
+            logprobs = chat_logprobs(completion.token_ids, completion.logprobs, self.turn.body.num_top)
+        self._take(completion.text, completion.finish_reason, logprobs)
+        self.end([output])
+        return self.response
+
+    def end(self, outputs: list[RequestOutput]) -> bytes:
+        (output,) = outputs
+        events = self._close("completed")
+        num_prompt, num_generated = len(output.prompt_token_ids), len(output.outputs[0].token_ids)
+        self.response["usage"] = dict(
+            input_tokens=num_prompt,
+            input_tokens_details={"cached_tokens": output.num_cached_tokens, "cache_write_tokens": 0},
+            output_tokens=num_generated,
+            output_tokens_details={"reasoning_tokens": 0},
+            total_tokens=num_prompt + num_generated,
+        )
+        self.response["completed_at"] = int(time.time())
+        if self.response["status"] == "in_progress":
+            self.response["status"] = "completed"
+        return events + self._event(f"response.{self.response['status']}", response=self.response) + DONE
+
+    def fail(self, error: APIError) -> bytes:
+        details = error.body["error"]
+        return self._event("error", **details | {"type": "error"}, error=details) + DONE
+
+    def _take(self, text: str, finish_reason: str | None, logprobs: list[dict]) -> bytes:
+        """The events of more text, and of the end if it has come. Log-probabilities go with the text."""
+        events = b""
+        for piece in self.turn.pieces(0, text, finish_reason is not None):
+            match piece:
+                case Said():
+                    if self._item is None or self._item["type"] != "message":
+                        events += self._close("completed") + self._open_message()
+                    events += self._say(piece.text, logprobs)
+                    logprobs = []
+                case CallBegun():
+                    events += self._close("completed") + self._open_call(piece.name)
+                case CallArguments():
+                    self._item["arguments"] += piece.text
+                    events += self._item_event("response.function_call_arguments.delta", delta=piece.text)
+        if finish_reason is not None:
+            if not self.response["output"] and self._item is None:  # an answer of no text is one
+                events += self._open_message()
+            if finish_reason in ("length", "abort"):
+                self.response |= dict(status="incomplete", incomplete_details={"reason": "max_output_tokens"})
+            events += self._close(self.response["status"])
+        return events
+
+    def _open_message(self) -> bytes:
+        part = dict(type="output_text", text="", annotations=[], logprobs=[])
+        self._item = dict(type="message", id=new_id("msg_"), status="in_progress", role="assistant", content=[])
+        events = self._event("response.output_item.added", output_index=self._index, item=self._item)
+        events += self._item_event("response.content_part.added", content_index=0, part=part)
+        self._item["content"].append(part)
+        return events
+
+    def _say(self, text: str, logprobs: list[dict]) -> bytes:
+        (part,) = self._item["content"]
+        part["text"] += text
+        part["logprobs"] += logprobs
+        return self._item_event("response.output_text.delta", content_index=0, delta=text, logprobs=logprobs)
+
+    def _open_call(self, name: str) -> bytes:
+        ids = dict(id=new_id("fc_"), call_id=new_id("call_"))
+        self._item = dict(type="function_call", **ids, name=name, arguments="", status="in_progress")
+        return self._event("response.output_item.added", output_index=self._index, item=self._item)
+
+    def _close(self, status: str) -> bytes:
+        """End the item that is being written, if there is one."""
+        if self._item is None:
+            return b""
+        if self._item["type"] == "message":
+            (part,) = self._item["content"]
+            events = self._item_event(
+                "response.output_text.done", content_index=0, text=part["text"], logprobs=part["logprobs"]
+            )
+            events += self._item_event("response.content_part.done", content_index=0, part=part)
+        else:
+            arguments, name = self._item["arguments"], self._item["name"]
+            events = self._item_event("response.function_call_arguments.done", arguments=arguments, name=name)
+        self._item["status"] = "completed" if status == "in_progress" else status
+        events += self._event("response.output_item.done", output_index=self._index, item=self._item)
+        self.response["output"].append(self._item)
+        self._item = None
+        return events
+
+    @property
+    def _index(self) -> int:
+        return len(self.response["output"])
+
+    def _item_event(self, name: str, **fields: Any) -> bytes:
+        return self._event(name, item_id=self._item["id"], output_index=self._index, **fields)
+
+    def _event(self, name: str, **fields: Any) -> bytes:
+        self._num_events += 1
+        return server_sent_event({"type": name, "sequence_number": self._num_events - 1} | fields, name)

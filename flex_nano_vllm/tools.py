@@ -1,0 +1,240 @@
+"""Tool calls: how models write them, the grammar of a valid one, and how to find them in an output. Knows no HTTP.
+
+tools ─► the model's chat template ─► the model writes   <tool_call>
+      ─► a grammar of valid calls                        {"name": "add", "arguments": {"a": 1, "b": 2}}
+                                                         </tool_call>
+CallParser ─► CallBegun(0, "add"), CallArguments(0, '{"a": 1, "b": 2}')
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from flex_nano_vllm.grammar import MAX_SCHEMA_BYTES, json_rule
+
+MAX_CALLS = 16  # in one answer
+MAX_TOOLS = 128  # OpenAI's limit
+
+
+@dataclass(frozen=True)
+class CallForm:
+    """How a family of models writes calls."""
+
+    marker: str  # what a chat template of the family contains
+    begin: str  # of each call
+    end: str
+    opening: str  # before the first call
+    between: str
+    closing: str
+    arguments: str  # the key of a call's arguments
+
+
+# The first whose marker is in the chat template.
+CALL_FORMS = (
+    CallForm("<tool_call>", "<tool_call>\n", "\n</tool_call>", "", "\n", "", "arguments"),  # Hermes, Qwen, tiny-gemma2
+    CallForm("[TOOL_CALLS]", "", "", "[", ", ", "]", "arguments"),  # Mistral; the marker is a special token
+    CallForm("", "", "", "", "; ", "", "parameters"),  # Llama 3
+)
+
+
+def call_form(chat_template: str) -> CallForm:
+    """The form of the model that a chat template belongs to."""
+    return next(form for form in CALL_FORMS if form.marker in chat_template)
+
+
+def tools_grammar(
+    form: CallForm, tools: dict[str, dict], is_required: bool, is_parallel: bool, otherwise: str | None = None
+) -> str | None:
+    """The grammar of outputs whose calls are valid, in llguidance's Lark.
+
+    Args:
+        tools: JSON schemas of the arguments, by the names of the tools.
+        is_required: the output is one call or more. Otherwise it may be text, with calls where the model begins one;
+            None if calls begin with no sign of their own, so that text cannot be told from a call that is not valid.
+        is_parallel: more than one call may come.
+        otherwise: the right side of a rule for an output without calls, instead of any text.
+    Raises:
+        ValueError: for a schema that is malformed or too large, alone or together with the other ones.
+    """
+    if not is_required and not form.begin and otherwise is None:
+        return None
+    rules = []
+    for i, (name, schema) in enumerate(tools.items()):
+        head = f'{{"name": {json.dumps(name)}, "{form.arguments}": '
+        try:
+            rules += [f'tool_{i}: {json.dumps(head)} arguments_{i} "}}"', f"arguments_{i}: {json_rule(schema)}"]
+        except ValueError as error:
+            raise ValueError(f"the parameters of {name}: {error}") from error
+    size = sum(len(rule.encode()) for rule in rules)
+    if size > MAX_SCHEMA_BYTES:
+        raise ValueError(f"the schemas of all tools have {size} bytes, more than the {MAX_SCHEMA_BYTES} allowed")
+    rules.append(f"tool: {' | '.join(f'tool_{i}' for i in range(len(tools)))}")
+    begin, end, opening, between, closing = map(
+        _quoted, (form.begin, form.end, form.opening, form.between, form.closing)
+    )
+    rules.append(f"call: {begin} tool {end}")
+    more = f"({between} call){{0,{MAX_CALLS - 1}}}" if is_parallel else ""
+    calls = f"{opening} call {more} {closing}"
+    if is_required:
+        return "\n".join([f"start: {calls}", *rules])
+    if otherwise is not None:
+        return "\n".join([f"start: {calls} | otherwise", f"otherwise: {otherwise}", *rules])
+    # Lazy: as soon as a call begins, there is no way back to text.
+    start = "start: TEXT | text_and_begin tool_and_end"
+    rules += [
+        f"text_and_begin[lazy]: TEXT {begin}",
+        f"tool_and_end: tool {end} {more}",
+        r"TEXT: /(.|\n)*/",
+    ]
+    return "\n".join([start, *rules])
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text) if text else ""
+
+
+class Said(NamedTuple):
+    """Text of an answer that is no part of a call."""
+
+    text: str
+
+
+class CallBegun(NamedTuple):
+    """The name of call number `index` of an answer."""
+
+    index: int
+    name: str
+
+
+class CallArguments(NamedTuple):
+    """A piece of the JSON of the arguments of call number `index`."""
+
+    index: int
+    text: str
+
+
+Piece = Said | CallBegun | CallArguments
+
+# What comes before the arguments of a call. Llama writes a type at times, and takes either key.
+_HEAD = re.compile(
+    r'\s*\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"(?P<name>[^"\\]*)"\s*,'
+    r'\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
+)
+MAX_HEAD_LEN = 256  # characters: what has no head of a call in them is text
+
+
+class CallParser:
+    """Finds the calls of known tools in an output, in whatever pieces the text comes.
+
+    What only looks like a call stays text: an unknown name, JSON without a name. White space around calls is dropped.
+    """
+
+    def __init__(self, form: CallForm, names: set[str], max_calls: int = MAX_CALLS):
+        self.form, self.names, self.max_calls = form, names, max_calls
+        self.num_calls = 0
+        self._begin, self._end = form.begin.strip(), form.end.strip()
+        self._take = self._text  # what the next characters are part of
+        self._buffer = ""
+        self._has_said = False
+        self._depth, self._in_string, self._is_escaped = 0, False, False  # in the arguments
+
+    def feed(self, text: str, is_complete: bool = False) -> list[Piece]:
+        """The pieces that are certain with more text. `is_complete`: nothing follows."""
+        self._buffer += text
+        pieces: list[Piece] = []
+        while True:
+            before = self._take, len(self._buffer)
+            pieces += self._take(is_complete)
+            if (self._take, len(self._buffer)) == before:
+                return _joined(pieces)
+
+    def _text(self, is_complete: bool) -> list[Piece]:
+        if self._begin:
+            start = self._buffer.find(self._begin)
+            if start >= 0:
+                self._take, certain = self._head, len(self._buffer[:start].rstrip())
+                return self._say(self._buffer[:certain], certain)
+            certain = len(self._buffer) - _overlap(self._buffer, self._begin)
+        else:  # calls are all that an output has
+            if self._buffer.lstrip()[:1] in ("{", "[") and not self._has_said:
+                self._take = self._head
+                return []
+            certain = len(self._buffer)
+        if is_complete:
+            certain = len(self._buffer)
+            return self._say("" if self.num_calls and self._buffer.isspace() else self._buffer, certain)
+        certain = len(self._buffer[:certain].rstrip())  # a call may follow
+        return self._say(self._buffer[:certain], certain)
+
+    def _head(self, is_complete: bool) -> list[Piece]:
+        sign = re.match(rf"\s*{re.escape(self._begin)}" if self._begin else r"[\s\[]*", self._buffer)
+        match = _HEAD.match(self._buffer, sign.end())
+        if match and match["name"] in self.names and self.num_calls < self.max_calls:
+            self._take, self._buffer = self._arguments, self._buffer[match.end() :]
+            self.num_calls += 1
+            return [CallBegun(self.num_calls - 1, match["name"])]
+        if match or is_complete or len(self._buffer) - sign.end() > MAX_HEAD_LEN:
+            self._take, length = self._text, max(1, sign.end())
+            return self._say(self._buffer[:length], length)
+        return []
+
+    def _arguments(self, is_complete: bool) -> list[Piece]:
+        num_taken = 0
+        for char in self._buffer:
+            num_taken += 1
+            if self._is_escaped:
+                self._is_escaped = False
+            elif self._in_string:
+                self._is_escaped, self._in_string = char == "\\", char != '"'
+            elif char == '"':
+                self._in_string = True
+            elif char in "{[":
+                self._depth += 1
+            elif char in "}]":
+                self._depth -= 1
+                if self._depth == 0:
+                    self._take = self._tail
+                    break
+        piece, self._buffer = self._buffer[:num_taken], self._buffer[num_taken:]
+        return [CallArguments(self.num_calls - 1, piece)] if piece else []
+
+    def _tail(self, is_complete: bool) -> list[Piece]:
+        separator = "" if self._begin else r"[;,\]]?\s*"
+        match = re.match(rf"\s*\}}\s*{re.escape(self._end)}\s*{separator}", self._buffer)
+        if match and (match.end() < len(self._buffer) or is_complete):
+            self._take, self._buffer = self._text, self._buffer[match.end() :]
+        elif is_complete and f"}}\n{self._end}".startswith(self._buffer.strip()):  # cut off
+            self._take, self._buffer = self._text, ""
+        elif is_complete or len(self._buffer) > MAX_HEAD_LEN:  # something else than the end of a call
+            self._take = self._text
+        return []
+
+    def _say(self, text: str, length: int) -> list[Piece]:
+        """Take `length` characters from the buffer, and say `text` of them."""
+        self._buffer = self._buffer[length:]
+        self._has_said |= bool(text.strip())
+        return [Said(text)] if text else []
+
+
+def _overlap(text: str, begin: str) -> int:
+    """How many of the last characters of a text may be the first ones of `begin`."""
+    return next((n for n in range(min(len(text), len(begin) - 1), 0, -1) if text.endswith(begin[:n])), 0)
+
+
+def _joined(pieces: list[Piece]) -> list[Piece]:
+    """Neighbours of one kind as one piece."""
+    joined: list[Piece] = []
+    for piece in pieces:
+        last = joined[-1] if joined else None
+        if type(last) is type(piece) and not isinstance(piece, CallBegun) and last[:-1] == piece[:-1]:
+            joined[-1] = piece._replace(text=last.text + piece.text)
+        else:
+            joined.append(piece)
+    return joined
+
+
+def tool_schemas(tools: list[dict[str, Any]]) -> dict[str, dict]:
+    """The schemas of the arguments by the names of the tools, given in OpenAI's form."""
+    empty = {"type": "object", "properties": {}, "additionalProperties": False}
+    return {tool["function"]["name"]: tool["function"].get("parameters") or empty for tool in tools}

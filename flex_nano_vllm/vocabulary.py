@@ -1,0 +1,164 @@
+"""What one token stands for in a text: its bytes and its name. Knows no model and no request.
+
+Everything that is said about the place of a token in a text is derived from its bytes: the text of an output, the
+offsets and `bytes` of its log-probabilities, where a stop string ends. So they cannot disagree.
+
+    Llama-2      "▁fox"      b" fox"   (b"fox" where it begins a text: the decoder drops one space)
+    Gemma        "<0xF0>"    b"\\xf0"   (the first byte of an emoji)
+    GPT-2, Qwen  "Ġfox"      b" fox"
+    all          "<eos>"     b"<eos>", or b"" where special tokens are skipped
+"""
+
+import codecs
+import itertools
+import re
+import weakref
+from collections.abc import Sequence as SequenceOf
+
+from transformers import PreTrainedTokenizerBase
+
+REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not UTF-8
+# By tokenizer: (token id, skip_special_tokens, begins_text) to bytes.
+_known: "weakref.WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[int, bool, bool], bytes]]"
+_known = weakref.WeakKeyDictionary()
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], skip_special_tokens: bool) -> str:
+    """The text of tokens by the tokenizer. `clean_up_tokenization_spaces`, which some tokenizers have switched on, was
+    made for English word pieces and removes spaces from code."""
+    return tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+
+
+def token_bytes(
+    tokenizer: PreTrainedTokenizerBase, token_id: int, skip_special_tokens: bool, begins_text: bool = False
+) -> bytes:
+    """The UTF-8 bytes that a token adds to a text.
+
+    Args:
+        skip_special_tokens: a special token then adds nothing.
+        begins_text: no token before this one has text of its own. Some decoders then drop a leading space.
+    """
+    known = _known.setdefault(tokenizer, {})
+    key = token_id, skip_special_tokens, begins_text
+    if key not in known:
+        text = _token_bytes(tokenizer, *key)
+        if not text and tokenizer.convert_ids_to_tokens(token_id) is None:
+            return b""  # beyond the vocabulary; not remembered, because tokens can be added to it later
+        known[key] = text
+    return known[key]
+
+
+def has_text(tokenizer: PreTrainedTokenizerBase, token_id: int, skip_special_tokens: bool) -> bool:
+    """Whether a token adds anything to a text, at its beginning or later."""
+    return any(token_bytes(tokenizer, token_id, skip_special_tokens, begins_text) for begins_text in (False, True))
+
+
+def _token_bytes(
+    tokenizer: PreTrainedTokenizerBase, token_id: int, skip_special_tokens: bool, begins_text: bool
+) -> bytes:
+    text = alone = decode(tokenizer, [token_id], skip_special_tokens)
+    if not begins_text:  # the second of two, without the first
+        text = decode(tokenizer, [token_id, token_id], skip_special_tokens).removeprefix(alone)
+    if REPLACEMENT in alone + text:  # part of a character: only the name says which bytes
+        name = tokenizer.convert_ids_to_tokens(token_id)
+        if re.fullmatch("<0x[0-9A-F]{2}>", name):  # byte fallback: Llama, Gemma
+            return bytes([int(name[3:5], 16)])
+        if all(char in BYTE_OF_CHAR for char in name):  # byte level: GPT-2, Llama 3, Qwen
+            return bytes(BYTE_OF_CHAR[char] for char in name)
+    return text.encode()
+
+
+def _byte_of_char() -> dict[str, int]:
+    """GPT-2's alphabet, in which a byte-level vocabulary is written: printable bytes are Latin-1 characters, the other
+    ones, in order, are the characters from 256 on (https://github.com/openai/gpt-2/blob/master/src/encoder.py)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_OF_CHAR = _byte_of_char()
+
+
+def token_name(content: bytes) -> str:
+    """How log-probabilities call a token: by its text, or as `bytes:\\xf0\\x9f` (OpenAI's form) where it is part of a
+    character."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+
+
+class TextWriter:
+    """Turns the tokens of a text into characters, each of them as soon as its last byte is there.
+
+    Args:
+        prompt_token_ids: what the text continues. A character that the prompt leaves unfinished belongs to the text.
+        has_own_start: the first token keeps its leading space even if the prompt has no text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        skip_special_tokens: bool = True,
+        prompt_token_ids: SequenceOf[int] = (),
+        has_own_start: bool = False,
+    ):
+        self.tokenizer, self.skip_special_tokens = tokenizer, skip_special_tokens
+        self.begins_text = not has_own_start
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        end = b""
+        for token_id in reversed(prompt_token_ids):
+            end = token_bytes(tokenizer, token_id, skip_special_tokens) + end
+            self.begins_text = self.begins_text and not has_text(tokenizer, token_id, skip_special_tokens)
+            if len(end) >= 3:  # an unfinished character has at most three bytes
+                break
+        self._utf8.decode(end)
+
+    def write(self, token_id: int) -> str:
+        """The characters that are complete with one more token."""
+        content = token_bytes(self.tokenizer, token_id, self.skip_special_tokens, self.begins_text)
+        if self.begins_text:
+            self.begins_text = not has_text(self.tokenizer, token_id, self.skip_special_tokens)
+        return self._utf8.decode(content)
+
+    def finish(self) -> str:
+        """The sign for a character that stays unfinished, if there is one."""
+        return self._utf8.decode(b"", final=True)
+
+
+class OffsetCounter:
+    """Where tokens begin in a text, token by token, from a position on."""
+
+    def __init__(self, writer: TextWriter, position: int = 0):
+        self.writer, self.position = writer, position
+
+    def take(self, token_ids: SequenceOf[int]) -> list[int]:
+        """The offsets of further tokens, in characters."""
+        offsets = []
+        for token_id in token_ids:
+            offsets.append(self.position)
+            self.position += len(self.writer.write(token_id))
+        return offsets
+
+
+def echo(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | None, token_ids: list[int], skip_special_tokens: bool
+) -> tuple[str, list[int]]:
+    """The text of a prompt and the offset of each of its tokens.
+
+    A prompt that came as a text is given back as it came. Tokens that are not in it (BOS) have no width. Where a
+    tokenizer normalises what it reads, offsets within the prompt are as near as the widths of its tokens allow.
+    """
+    writer = TextWriter(tokenizer, skip_special_tokens)
+    if prompt is None:
+        pieces = [writer.write(token_id) for token_id in token_ids]
+        return "".join(pieces), list(itertools.accumulate(map(len, pieces[:-1]), initial=0))
+    position, offsets = 0, []
+    for token_id in token_ids:
+        offsets.append(position)
+        piece = writer.write(token_id)
+        if not token_bytes(tokenizer, token_id, skip_special_tokens=True):  # a special token is in it if it was written
+            name = token_bytes(tokenizer, token_id, skip_special_tokens=False).decode(errors="replace")
+            piece = name if prompt.startswith(name, position) else ""
+        position = min(position + len(piece), len(prompt))
+    return prompt, offsets
