@@ -61,9 +61,12 @@ def logprobs(
 ) -> list[dict[int, Logprob]]:
     """The log-probabilities of the tokens from position `first` on: of each place the token itself first, then the most
     likely ones in order."""
-    begins_text = tokenizer is not None and sequence.grammar is None
+    is_of_prompt, skip = first < sequence.num_prompt_tokens, sequence.params.skip_special_tokens
+    # A prompt that is a text is named without the BOS before it, which the text does not have.
+    skip_before = skip or (is_of_prompt and sequence.prompt is not None)
+    begins_text = tokenizer is not None and (is_of_prompt or sequence.grammar is None)
     for token_id in islice(sequence.token_ids, first) if begins_text else ():
-        if has_text(tokenizer, token_id, sequence.params.skip_special_tokens):
+        if has_text(tokenizer, token_id, skip_before):
             begins_text = False
             break
 
@@ -71,7 +74,6 @@ def logprobs(
         if tokenizer is None:
             return Logprob(logprob, rank, None)
         name = token_name(token_bytes(tokenizer, token_id, skip_special_tokens=False, begins_text=begins_text))
-        skip = sequence.params.skip_special_tokens
         content = b"" if is_silent else token_bytes(tokenizer, token_id, skip, begins_text)
         return Logprob(logprob, rank, name, content)
 
@@ -84,7 +86,7 @@ def logprobs(
             if other != token_id:
                 entry[other] = named(other, logprob, rank, False)
         entries.append(entry)
-        begins_text = begins_text and not has_text(tokenizer, token_id, sequence.params.skip_special_tokens)
+        begins_text = begins_text and not has_text(tokenizer, token_id, skip_before)
     return entries
 
 

@@ -93,7 +93,7 @@ def invalid_fields(errors: Sequence[ErrorDetails]) -> APIError:
     if param == "prompt" and len(place) > 1:
         forms = f"a text or a list of token ids, or a list of up to {MAX_PROMPTS} such"
         return APIError(400, f"prompt must be {forms}", param=param)
-    message = error["msg"].removeprefix("Value error, ")
+    message = error["msg"].removeprefix("Value error, ").replace(" found using _kind()", "")
     value = error.get("input")
     is_public = param not in PRIVATE or (fields[-1] == "type" and kind == "literal_error")
     if is_public and isinstance(value, bool | int | float | str):

@@ -6,30 +6,36 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 from flex_nano_vllm.async_inference import Answers
-from flex_nano_vllm.grammar import json_rule
+from flex_nano_vllm.grammar import WHITESPACE_PATTERN, json_rule, string_limit
+from flex_nano_vllm.intake import Intake
 from flex_nano_vllm.protocol import ChatCompletionRequest
 from flex_nano_vllm.replies import new_id, tool_call
 from flex_nano_vllm.sampling_params import InvalidRequestError, SamplingParams, StructuredOutputsParams
-from flex_nano_vllm.tools import MAX_CALLS, CallArguments, CallBegun, CallForm, CallParser, Piece, Said, tools_grammar
+from flex_nano_vllm.tools import CallArguments, CallBegun, CallForm, CallParser, Piece, Said, tools_grammar
 
 
-def with_tools(params: SamplingParams, body: ChatCompletionRequest, form: CallForm) -> SamplingParams:
+def with_tools(params: SamplingParams, body: ChatCompletionRequest, form: CallForm, intake: Intake) -> SamplingParams:
     """Parameters with the grammar of valid calls, where the request or the form of the calls wants one."""
-    response_format = body.response_format
-    if response_format is not None and response_format.type == "regex" and not body.needs_call:
-        raise InvalidRequestError("response_format of type regex cannot be combined with tools", "response_format")
+    response_format, limit = body.response_format, string_limit(intake.geometry.max_request_tokens)
+    otherwise = None
+    if response_format is not None and response_format.type != "text" and not body.needs_call:
+        if response_format.type == "regex":
+            message = "response_format of type regex cannot be combined with tools"
+            raise InvalidRequestError(message, "response_format")
+        pattern = response_format.whitespace_pattern
+        try:
+            otherwise = json_rule(response_format.json_source, pattern or WHITESPACE_PATTERN, limit)
+        except ValueError as error:
+            raise InvalidRequestError(str(error), "response_format") from error
+    if not (body.needs_call or otherwise or find_spec("llguidance")):  # calls are found without a grammar too
+        return params
     try:
-        source = response_format.json_source if response_format is not None else None
-        otherwise = None
-        if source is not None:
-            pattern = response_format.whitespace_pattern
-            otherwise = json_rule(source) if pattern is None else json_rule(source, pattern)
-        is_parallel = body.parallel_tool_calls is not False
-        grammar = tools_grammar(form, body.callable_tools, body.needs_call, is_parallel, otherwise)
-    except ValueError as error:
+        grammar = tools_grammar(
+            form, body.callable_tools, body.needs_call, body.max_calls, otherwise, limit, intake.check_rule
+        )
+    except (ValueError, ImportError) as error:
         raise InvalidRequestError(f"tools: {error}", "tools") from error
-    is_needed = body.needs_call or otherwise is not None
-    if grammar is None or not (is_needed or find_spec("llguidance")):  # calls are found in any case
+    if grammar is None:
         return params
     return replace(params, structured_outputs=StructuredOutputsParams(grammar=grammar))
 
@@ -46,8 +52,7 @@ class ChatTurn:
         if not self.body.known_tools:
             return [Said(text)] if text else []
         if index not in self._parsers:
-            max_calls = 1 if self.body.parallel_tool_calls is False else MAX_CALLS
-            self._parsers[index] = CallParser(self.form, set(self.body.callable_tools), max_calls)
+            self._parsers[index] = CallParser(self.form, set(self.body.callable_tools), self.body.max_calls)
         return self._parsers[index].feed(text, is_complete)
 
     def num_calls(self, index: int) -> int:
@@ -65,5 +70,5 @@ class ChatTurn:
                     calls.append(tool_call(new_id("call_"), piece.name, ""))
                 case CallArguments():
                     calls[piece.index]["function"]["arguments"] += piece.text
-        message = dict(role="assistant", content=said if said or not calls else None, refusal=None)
+        message = dict(role="assistant", content=said if said or not calls else None, refusal=None, annotations=[])
         return message | ({"tool_calls": calls} if calls else {})

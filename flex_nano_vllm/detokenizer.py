@@ -98,7 +98,7 @@ class Detokenizer:
                 continue
             self._take(self._writer.write(token_id))
             if self._matchers_of_all and not token_bytes(self.tokenizer, token_id, skip_special_tokens=True):
-                self._take_hidden(token_bytes(self.tokenizer, token_id, skip_special_tokens=False).decode())
+                self._take_hidden(self.tokenizer.convert_ids_to_tokens(token_id) or "")
         if is_complete and not self._is_complete and self.stop_reason is None:
             self._take(self._writer.finish())
         self._is_complete |= is_complete

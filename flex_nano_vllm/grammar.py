@@ -9,6 +9,7 @@ import json
 import re
 from collections import Counter
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +18,8 @@ MAX_SCHEMA_BYTES = 64 * 1024
 MAX_REGEX_BYTES = 4 * 1024
 MAX_WHITESPACE_BYTES = 128
 MAX_GRAMMAR_BYTES = 256 * 1024
+MAX_INTEGER = 9 * 10**18  # llguidance 1.9.1 fails at the largest of 64 bits
+MAX_LIMITED_STRING = 8192  # characters: each takes a state of the lexer
 MAX_DEPTH = 64  # of the schema's JSON text
 MAX_CACHED_GRAMMARS = 32
 
@@ -80,6 +83,7 @@ class GrammarCompiler:
         kind: str,
         source: str | list[str] | dict | bool | None = None,
         whitespace_pattern: str = WHITESPACE_PATTERN,
+        max_string_len: int | None = None,
     ) -> "Grammar":
         """The grammar of a source, from the cache if it is there.
 
@@ -89,13 +93,14 @@ class GrammarCompiler:
                 https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md).
             source: the schema as text or parsed, the regular expression, the strings to choose from, or the grammar.
             whitespace_pattern: a regular expression for what may stand between two symbols of JSON.
+            max_string_len: characters of a string of a JSON schema that states no limit, see `bounded`.
         Raises:
             ValueError: the source is malformed, uses what is not supported, or is too large.
         """
         if kind == "json_object":
             text = schema_grammar({"type": "object"}, whitespace_pattern)
         elif kind == "json_schema":
-            text = schema_grammar(source, whitespace_pattern)
+            text = schema_grammar(source, whitespace_pattern, max_string_len)
         elif kind == "regex":
             text = self._regex_grammar(source, MAX_REGEX_BYTES)
         elif kind == "choice":
@@ -188,14 +193,29 @@ class Follower:
         return self._grammar.compiler._mask(self._matcher)
 
 
-def schema_grammar(source: str | dict | bool | None, whitespace_pattern: str = WHITESPACE_PATTERN) -> str:
+def schema_grammar(
+    source: str | dict | bool | None,
+    whitespace_pattern: str = WHITESPACE_PATTERN,
+    max_string_len: int | None = None,
+) -> str:
     """The grammar of JSON that fits a schema."""
-    return f"{GRAMMAR}{json_rule(source, whitespace_pattern)}"
+    return f"{GRAMMAR}{json_rule(source, whitespace_pattern, max_string_len)}"
 
 
-def json_rule(source: str | dict | bool | None, whitespace_pattern: str = WHITESPACE_PATTERN) -> str:
-    """The right side of a rule of a grammar: JSON that fits a schema. Raises ValueError for a schema that is malformed
-    or too large."""
+def json_rule(
+    source: str | dict | bool | None,
+    whitespace_pattern: str = WHITESPACE_PATTERN,
+    max_string_len: int | None = None,
+    is_for_tools: bool = False,
+) -> str:
+    """The right side of a rule of a grammar: JSON that fits a schema, within the limits of `bounded`.
+
+    Args:
+        is_for_tools: objects have the properties that the schema names and no others, unless it says otherwise, and
+            keywords that llguidance does not know are ignored: the schemas of tools have many.
+    Raises:
+        ValueError: for a schema that is malformed or too large.
+    """
     try:
         check_size(whitespace_pattern, MAX_WHITESPACE_BYTES)
         text = source if isinstance(source, str) else json.dumps(source, ensure_ascii=False)
@@ -206,12 +226,47 @@ def json_rule(source: str | dict | bool | None, whitespace_pattern: str = WHITES
             raise ValueError("it has to be an object or true")
         check_schema(schema)
         # Not sorted: the order of properties is the order in which they are written.
-        options = {"whitespace_pattern": whitespace_pattern}
+        options = {"whitespace_pattern": whitespace_pattern, "lenient": is_for_tools}
+        schema = bounded(schema, max_string_len, closes_objects=is_for_tools)
         text = json.dumps(schema | {"x-guidance": options}, ensure_ascii=False, allow_nan=False)
         text.encode()  # a surrogate may have been escaped
         return f"%json {text}"
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"bad JSON schema: {error}") from error
+
+
+def string_limit(context_len: int) -> int | None:
+    """Characters of a string without a limit of its own: half of the tokens of the context, so that JSON can end before
+    the context does. None in long contexts, whose models end their strings, and where the limit would cost memory."""
+    return context_len // 2 if context_len <= 2 * MAX_LIMITED_STRING else None
+
+
+def bounded(schema: Any, max_string_len: int | None, closes_objects: bool = False) -> Any:
+    """A schema that a weak model cannot follow for ever: integers have at most 19 digits, strings at most
+    `max_string_len` characters, unless the schema limits them itself.
+
+    Args:
+        closes_objects: objects have no properties but those that the schema names, unless it says otherwise.
+    """
+    if not isinstance(schema, dict):
+        return schema
+    node, kinds = dict(schema), schema.get("type")
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    if not node.keys() & {"enum", "const"}:
+        if "string" in kinds and max_string_len is not None and not node.keys() & {"maxLength", "pattern", "format"}:
+            node["maxLength"] = max_string_len
+        if "integer" in kinds and not node.keys() & {"multipleOf", "exclusiveMinimum", "exclusiveMaximum"}:
+            node = {"minimum": -MAX_INTEGER, "maximum": MAX_INTEGER} | node
+    if closes_objects and "properties" in node:
+        node.setdefault("additionalProperties", False)
+    for key, child in schema.items():
+        if key in ("properties", "$defs", "definitions") and isinstance(child, dict):
+            node[key] = {name: bounded(part, max_string_len, closes_objects) for name, part in child.items()}
+        elif key in ("items", "additionalProperties"):
+            node[key] = bounded(child, max_string_len, closes_objects)
+        elif key in ("anyOf", "oneOf", "prefixItems") and isinstance(child, list):
+            node[key] = [bounded(part, max_string_len) for part in child]
+    return node
 
 
 def check_size(text: str, max_bytes: int) -> None:
@@ -257,6 +312,6 @@ def reason_of(matcher) -> str:
     message = matcher.get_error()
     if not message or message.startswith("NoExtension"):
         return "no text fits"
-    message = re.split(r"\n +1 \| |\n<", message)[0]  # without the grammar and the state
+    message = re.split(r"\n +\d+ \| |\n<", message)[0]  # without the grammar and the state
     message = re.sub(r"^at \d+\(\d+\): ", "", message)
     return message if len(message) <= 400 else f"{message[:200]} ... {message[-200:]}"

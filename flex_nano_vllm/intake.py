@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flex_nano_vllm.chat import chat_token_ids
 from flex_nano_vllm.detokenizer import Detokenizer, special_token_names
 from flex_nano_vllm.geometry import Geometry, cdiv
-from flex_nano_vllm.grammar import Grammar, GrammarCompiler
+from flex_nano_vllm.grammar import Grammar, GrammarCompiler, string_limit
 from flex_nano_vllm.metrics import RequestMetrics
 from flex_nano_vllm.sampling_params import MAX_SEED, InvalidRequestError, SamplingParams, is_int
 from flex_nano_vllm.sequence import Sequence
@@ -232,6 +232,16 @@ class Intake:
             message = f"{name}: no token of allowed_token_ids can begin what structured_outputs ask for"
             raise InvalidRequestError(message, "allowed_token_ids")
 
+    def check_rule(self, rule: str) -> None:
+        """Raises ValueError for the right side of a grammar's rule that cannot be followed."""
+        with self.lock:
+            self._grammar_compiler().compile("grammar", f"start: {rule}")
+
+    def _grammar_compiler(self) -> GrammarCompiler:
+        if self._grammars is None:
+            self._grammars = GrammarCompiler(self.tokenizer, self.num_logits, self.eos_token_ids)
+        return self._grammars
+
     def _grammar(self, params: SamplingParams, name: str) -> Grammar | None:
         if params.structured_outputs is None:
             return None
@@ -239,9 +249,8 @@ class Intake:
             message = f"{name}: structured_outputs are about text, but the engine has no tokenizer"
             raise InvalidRequestError(message, "structured_outputs")
         try:
-            if self._grammars is None:
-                self._grammars = GrammarCompiler(self.tokenizer, self.num_logits, self.eos_token_ids)
-            return self._grammars.compile(**params.structured_outputs.arguments)
+            limit = string_limit(self.geometry.max_request_tokens)
+            return self._grammar_compiler().compile(**params.structured_outputs.arguments, max_string_len=limit)
         except (ValueError, ImportError) as error:
             raise InvalidRequestError(f"{name}: structured_outputs: {error}", "structured_outputs") from error
 

@@ -19,7 +19,7 @@ from flex_nano_vllm.sampling_params import (
     SamplingParams,
     StructuredOutputsParams,
 )
-from flex_nano_vllm.tools import MAX_TOOLS, tool_schemas
+from flex_nano_vllm.tools import MAX_CALLS, MAX_TOOLS, tool_schemas
 
 MAX_PROMPTS, MAX_SAMPLES = 64, 16
 MAX_CHOICES = 128  # prompts times samples
@@ -321,18 +321,19 @@ class ChatCompletionRequest(GenerationRequest):
     continue_final_message: unsupported(False) = None
     echo: unsupported(False) = None
 
-    @model_validator(mode="after")
-    def _check_tools(self):
+    def _check_tools(self) -> None:
         names = [tool.function.name for tool in self.tools or ()]
-        if len(set(names)) < len(names):
-            raise ValueError("two tools have the same name")
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise InvalidRequestError(f"two tools have the name {twice[0]}", "tools")
         if self.tool_choice == "required" and not names:
-            raise ValueError('tool_choice "required" needs tools')
+            raise InvalidRequestError('tool_choice "required" needs tools', "tool_choice")
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
-            raise ValueError(f"tool_choice names {self.tool_choice.function.name}, which is not among the tools")
-        return self
+            message = f"tool_choice names {self.tool_choice.function.name}, which is not among the tools"
+            raise InvalidRequestError(message, "tool_choice")
 
     def to_params(self, defaults: dict[str, Any]) -> SamplingParams:
+        self._check_tools()
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequestError("top_logprobs needs logprobs=true", "top_logprobs")
         num_top = (self.top_logprobs or 0) if self.logprobs else None
@@ -354,6 +355,14 @@ class ChatCompletionRequest(GenerationRequest):
         if isinstance(self.tool_choice, NamedTool):
             return {self.tool_choice.function.name: schemas[self.tool_choice.function.name]}
         return schemas
+
+    @property
+    def max_calls(self) -> int:
+        """Of one answer. Where a call must come, one does, unless the client wants more: a weak model would go on."""
+        is_parallel = self.parallel_tool_calls
+        if is_parallel is None:
+            is_parallel = not self.needs_call
+        return MAX_CALLS if is_parallel else 1
 
     @property
     def needs_call(self) -> bool:

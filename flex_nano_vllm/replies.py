@@ -4,6 +4,7 @@ The classes describe the answers in /openapi.json; the functions make them, as p
 """
 
 import json
+import math
 import time
 import uuid
 from typing import Any, Literal
@@ -85,6 +86,7 @@ class AssistantMessage(BaseModel):
     role: Literal["assistant"]
     content: str | None
     refusal: None
+    annotations: list[Any]
     tool_calls: list[MessageToolCall] = []
 
 
@@ -189,7 +191,8 @@ def completion_logprobs(
         logprobs.append(None if entry is None else _finite(entry[token_id].logprob))
         by_name: dict[str, float] = {}
         for other in entry.values() if entry is not None else ():  # of two with one name the more likely
-            by_name.setdefault(other.decoded_token, _finite(other.logprob))
+            name = other.decoded_token
+            by_name[name] = max(by_name.get(name, -math.inf), _finite(other.logprob))
         top.append(None if entry is None else by_name)
     return dict(tokens=tokens, token_logprobs=logprobs, top_logprobs=top, text_offset=offsets)
 

@@ -5,7 +5,7 @@ Nothing is stored, so a conversation is sent whole each time. Knows no engine an
 import time
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 
 from flex_nano_vllm.api_errors import APIError
 from flex_nano_vllm.chat_turn import ChatTurn
@@ -22,7 +22,7 @@ from flex_nano_vllm.protocol import (
     unsupported,
 )
 from flex_nano_vllm.replies import DONE, chat_logprobs, new_id, server_sent_event
-from flex_nano_vllm.sampling_params import MAX_LOGPROBS
+from flex_nano_vllm.sampling_params import MAX_LOGPROBS, InvalidRequestError
 from flex_nano_vllm.tools import MAX_TOOLS, CallArguments, CallBegun, Said
 
 # What a response calls the parameters of a chat.
@@ -81,7 +81,17 @@ class InputReasoning(Strict):
     type: Literal["reasoning"]
 
 
-InputItem = InputMessage | InputCall | InputResult | InputReasoning
+def _kind(item: Any) -> Any:
+    return item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", None)
+
+
+InputItem = Annotated[
+    Annotated[InputMessage, Tag("message")]
+    | Annotated[InputCall, Tag("function_call")]
+    | Annotated[InputResult, Tag("function_call_output")]
+    | Annotated[InputReasoning, Tag("reasoning")],
+    Discriminator(_kind),
+]
 
 
 class TextFormat(Closed):
@@ -90,6 +100,12 @@ class TextFormat(Closed):
     description: str | None = None
     schema_: dict[str, Any] | None = Field(None, alias="schema")
     strict: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_fields(self):
+        if self.type == "json_schema" and (self.name is None or self.schema_ is None):
+            raise ValueError("type json_schema needs name and schema")
+        return self
 
 
 class TextOptions(Strict):
@@ -138,6 +154,9 @@ class ResponsesRequest(GenerationRequest):
         fields |= dict(messages=self.messages, max_tokens=self.max_output_tokens)
         fields["parallel_tool_calls"] = self.parallel_tool_calls
         if self.top_logprobs or LOGPROBS in (self.include or ()):
+            if self.tools and self.tool_choice != "none":  # they would belong to text and calls
+                message = "log-probabilities cannot be combined with tools in a response: chats have both"
+                raise InvalidRequestError(message, "top_logprobs")
             fields |= dict(logprobs=True, top_logprobs=self.top_logprobs or 0)
         if self.text is not None and self.text.format is not None:
             form = self.text.format.model_dump(by_alias=True, exclude_none=True)
@@ -153,7 +172,8 @@ class ResponsesRequest(GenerationRequest):
 
     @property
     def messages(self) -> list[dict]:
-        """The conversation as a chat has it: calls are part of the assistant's message before them."""
+        """The conversation as a chat has it: calls are part of the assistant's message before them, and instructions
+        and the system messages after them are one, because most templates take one."""
         messages: list[dict] = []
         if self.instructions is not None:
             messages.append({"role": "system", "content": self.instructions})
@@ -161,7 +181,11 @@ class ResponsesRequest(GenerationRequest):
         for item in items:
             match item:
                 case InputMessage():
-                    messages.append({"role": item.role, "content": _text(item.content)})
+                    role = "system" if item.role == "developer" else item.role
+                    if role == "system" and messages and messages[-1]["role"] == "system":
+                        messages[-1]["content"] += f"\n\n{_text(item.content)}"
+                    else:
+                        messages.append({"role": role, "content": _text(item.content)})
                 case InputCall():
                     if not messages or messages[-1]["role"] != "assistant":
                         messages.append({"role": "assistant", "content": ""})
@@ -237,6 +261,7 @@ class ResponseWriter:
             truncation="disabled",
         )
         self._item: dict[str, Any] | None = None  # that is being written
+        self._logprobs: list[dict] = []  # of tokens whose text has not come yet
         self._num_events = 0
 
     def begin(self) -> bytes:
@@ -283,13 +308,13 @@ class ResponseWriter:
     def _take(self, text: str, finish_reason: str | None, logprobs: list[dict]) -> bytes:
         """The events of more text, and of the end if it has come. Log-probabilities go with the text."""
         events = b""
+        self._logprobs += logprobs
         for piece in self.turn.pieces(0, text, finish_reason is not None):
             match piece:
                 case Said():
                     if self._item is None or self._item["type"] != "message":
                         events += self._close("completed") + self._open_message()
-                    events += self._say(piece.text, logprobs)
-                    logprobs = []
+                    events += self._say(piece.text)
                 case CallBegun():
                     events += self._close("completed") + self._open_call(piece.name)
                 case CallArguments():
@@ -298,6 +323,8 @@ class ResponseWriter:
         if finish_reason is not None:
             if not self.response["output"] and self._item is None:  # an answer of no text is one
                 events += self._open_message()
+            if self._logprobs and self._item is not None:  # of an EOS, or of half a character
+                events += self._say("")
             if finish_reason in ("length", "abort"):
                 self.response |= dict(status="incomplete", incomplete_details={"reason": "max_output_tokens"})
             events += self._close(self.response["status"])
@@ -311,8 +338,8 @@ class ResponseWriter:
         self._item["content"].append(part)
         return events
 
-    def _say(self, text: str, logprobs: list[dict]) -> bytes:
-        (part,) = self._item["content"]
+    def _say(self, text: str) -> bytes:
+        (part,), logprobs, self._logprobs = self._item["content"], self._logprobs, []
         part["text"] += text
         part["logprobs"] += logprobs
         return self._item_event("response.output_text.delta", content_index=0, delta=text, logprobs=logprobs)
@@ -345,9 +372,9 @@ class ResponseWriter:
     def _index(self) -> int:
         return len(self.response["output"])
 
-    def _item_event(self, name: str, **fields: Any) -> bytes:
-        return self._event(name, item_id=self._item["id"], output_index=self._index, **fields)
+    def _item_event(self, kind: str, /, **fields: Any) -> bytes:
+        return self._event(kind, item_id=self._item["id"], output_index=self._index, **fields)
 
-    def _event(self, name: str, **fields: Any) -> bytes:
+    def _event(self, kind: str, /, **fields: Any) -> bytes:
         self._num_events += 1
-        return server_sent_event({"type": name, "sequence_number": self._num_events - 1} | fields, name)
+        return server_sent_event({"type": kind, "sequence_number": self._num_events - 1} | fields, kind)

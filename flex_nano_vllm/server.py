@@ -39,6 +39,7 @@ from flex_nano_vllm.outputs import CompletionDelta, CompletionOutput, RequestOut
 from flex_nano_vllm.prometheus import Metrics
 from flex_nano_vllm.protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from flex_nano_vllm.responses import ResponsesRequest, ResponseWriter
+from flex_nano_vllm.sampling_params import InvalidRequestError
 from flex_nano_vllm.tools import call_form
 
 logger = logging.getLogger(__name__)
@@ -141,9 +142,12 @@ class API:
         """Hand a chat over to the engine."""
         params, form = body.to_params(self.defaults), call_form(template_of(self.tokenizer))
         if body.known_tools:
-            params = await asyncio.to_thread(with_tools, params, body, form)
+            params = await asyncio.to_thread(with_tools, params, body, form, self.engine.intake)
         prompt = await self.chat_prompt(body.messages, body.known_tools)
-        answers = await self.shared.submit([prompt], params, body.cache_salt, follow=bool(body.stream))
+        try:
+            answers = await self.shared.submit([prompt], params, body.cache_salt, follow=bool(body.stream))
+        except InvalidRequestError as error:
+            raise api_error(error, {"prompt": "messages"}) from error
         return ChatTurn(answers, body, form)
 
     async def tokenize(self, body: TokenizeRequest) -> dict:

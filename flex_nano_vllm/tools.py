@@ -8,6 +8,7 @@ CallParser ─► CallBegun(0, "add"), CallArguments(0, '{"a": 1, "b": 2}')
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -44,7 +45,13 @@ def call_form(chat_template: str) -> CallForm:
 
 
 def tools_grammar(
-    form: CallForm, tools: dict[str, dict], is_required: bool, is_parallel: bool, otherwise: str | None = None
+    form: CallForm,
+    tools: dict[str, dict],
+    is_required: bool,
+    max_calls: int,
+    otherwise: str | None = None,
+    max_string_len: int | None = None,
+    check: Callable[[str], object] = lambda rule: None,
 ) -> str | None:
     """The grammar of outputs whose calls are valid, in llguidance's Lark.
 
@@ -52,18 +59,21 @@ def tools_grammar(
         tools: JSON schemas of the arguments, by the names of the tools.
         is_required: the output is one call or more. Otherwise it may be text, with calls where the model begins one;
             None if calls begin with no sign of their own, so that text cannot be told from a call that is not valid.
-        is_parallel: more than one call may come.
+        max_calls: in one output.
         otherwise: the right side of a rule for an output without calls, instead of any text.
+        max_string_len: see `grammar.bounded`.
     Raises:
-        ValueError: for a schema that is malformed or too large, alone or together with the other ones.
+        ValueError: for a schema that is malformed or too large, alone or together with the other ones, and for one that
+            `check` refuses, given the right side of a rule.
     """
     if not is_required and not form.begin and otherwise is None:
         return None
     rules = []
     for i, (name, schema) in enumerate(tools.items()):
-        head = f'{{"name": {json.dumps(name)}, "{form.arguments}": '
         try:
-            rules += [f'tool_{i}: {json.dumps(head)} arguments_{i} "}}"', f"arguments_{i}: {json_rule(schema)}"]
+            rule = json_rule(_call_schema(form, name, schema), max_string_len=max_string_len, is_for_tools=True)
+            check(rule)
+            rules.append(f"tool_{i}: {rule}")
         except ValueError as error:
             raise ValueError(f"the parameters of {name}: {error}") from error
     size = sum(len(rule.encode()) for rule in rules)
@@ -74,7 +84,7 @@ def tools_grammar(
         _quoted, (form.begin, form.end, form.opening, form.between, form.closing)
     )
     rules.append(f"call: {begin} tool {end}")
-    more = f"({between} call){{0,{MAX_CALLS - 1}}}" if is_parallel else ""
+    more = f"({between} call){{0,{max_calls - 1}}}" if max_calls > 1 else ""
     calls = f"{opening} call {more} {closing}"
     if is_required:
         return "\n".join([f"start: {calls}", *rules])
@@ -88,6 +98,18 @@ def tools_grammar(
         r"TEXT: /(.|\n)*/",
     ]
     return "\n".join([start, *rules])
+
+
+def _call_schema(form: CallForm, name: str, schema: dict) -> dict:
+    """The schema of a whole call. References of a tool's schema are to definitions at its root."""
+    if schema.get("type", "object") != "object":
+        raise ValueError(f"type {schema['type']!r} is no object")
+    if "x-guidance" in schema:  # llguidance's own options
+        raise ValueError("x-guidance is not supported")
+    definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    arguments = {"type": "object"} | {key: value for key, value in schema.items() if key not in definitions}
+    properties = {"name": {"const": name}, form.arguments: arguments}
+    return {"type": "object", "properties": properties, "required": list(properties)} | definitions
 
 
 def _quoted(text: str) -> str:
@@ -162,8 +184,7 @@ class CallParser:
                 return []
             certain = len(self._buffer)
         if is_complete:
-            certain = len(self._buffer)
-            return self._say("" if self.num_calls and self._buffer.isspace() else self._buffer, certain)
+            return self._say(self._buffer.rstrip() if self.num_calls else self._buffer, len(self._buffer))
         certain = len(self._buffer[:certain].rstrip())  # a call may follow
         return self._say(self._buffer[:certain], certain)
 

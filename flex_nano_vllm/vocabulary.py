@@ -17,6 +17,7 @@ from collections.abc import Sequence as SequenceOf
 
 from transformers import PreTrainedTokenizerBase
 
+MAX_DRIFT = 3  # characters that a tokenizer may have taken from a text or added to it, such as spaces
 REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not UTF-8
 # By tokenizer: (token id, skip_special_tokens, begins_text) to bytes.
 _known: "weakref.WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[int, bool, bool], bytes]]"
@@ -149,16 +150,18 @@ def echo(
     A prompt that came as a text is given back as it came. Tokens that are not in it (BOS) have no width. Where a
     tokenizer normalises what it reads, offsets within the prompt are as near as the widths of its tokens allow.
     """
-    writer = TextWriter(tokenizer, skip_special_tokens)
+    writer = TextWriter(tokenizer, skip_special_tokens or prompt is not None)
     if prompt is None:
         pieces = [writer.write(token_id) for token_id in token_ids]
         return "".join(pieces), list(itertools.accumulate(map(len, pieces[:-1]), initial=0))
     position, offsets = 0, []
     for token_id in token_ids:
-        offsets.append(position)
-        piece = writer.write(token_id)
-        if not token_bytes(tokenizer, token_id, skip_special_tokens=True):  # a special token is in it if it was written
-            name = token_bytes(tokenizer, token_id, skip_special_tokens=False).decode(errors="replace")
-            piece = name if prompt.startswith(name, position) else ""
-        position = min(position + len(piece), len(prompt))
+        piece, start = writer.write(token_id), position
+        name = tokenizer.convert_ids_to_tokens(token_id)
+        if name and not has_text(tokenizer, token_id, skip_special_tokens=True):  # a special token, written or added
+            last = position and position + MAX_DRIFT
+            found = prompt.find(name, max(0, position - MAX_DRIFT), last + len(name))
+            piece, start = ("", position) if found < 0 else (name, max(found, offsets[-1] if offsets else 0))
+        offsets.append(start)
+        position = min(start + len(piece), len(prompt))
     return prompt, offsets

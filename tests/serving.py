@@ -159,10 +159,12 @@ def serving(
     limits: Limits | None = None,
     max_waiting: int = 1024,
     send_buffer: int | None = None,
+    allowed_origins: tuple[str, ...] = (),
+    defaults: dict | None = None,
 ) -> Iterator[Served]:
     """Serve an engine as `python -m flex_nano_vllm.server` does, on a free port."""
     shared = AsyncInference(engine, max_waiting, stream_interval=0)
-    app = create_app(shared, MODEL, api_key, limits)
+    app = create_app(shared, MODEL, api_key, limits, allowed_origins, defaults)
     config = uvicorn.Config(
         app,
         http=ImpatientH11,

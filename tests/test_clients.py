@@ -1,0 +1,349 @@
+"""What real clients send and expect: fields, headers, codes, and a log line for what they are refused."""
+
+import itertools
+import json
+import logging
+import re
+from types import SimpleNamespace
+
+import pytest
+from engines import assert_empty
+from serving import MODEL, TEMPLATE, events_of, new_engine, serving
+
+from flex_nano_vllm import Inference, SamplingParams, replies
+from flex_nano_vllm.server import server_defaults
+
+COMPLETIONS, CHATS, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
+SMALL = dict(model=MODEL, prompt="hi", max_tokens=3, temperature=0, ignore_eos=True)
+CHAT = dict(model=MODEL, messages=[{"role": "user", "content": "hi"}], max_tokens=3, temperature=0, ignore_eos=True)
+ORIGIN = {"Origin": "https://app.example"}
+
+
+@pytest.fixture(scope="module")
+def served():
+    with new_engine() as engine, serving(engine) as served:
+        yield served
+        served.wait_until_idle()
+        served.between_steps(lambda: assert_empty(engine))
+
+
+def error_of(served, path, body, headers=None):
+    status, _, answer = served.ask("POST", path, body, headers)
+    return status, json.loads(answer)["error"]
+
+
+# --- fields ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("path", "body"), [(COMPLETIONS, SMALL), (CHATS, CHAT)])
+def test_all_chunks_of_a_stream_were_created_at_one_time_by_one_system(served, monkeypatch, path, body):
+    clock = itertools.count()
+    monkeypatch.setattr(replies, "time", SimpleNamespace(time=lambda: 1000 + next(clock)))
+    *chunks, _ = events_of(served.ask("POST", path, body | {"stream": True})[2])
+    assert len({chunk["created"] for chunk in chunks}) == 1
+    assert {chunk["system_fingerprint"][:15] for chunk in chunks} == {"flex-nano-vllm-"}
+
+
+def test_the_model_was_created_when_the_server_was(served):
+    (model,) = json.loads(served.ask("GET", "/v1/models")[2])["data"]
+    assert model["created"] > 1_700_000_000
+
+
+@pytest.mark.parametrize(("path", "body"), [(COMPLETIONS, SMALL | {"n": 2}), (CHATS, CHAT)])
+def test_usage_so_far_is_in_every_chunk_if_the_client_wants_it(served, path, body):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, _ = events_of(served.ask("POST", path, body | {"stream": True, "stream_options": options})[2])
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts) and counts[-1] == 3 * body.get("n", 1)
+    assert len({chunk["usage"]["prompt_tokens"] for chunk in chunks}) == 1
+    plain = events_of(served.ask("POST", path, body | {"stream": True})[2])
+    assert not any("usage" in chunk for chunk in plain[:-1])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_tokens_give_the_prompt_with_its_log_probabilities(served, stream):
+    body = SMALL | dict(max_tokens=0, echo=True, logprobs=1, prompt="hello", stream=stream)
+    if stream:
+        body |= {"stream_options": {"include_usage": True}}
+    answer = served.ask("POST", COMPLETIONS, body)[2]
+    first, *_, last = events_of(answer)[:-1] if stream else [json.loads(answer)] * 2
+    (choice,) = first["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("hello", "length")
+    assert choice["logprobs"]["tokens"] == ["<bos>", *"hello"] and choice["logprobs"]["text_offset"] == [
+        0,
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
+    assert last["usage"]["completion_tokens"] == 0
+
+
+def test_a_seed_is_any_signed_64_bit_number_and_greedy_samples_are_the_same(served):
+    drawn = [
+        json.loads(served.ask("POST", COMPLETIONS, SMALL | dict(temperature=1, seed=seed))[2])["choices"][0]["text"]
+        for seed in (-1, 2**63 - 1, -(2**63), 0)
+    ]
+    assert drawn[0] == drawn[1] and drawn[2] == drawn[3]  # the same 63 bits
+    choices = json.loads(served.ask("POST", COMPLETIONS, SMALL | dict(n=3))[2])["choices"]
+    assert len({choice["text"] for choice in choices}) == 1 and len(choices) == 3
+
+
+def test_how_hard_to_reason_is_ignored_by_a_model_that_does_not(served):
+    for effort in ("minimal", "high"):
+        assert served.ask("POST", CHATS, CHAT | dict(reasoning_effort=effort))[0] == 200
+
+
+@pytest.mark.parametrize("response_format", [{"type": "json_object", "schema": {"enum": [7]}}])
+def test_the_schema_of_a_json_object_is_followed(served, response_format):
+    body = CHAT | dict(response_format=response_format, max_tokens=8, ignore_eos=False)
+    assert json.loads(served.ask("POST", CHATS, body)[2])["choices"][0]["message"]["content"] == "7"
+
+
+@pytest.mark.parametrize(
+    ("response_format", "words"),
+    [
+        ({"type": "text", "schema": {}}, "schema is no field of type text"),
+        ({"type": "regex", "regex": "a", "json_schema": {"schema": {}}}, "json_schema is no field of type regex"),
+        ({"type": "json_object", "strict": True}, "response_format.strict: Extra inputs"),
+        ({"type": "json_schema"}, "type json_schema needs json_schema"),
+    ],
+)
+def test_what_a_structure_does_not_use_is_refused_by_name(served, response_format, words):
+    status, error = error_of(served, CHATS, CHAT | dict(response_format=response_format))
+    assert (status, error["param"]) == (400, "response_format") and words in error["message"]
+
+
+def test_white_space_of_structured_answers_is_one_space_unless_more_is_asked_for(served):
+    tokenizer = served.engine.tokenizer
+    spaces = {str(tokenizer.convert_tokens_to_ids(token)): 100 for token in "ĠĊ"}
+    schema = {"type": "array", "items": {"enum": [1]}, "minItems": 2, "maxItems": 2}
+    body = CHAT | dict(max_tokens=40, ignore_eos=False, logit_bias=spaces)
+    for more, expected in [({}, "[ 1 , 1 ]"), ({"whitespace_pattern": r"\n{2}"}, "[\n\n1\n\n,\n\n1\n\n]")]:
+        form = {"type": "json_schema", "json_schema": {"schema": schema}} | more
+        answer = json.loads(served.ask("POST", CHATS, body | {"response_format": form})[2])
+        assert answer["choices"][0]["message"]["content"] == expected
+
+
+# --- HTTP --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/", "/version"])
+def test_a_head_is_a_get_without_its_body(served, path):
+    status, headers, body = served.ask("HEAD", path)
+    assert (status, body) == (200, b"")
+    assert headers["content-length"] == served.ask("GET", path)[1]["content-length"]
+
+
+def test_a_slash_behind_the_models_leads_to_them(served):
+    status, headers, _ = served.ask("GET", "/v1/models/")
+    assert status == 307 and headers["location"].endswith("/v1/models")
+
+
+@pytest.mark.parametrize(
+    ("headers", "words"),
+    [
+        ({"Content-Type": "text/plain"}, "'text/plain'"),
+        ({"Content-Type": ""}, "there is none"),
+        ({"Content-Type": "multipart/form-data; boundary=x"}, "'multipart/form-data'"),
+        ({"Content-Encoding": "gzip"}, "Content-Encoding 'gzip'"),
+    ],
+    ids=str,
+)
+def test_a_body_that_is_no_json_by_its_headers_is_a_415_that_says_so(served, headers, words):
+    status, error = error_of(served, COMPLETIONS, SMALL, headers)
+    assert (status, error["code"]) == (415, "unsupported_media_type") and words in error["message"]
+
+
+@pytest.mark.parametrize("kind", ["application/json; charset=utf-8", "application/vnd.api+json", "Application/JSON"])
+def test_other_names_of_json_are_taken(served, kind):
+    assert served.ask("POST", COMPLETIONS, SMALL, {"Content-Type": kind})[0] == 200
+
+
+def test_every_answer_has_an_id_the_clients_own_if_it_is_decent(served):
+    ids = [served.ask(*request)[1]["x-request-id"] for request in [("GET", "/health"), ("GET", "/nowhere")]]
+    ids.append(served.ask("POST", COMPLETIONS, SMALL | {"stream": True})[1]["x-request-id"])
+    assert len(set(ids)) == 3 and all(re.fullmatch("req_[0-9a-f]{32}", each) for each in ids)
+    given = {"X-Request-Id": "my-own.1"}
+    assert served.ask("GET", "/health", headers=given)[1]["x-request-id"] == "my-own.1"
+    assert served.ask("GET", "/health", headers={"X-Request-Id": "x" * 200})[1]["x-request-id"].startswith("req_")
+
+
+def test_pages_of_other_origins_may_call_if_they_are_allowed():
+    with new_engine() as engine, serving(engine, api_key="k", allowed_origins=("https://app.example",)) as served:
+        asked = ORIGIN | {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+        status, headers, _ = served.ask("OPTIONS", CHATS, headers=asked)  # without the key
+        assert (status, headers["access-control-allow-origin"]) == (200, ORIGIN["Origin"])
+        assert "authorization" in headers["access-control-allow-headers"]
+        for key, expected in [({"Authorization": "Bearer k"}, 200), ({}, 401)]:
+            status, headers, _ = served.ask("POST", CHATS, CHAT, ORIGIN | key)
+            assert (status, headers["access-control-allow-origin"]) == (expected, ORIGIN["Origin"])
+            assert "x-request-id" in headers["access-control-expose-headers"]
+        other = served.ask("POST", CHATS, CHAT, {"Origin": "https://evil.example", "Authorization": "Bearer k"})
+        assert "access-control-allow-origin" not in other[1]
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (COMPLETIONS, SMALL | dict(prompt="x" * 100), "prompt"),
+        (COMPLETIONS, SMALL | dict(prompt="x" * 10_000), "prompt"),
+        (CHATS, CHAT | dict(messages=[{"role": "user", "content": "x" * 100}]), "messages"),
+        (CHATS, CHAT | dict(messages=[{"role": "user", "content": "x" * 10_000}]), "messages"),
+        (CHATS, CHAT | dict(messages=[{"role": "user", "content": ""}] * 100), "messages"),
+        (RESPONSES, dict(model=MODEL, input="x" * 100), "input"),
+        (RESPONSES, dict(model=MODEL, input="x" * 10_000), "input"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_prompt_that_is_too_long_has_the_code_that_clients_look_for(served, path, body, param):
+    status, error = error_of(served, path, body)
+    assert (status, error["code"], error["param"]) == (400, "context_length_exceeded", param)
+    assert "maximum context length is 64 tokens" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param", "code", "words"),
+    [
+        (COMPLETIONS, dict(stop=["x"] * 17), "stop", "invalid_value", "at most 16 items"),
+        (COMPLETIONS, dict(stop="x" * 2000), "stop", "invalid_value", "1 to 1024 characters"),
+        (COMPLETIONS, dict(temperature=3), "temperature", "invalid_value", "less than or equal to 2, got 3"),
+        (COMPLETIONS, dict(best_of=4), "best_of", "unsupported_parameter", "best_of: is not supported, got 4"),
+        (COMPLETIONS, dict(min_tokens=9), "min_tokens", "invalid_value", "min_tokens=9 is more than max_tokens=3"),
+        (COMPLETIONS, dict(logit_bias={"9999": 1}), "logit_bias", "invalid_value", "holds 9999"),
+        (COMPLETIONS, dict(stop_token_ids=[9999]), "stop_token_ids", "invalid_value", "holds 9999"),
+        (COMPLETIONS, dict(model="other"), "model", "model_not_found", MODEL),
+        (
+            CHATS,
+            dict(messages=[{"role": "user", "content": [{"type": "text"}]}]),
+            "messages",
+            "invalid_value",
+            "has no text",
+        ),
+        (
+            CHATS,
+            dict(messages=[{"role": "user", "content": [{"type": "image_url"}]}]),
+            "messages",
+            "invalid_value",
+            "'image_url'",
+        ),
+        (CHATS, dict(top_logprobs=3), "top_logprobs", "invalid_value", "needs logprobs=true"),
+        (CHATS, dict(response_format={"type": "regex", "regex": "("}), "response_format", "invalid_value", "regex"),
+        (
+            RESPONSES,
+            dict(input="a", previous_response_id="resp_1"),
+            "previous_response_id",
+            "unsupported_parameter",
+            "resp_1",
+        ),
+        (RESPONSES, dict(input="a", max_output_tokens=0), "max_output_tokens", "invalid_value", "got 0"),
+        (
+            RESPONSES,
+            dict(input=[{"role": "user", "content": [{"type": "input_image"}]}]),
+            "input",
+            "invalid_value",
+            "'input_image'",
+        ),
+        (RESPONSES, dict(input="a", tools=[{"type": "web_search"}]), "tools", "invalid_value", "'web_search'"),
+        (RESPONSES, dict(input="a", top_k=-3), "top_k", "invalid_value", "got -3"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_refusal_names_field_value_and_limit(served, path, fields, param, code, words):
+    base = {COMPLETIONS: SMALL, CHATS: CHAT, RESPONSES: dict(model=MODEL)}[path]
+    status, error = error_of(served, path, base | fields)
+    assert (error["param"], error["code"]) == (param, code) and status in (400, 404)
+    assert words in error["message"], error["message"]
+    assert len(error["message"]) < 420
+
+
+@pytest.mark.parametrize("missing", ["model", "prompt"])
+def test_a_field_that_is_missing_is_named(served, missing):
+    _, error = error_of(served, COMPLETIONS, {name: value for name, value in SMALL.items() if name != missing})
+    assert (error["param"], error["code"]) == (missing, "missing_required_parameter")
+
+
+def test_a_token_that_no_structure_begins_with_is_the_requests_own_mistake(served):
+    body = CHAT | dict(response_format={"type": "regex", "regex": "[a-c]"}, allowed_token_ids=[100])
+    status, error = error_of(served, CHATS, body)
+    assert (status, error["param"]) == (400, "allowed_token_ids") and "structured_outputs" in error["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_structure_that_runs_out_of_tokens_is_no_fault_of_the_server(served, stream):
+    (a,) = served.engine.tokenizer("a", add_special_tokens=False).input_ids
+    body = CHAT | dict(response_format={"type": "regex", "regex": "a[bc]"}, allowed_token_ids=[a], stream=stream)
+    status, _, answer = served.ask("POST", CHATS, body)
+    error = events_of(answer)[-2]["error"] if stream else json.loads(answer)["error"]
+    assert stream or status == 400
+    assert (error["type"], error["param"]) == ("invalid_request_error", "response_format")
+    assert "allowed_token_ids continues the structure after 1 tokens" in error["message"]
+
+
+def test_each_refusal_is_one_line_of_the_log_without_the_prompt(served, caplog):
+    with caplog.at_level(logging.INFO):
+        served.ask("POST", CHATS, CHAT | dict(messages=[{"role": "user", "content": "canary " * 40}]))
+        served.ask("POST", COMPLETIONS, SMALL | dict(prompt=["canary", -1]))
+        served.ask("GET", "/nowhere", headers={"X-Request-Id": "mine"})
+        served.ask("POST", COMPLETIONS, SMALL)
+    lines = [record.getMessage() for record in caplog.records if record.name == "flex_nano_vllm.guard"]
+    assert [re.search(r": (\d+) ", line)[1] for line in lines] == ["400", "400", "404"]
+    assert "maximum context length" in lines[0] and "(mine)" in lines[2] and "'/nowhere'" in lines[2]
+    assert "canary" not in caplog.text
+
+
+# --- the model's defaults ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def opinionated():
+    """An engine of a model that states how it wants to be sampled."""
+    with new_engine() as engine:
+        config = engine.model.generation_config
+        config.do_sample, config.temperature, config.top_k, config.repetition_penalty = True, 0.5, 7, 1.3
+        config.no_repeat_ngram_size = 3
+        yield engine
+
+
+def test_what_a_request_does_not_say_is_the_models_default(opinionated, caplog):
+    with caplog.at_level(logging.INFO):
+        defaults = server_defaults(opinionated)
+    assert defaults == dict(temperature=0.5, top_k=7, repetition_penalty=1.3)
+    assert "no_repeat_ngram_size" in caplog.text
+    say = dict(model=MODEL, prompt="hello", seed=3, max_tokens=6, ignore_eos=True)
+    with new_engine() as oracle:
+        expected = [
+            oracle.generate("hello", SamplingParams(seed=3, max_tokens=6, ignore_eos=True, **stated), False)[0]
+            .outputs[0]
+            .text
+            for stated in (defaults, defaults | {"temperature": 1.5}, {})
+        ]
+    assert len(set(expected)) == 3
+    with serving(opinionated, defaults=defaults) as served:
+        texts = [served.ask("POST", COMPLETIONS, say | more)[2] for more in ({}, {"temperature": 1.5})]
+        given = json.loads(served.ask("POST", RESPONSES, dict(model=MODEL, input="a", max_output_tokens=1))[2])
+    assert given["temperature"] == 0.5
+    with new_engine() as engine, serving(engine) as served:
+        texts.append(served.ask("POST", COMPLETIONS, say)[2])
+    assert [json.loads(text)["choices"][0]["text"] for text in texts] == expected
+
+
+def test_the_limit_of_a_models_answers_holds_where_the_client_has_none():
+    with new_engine() as engine, serving(engine, defaults={"max_tokens": 2}) as served:
+        for path, body in [(COMPLETIONS, SMALL), (CHATS, CHAT)]:
+            body = {name: value for name, value in body.items() if name != "max_tokens"}
+            assert json.loads(served.ask("POST", path, body)[2])["usage"]["completion_tokens"] == 2
+            assert json.loads(served.ask("POST", path, body | {"max_tokens": 4})[2])["usage"]["completion_tokens"] == 4
+
+
+def test_a_system_message_is_answered_by_the_model_in_the_package():
+    with Inference.from_pretrained("tiny-gemma2", max_batch_size=1, max_seq_length=64, compile=False) as engine:
+        messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 17 plus 8?"}]
+        (output,) = engine.chat(messages, SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
+        assert output.outputs[0].text == "25."
+        assert "Be brief." in engine.tokenizer.decode(output.prompt_token_ids)
+    assert "system" not in TEMPLATE  # the template of the other tests here
