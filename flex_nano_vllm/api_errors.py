@@ -94,6 +94,8 @@ def invalid_fields(errors: Sequence[ErrorDetails]) -> APIError:
         forms = f"a text or a list of token ids, or a list of up to {MAX_PROMPTS} such"
         return APIError(400, f"prompt must be {forms}", param=param)
     message = error["msg"].removeprefix("Value error, ").replace(" found using _kind()", "")
+    if kind == "union_tag_not_found":
+        message = "Input should be an object with a type or a role"
     value = error.get("input")
     is_public = param not in PRIVATE or (fields[-1] == "type" and kind == "literal_error")
     if is_public and isinstance(value, bool | int | float | str):

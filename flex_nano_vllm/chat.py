@@ -53,8 +53,11 @@ def chat_token_ids(
     try:
         conversation = [_message(message, index) for index, message in enumerate(messages)]
         given = _with_texts((conversation, tools or None), lambda text: pattern.sub(defused, text))
+        json.dumps(tools, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("messages or tools are nested too deeply") from None
+    except UnicodeEncodeError as error:
+        raise ValueError(f"tools are not valid Unicode: {error}") from None
     try:
         text = tokenizer.apply_chat_template(given[0], tools=given[1], tokenize=False, add_generation_prompt=True)
     except (TemplateError, ArithmeticError, LookupError, TypeError) as error:

@@ -11,7 +11,7 @@ from flex_nano_vllm.intake import Intake
 from flex_nano_vllm.protocol import ChatCompletionRequest
 from flex_nano_vllm.replies import new_id, tool_call
 from flex_nano_vllm.sampling_params import InvalidRequestError, SamplingParams, StructuredOutputsParams
-from flex_nano_vllm.tools import CallArguments, CallBegun, CallForm, CallParser, Piece, Said, tools_grammar
+from flex_nano_vllm.tools import CallArguments, CallBegun, CallForm, CallParser, Piece, Said, culprit, tools_grammar
 
 
 def with_tools(params: SamplingParams, body: ChatCompletionRequest, form: CallForm, intake: Intake) -> SamplingParams:
@@ -24,20 +24,36 @@ def with_tools(params: SamplingParams, body: ChatCompletionRequest, form: CallFo
             raise InvalidRequestError(message, "response_format")
         pattern = response_format.whitespace_pattern
         try:
-            otherwise = json_rule(response_format.json_source, pattern or WHITESPACE_PATTERN, limit)
+            otherwise = json_rule(
+                response_format.json_source, WHITESPACE_PATTERN if pattern is None else pattern, limit
+            )
         except ValueError as error:
             raise InvalidRequestError(str(error), "response_format") from error
     if not (body.needs_call or otherwise or find_spec("llguidance")):  # calls are found without a grammar too
         return params
     try:
-        grammar = tools_grammar(
-            form, body.callable_tools, body.needs_call, body.max_calls, otherwise, limit, intake.check_rule
-        )
+        grammar = tools_grammar(form, body.callable_tools, body.needs_call, body.max_calls, otherwise, limit)
+        if grammar is not None:
+            _check(grammar, form, body, intake)
+    except InvalidRequestError:
+        raise
     except (ValueError, ImportError) as error:
         raise InvalidRequestError(f"tools: {error}", "tools") from error
     if grammar is None:
         return params
     return replace(params, structured_outputs=StructuredOutputsParams(grammar=grammar))
+
+
+def _check(grammar: str, form: CallForm, body: ChatCompletionRequest, intake: Intake) -> None:
+    """Compile the grammar; the engine finds it compiled then. If that fails, name the tool that is the reason."""
+    try:
+        intake.check_grammar(grammar)
+    except ValueError as error:
+        found = culprit(form, body.callable_tools, lambda rule: intake.check_grammar(f"start: {rule}"))
+        if found is None and body.response_format is not None:
+            raise InvalidRequestError(f"response_format: {error}", "response_format") from error
+        name, reason = found or ("all tools together", error)
+        raise ValueError(f"the parameters of {name}: {reason}") from error
 
 
 class ChatTurn:

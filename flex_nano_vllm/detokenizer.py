@@ -12,7 +12,7 @@ from collections import deque
 
 from transformers import PreTrainedTokenizerBase
 
-from flex_nano_vllm.vocabulary import TextWriter, token_bytes
+from flex_nano_vllm.vocabulary import TextWriter, decode, token_bytes
 
 
 class StopMatcher:
@@ -163,5 +163,9 @@ def text_of(
     has_own_start: bool,
 ) -> str:
     """The text of an output that was not decoded token by token: what a `Detokenizer` shows in the end."""
+    if not tokenizer.is_fast:  # its tokens may have no bytes of their own
+        output = [token_id for token_id in token_ids if token_id not in silent]
+        before = decode(tokenizer, prompt_token_ids, skip_special_tokens)
+        return decode(tokenizer, prompt_token_ids + output, skip_special_tokens).removeprefix(before)
     writer = TextWriter(tokenizer, skip_special_tokens, prompt_token_ids, has_own_start)
     return "".join([*(writer.write(token_id) for token_id in token_ids if token_id not in silent), writer.finish()])

@@ -75,7 +75,8 @@ def not_applied(config: GenerationConfig, params: SamplingParams) -> dict[str, A
     of_draws = OF_DRAWS if params.greedy or config.do_sample is False else ()
     for theirs, (ours, neutral) in EXPRESSED.items():
         value = getattr(config, theirs, None)
-        if theirs not in ("max_new_tokens", *of_draws) and value not in (None, neutral, getattr(params, ours)):
+        is_chosen = getattr(params, ours) != neutral  # by the request
+        if theirs not in ("max_new_tokens", *of_draws) and value not in (None, neutral) and not is_chosen:
             missing[theirs] = value
     return missing
 

@@ -211,8 +211,7 @@ def json_rule(
     """The right side of a rule of a grammar: JSON that fits a schema, within the limits of `bounded`.
 
     Args:
-        is_for_tools: objects have the properties that the schema names and no others, unless it says otherwise, and
-            keywords that llguidance does not know are ignored: the schemas of tools have many.
+        is_for_tools: keywords that llguidance does not know are ignored: the schemas of tools have many.
     Raises:
         ValueError: for a schema that is malformed or too large.
     """
@@ -227,7 +226,8 @@ def json_rule(
         check_schema(schema)
         # Not sorted: the order of properties is the order in which they are written.
         options = {"whitespace_pattern": whitespace_pattern, "lenient": is_for_tools}
-        schema = bounded(schema, max_string_len, closes_objects=is_for_tools)
+        # A part of a conjunction has to admit the properties of the other parts.
+        schema = bounded(schema, max_string_len, closes_objects=not _joins_objects(schema))
         text = json.dumps(schema | {"x-guidance": options}, ensure_ascii=False, allow_nan=False)
         text.encode()  # a surrogate may have been escaped
         return f"%json {text}"
@@ -246,18 +246,21 @@ def bounded(schema: Any, max_string_len: int | None, closes_objects: bool = Fals
     `max_string_len` characters, unless the schema limits them itself.
 
     Args:
-        closes_objects: objects have no properties but those that the schema names, unless it says otherwise.
+        closes_objects: an object whose properties the schema lists gets no others, unless the schema says otherwise.
     """
     if not isinstance(schema, dict):
         return schema
     node, kinds = dict(schema), schema.get("type")
     kinds = kinds if isinstance(kinds, list) else [kinds]
     if not node.keys() & {"enum", "const"}:
-        if "string" in kinds and max_string_len is not None and not node.keys() & {"maxLength", "pattern", "format"}:
+        limits = node.keys() & {"minLength", "maxLength", "pattern", "format"}
+        if "string" in kinds and max_string_len is not None and not limits:
             node["maxLength"] = max_string_len
-        if "integer" in kinds and not node.keys() & {"multipleOf", "exclusiveMinimum", "exclusiveMaximum"}:
-            node = {"minimum": -MAX_INTEGER, "maximum": MAX_INTEGER} | node
-    if closes_objects and "properties" in node:
+        limits = node.keys() & {"minimum", "maximum", "multipleOf", "exclusiveMinimum", "exclusiveMaximum"}
+        if "integer" in kinds and not limits:
+            node |= {"minimum": -MAX_INTEGER, "maximum": MAX_INTEGER}
+    names, needed = node.get("properties"), node.get("required", [])
+    if closes_objects and isinstance(names, dict) and isinstance(needed, list) and set(needed) <= set(names):
         node.setdefault("additionalProperties", False)
     for key, child in schema.items():
         if key in ("properties", "$defs", "definitions") and isinstance(child, dict):
@@ -265,8 +268,16 @@ def bounded(schema: Any, max_string_len: int | None, closes_objects: bool = Fals
         elif key in ("items", "additionalProperties"):
             node[key] = bounded(child, max_string_len, closes_objects)
         elif key in ("anyOf", "oneOf", "prefixItems") and isinstance(child, list):
-            node[key] = [bounded(part, max_string_len) for part in child]
+            node[key] = [bounded(part, max_string_len, closes_objects) for part in child]
     return node
+
+
+def _joins_objects(node: Any) -> bool:
+    """Whether a schema anywhere joins an object's properties with those of another schema."""
+    if isinstance(node, dict):
+        joins = "allOf" in node or ("properties" in node and node.keys() & {"anyOf", "oneOf", "$ref"})
+        return bool(joins) or any(map(_joins_objects, node.values()))
+    return isinstance(node, list) and any(map(_joins_objects, node))
 
 
 def check_size(text: str, max_bytes: int) -> None:

@@ -117,7 +117,7 @@ class _Answer:
     def _log(self, body: bytes) -> None:
         """One line. Errors hold no prompt (see `api_errors`)."""
         try:
-            reason = json.loads(body)["error"]["message"]
+            reason = " ".join(json.loads(body)["error"]["message"].split())  # one line
         except (ValueError, LookupError, TypeError):
             reason = ""
         level = logging.WARNING if self._status >= 500 else logging.INFO

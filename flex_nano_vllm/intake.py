@@ -232,10 +232,10 @@ class Intake:
             message = f"{name}: no token of allowed_token_ids can begin what structured_outputs ask for"
             raise InvalidRequestError(message, "allowed_token_ids")
 
-    def check_rule(self, rule: str) -> None:
-        """Raises ValueError for the right side of a grammar's rule that cannot be followed."""
+    def check_grammar(self, grammar: str) -> None:
+        """Raises ValueError for a grammar that cannot be followed."""
         with self.lock:
-            self._grammar_compiler().compile("grammar", f"start: {rule}")
+            self._grammar_compiler().compile("grammar", grammar)
 
     def _grammar_compiler(self) -> GrammarCompiler:
         if self._grammars is None:

@@ -194,7 +194,12 @@ class GenerationRequest(Strict):
                 raise InvalidRequestError("logit_bias must be an object by token ids", "logit_bias") from None
         if self.response_format is not None:
             given["structured_outputs"] = self.response_format.structured_outputs()
-        return SamplingParams(**defaults | given | others)
+        stated = {name for name, value in (given | others).items() if value is not None}
+        merged = defaults | given | others
+        least, most = merged.get("min_tokens", 0), merged.get("max_tokens")
+        if most is not None and least > most and not {"min_tokens", "max_tokens"} <= stated:  # a default gives way
+            merged["max_tokens" if "min_tokens" in stated else "min_tokens"] = least if "min_tokens" in stated else most
+        return SamplingParams(**merged)
 
     @property
     def includes_usage(self) -> bool:

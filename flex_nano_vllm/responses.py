@@ -96,8 +96,8 @@ InputItem = Annotated[
 
 class TextFormat(Closed):
     type: Literal["text", "json_object", "json_schema"]
-    name: str | None = None
-    description: str | None = None
+    name: Text | None = None
+    description: Text | None = None
     schema_: dict[str, Any] | None = Field(None, alias="schema")
     strict: bool | None = None
 
@@ -135,7 +135,7 @@ class ResponsesRequest(GenerationRequest):
     tools: Annotated[list[FlatTool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | FlatToolName | None = None
     parallel_tool_calls: bool | None = None
-    metadata: dict[str, str] | None = None
+    metadata: dict[Text, Text] | None = None
     include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
     reasoning: dict[str, Any] | None = None  # of models that reason
     store: bool | None = None  # the answer says that it is not stored

@@ -7,6 +7,7 @@ the API key if there is one, and no error holds a prompt or the contents of a fi
 """
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import AsyncIterator, Iterable
@@ -141,9 +142,9 @@ class API:
     async def chat_turn(self, body: ChatCompletionRequest) -> ChatTurn:
         """Hand a chat over to the engine."""
         params, form = body.to_params(self.defaults), call_form(template_of(self.tokenizer))
+        prompt = await self.chat_prompt(body.messages, body.known_tools)
         if body.known_tools:
             params = await asyncio.to_thread(with_tools, params, body, form, self.engine.intake)
-        prompt = await self.chat_prompt(body.messages, body.known_tools)
         try:
             answers = await self.shared.submit([prompt], params, body.cache_salt, follow=bool(body.stream))
         except InvalidRequestError as error:
@@ -227,6 +228,7 @@ class API:
             limit = f"the maximum context length is {self.engine.max_request_tokens} tokens"
             message = f"{len(messages)} messages have more tokens than fit: {limit}"
             raise APIError(400, message, "context_length_exceeded", "messages")
+        self.check_length("tools", json.dumps(tools, ensure_ascii=False) if tools else "")
         self.check_length("messages", "".join(part for message in messages for part in message.texts))
         return await self.shared.chat_prompt(conversation, tools or None)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from flex_nano_vllm.grammar import MAX_SCHEMA_BYTES, json_rule
+from flex_nano_vllm.grammar import MAX_SCHEMA_BYTES, check_schema, json_rule
 
 MAX_CALLS = 16  # in one answer
 MAX_TOOLS = 128  # OpenAI's limit
@@ -51,7 +51,6 @@ def tools_grammar(
     max_calls: int,
     otherwise: str | None = None,
     max_string_len: int | None = None,
-    check: Callable[[str], object] = lambda rule: None,
 ) -> str | None:
     """The grammar of outputs whose calls are valid, in llguidance's Lark.
 
@@ -63,8 +62,7 @@ def tools_grammar(
         otherwise: the right side of a rule for an output without calls, instead of any text.
         max_string_len: see `grammar.bounded`.
     Raises:
-        ValueError: for a schema that is malformed or too large, alone or together with the other ones, and for one that
-            `check` refuses, given the right side of a rule.
+        ValueError: for a schema that is malformed or too large, alone or together with the other ones.
     """
     if not is_required and not form.begin and otherwise is None:
         return None
@@ -72,13 +70,10 @@ def tools_grammar(
     for i, (name, schema) in enumerate(tools.items()):
         try:
             rule = json_rule(_call_schema(form, name, schema), max_string_len=max_string_len, is_for_tools=True)
-            check(rule)
             rules.append(f"tool_{i}: {rule}")
         except ValueError as error:
             raise ValueError(f"the parameters of {name}: {error}") from error
-    size = sum(len(rule.encode()) for rule in rules)
-    if size > MAX_SCHEMA_BYTES:
-        raise ValueError(f"the schemas of all tools have {size} bytes, more than the {MAX_SCHEMA_BYTES} allowed")
+    check_tools(tools)
     rules.append(f"tool: {' | '.join(f'tool_{i}' for i in range(len(tools)))}")
     begin, end, opening, between, closing = map(
         _quoted, (form.begin, form.end, form.opening, form.between, form.closing)
@@ -98,6 +93,29 @@ def tools_grammar(
         r"TEXT: /(.|\n)*/",
     ]
     return "\n".join([start, *rules])
+
+
+def check_tools(tools: dict[str, dict]) -> None:
+    """Raises ValueError for schemas that together are larger than one schema may be."""
+    try:
+        size = len(json.dumps(tools, ensure_ascii=False).encode())
+        if size > MAX_SCHEMA_BYTES:
+            raise ValueError(f"their schemas have {size} bytes, more than the {MAX_SCHEMA_BYTES} allowed")
+        check_schema({"properties": tools})
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"all tools together: {error}") from error
+
+
+def culprit(
+    form: CallForm, tools: dict[str, dict], compile_rule: Callable[[str], object]
+) -> tuple[str, ValueError] | None:
+    """The first tool whose schema cannot be compiled, and why."""
+    for name, schema in tools.items():
+        try:
+            compile_rule(json_rule(_call_schema(form, name, schema), is_for_tools=True))
+        except ValueError as error:
+            return name, error
+    return None
 
 
 def _call_schema(form: CallForm, name: str, schema: dict) -> dict:

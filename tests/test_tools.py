@@ -352,7 +352,7 @@ def test_a_schema_that_is_no_schema_or_too_large_is_refused_with_the_tools_name(
 def test_schemas_that_are_too_large_together_are_refused():
     half = {"enum": ["x" * (MAX_SCHEMA_BYTES // 2)]}
     assert grammar(HERMES, {"f": half})
-    with pytest.raises(ValueError, match="the schemas of all tools have"):
+    with pytest.raises(ValueError, match="all tools together: their schemas have"):
         grammar(HERMES, {"f": half, "add": half})
 
 
