@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engines import PROMPTS, SIZES, own_model
+from engines import PROMPTS, SIZES, dense_flex, own_model
+from parrots import new_parrot
+from serving import client_of, serving
 from tiny_models import hf_generate, tiny_model
 
-from flex_nano_vllm import Inference, cascade, step
+from flex_nano_vllm import Inference, cascade, runner, step
 from flex_nano_vllm.cascade import pack
 from flex_nano_vllm.runner import why_not_compiled
 
@@ -31,6 +33,20 @@ def forget_graphs():
     torch.compiler.reset()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def dense(request):
+    """Engines that are not compiled compute attention densely, except in files marked `flex`."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.node.get_closest_marker("flex") is None:
+            original = runner.compile_flex_attention
+            patch.setattr(
+                runner,
+                "compile_flex_attention",
+                lambda device_type, compiled: original(device_type, compiled) if compiled else dense_flex,
+            )
+        yield
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Matrices of 48 columns gain nothing from threads, and on a busy machine threads wait for each other."""
@@ -48,6 +64,21 @@ def engine():
     """Room for everybody."""
     with Inference(own_model("roomy"), None, **SIZES) as engine:
         yield engine
+
+
+@pytest.fixture(scope="module")
+def parrot():
+    """A server whose model says what it is told, see parrots.py."""
+    with new_parrot() as engine, serving(engine) as served:
+        yield served
+
+
+@pytest.fixture
+def client(parrot):
+    """OpenAI's client of that server."""
+    yield client_of(parrot)
+    parrot.wait_until_idle()
+    assert parrot.engine.stats().num_used_pages == 0
 
 
 @pytest.fixture

@@ -164,6 +164,21 @@ def num_graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
+def dense_flex(query, key, value, score_mod=None, block_mask=None, scale=None, kernel_options=None):
+    """What `flex_attention` computes, by the words of its documentation: every query against every slot.
+
+    PyTorch's own uncompiled function is traced anew for each size of pool, half a second for a test's first steps.
+    """
+    batch, rows, slots = len(query), query.shape[2], key.shape[2]
+    b, q, kv = torch.arange(batch)[:, None, None], torch.arange(rows)[:, None], torch.arange(slots)
+    scores = query @ key.transpose(-1, -2) * scale
+    if score_mod is not None:
+        scores = score_mod(scores, b[..., None], 0, q, kv)
+    is_seen = block_mask.mask_mod(b, torch.zeros((), dtype=torch.int32), q, kv).broadcast_to(batch, rows, slots)
+    weights = scores.masked_fill(~is_seen[:, None], -torch.inf).softmax(dim=-1)
+    return weights.nan_to_num(0) @ value  # a query that sees nothing gets zeros
+
+
 def visible_slots(batch, window):
     """The slots that the kernel visits for each token of a step, and does not mask. Layouts of one head."""
     seen = []

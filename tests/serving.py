@@ -3,12 +3,15 @@
 import asyncio
 import http.client
 import json
+import re
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
+import openai
 import uvicorn
 from engines import byte_model
 
@@ -18,6 +21,7 @@ from flex_nano_vllm.guard import ImpatientH11, Limits
 from flex_nano_vllm.random_models import byte_tokenizer
 from flex_nano_vllm.server import create_app
 
+HERE = str(Path(__file__).parents[1]).encode()
 PATIENCE = 60  # seconds after which a test has hung; nothing here waits for a time to pass
 MODEL = "tiny-random"
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -194,3 +198,21 @@ def events_of(body: bytes) -> list[dict | str]:
     assert rest == b"" and all(event.startswith(b"data: ") for event in events), body
     data = [event.removeprefix(b"data: ").decode() for event in events]
     return [text if text == "[DONE]" else json.loads(text) for text in data]
+
+
+def client_of(served, key="none"):
+    return openai.OpenAI(base_url=f"{served.url}/v1", api_key=key, max_retries=0, timeout=PATIENCE)
+
+
+def assert_is_error(status, body):
+    """OpenAI's shape. Returns the error."""
+    body = body.encode() if isinstance(body, str) else body
+    error = json.loads(body)["error"]
+    assert set(error) == {"message", "type", "param", "code"}, error
+    assert isinstance(error["message"], str) and error["message"] and isinstance(error["type"], str)
+    assert isinstance(error["param"], str | None) and isinstance(error["code"], str | None)
+    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+    assert error["type"] == kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    assert len(body) < 1000, "too much of the request is echoed"
+    assert not re.search(rb"Traceback|\.py\b|site-packages|File \\\"", body) and HERE not in body, body
+    return error

@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from engines import COMPILED, greedy, num_graphs, prompt_of, tokens_of
+from engines import COMPILED, dense_flex, greedy, num_graphs, prompt_of, tokens_of
 from tiny_models import VOCABULARY, hf_generate, tiny_model
 from torch.torch_version import TorchVersion
 
@@ -26,6 +26,8 @@ from flex_nano_vllm.runner import (
 from flex_nano_vllm.scheduler import Chunk
 from flex_nano_vllm.sequence import Sequence
 from flex_nano_vllm.step import StepBatch, TileKind, TileLayout
+
+pytestmark = pytest.mark.flex
 
 rng = random.Random(0)
 PROMPTS = [[rng.randrange(3, VOCABULARY) for _ in range(length)] for length in (5, 30, 1, 17, 140, 2, 64)]
@@ -236,6 +238,19 @@ def test_compiled_attention_equals_uncompiled(page_size, num_heads, num_kv_heads
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     assert (outputs[True] - outputs[False]).abs().max() < tolerance
     assert outputs[False].abs().max() > 0.5, "attention over nothing would also be equal"
+
+
+@pytest.mark.parametrize("cap", [None, 5.0])
+@pytest.mark.parametrize(SHAPE, SMALL_SHAPES)
+def test_the_dense_attention_of_other_tests_is_flex_attention(
+    page_size, num_heads, num_kv_heads, head_dim, window, dtype, cap
+):
+    scene = Scene(page_size, num_heads, num_kv_heads, head_dim, window, dtype, lengths=(1, 1, 9, 20))
+    step, outputs = scene.step((TileKind(1, None),), False), []
+    for flex in (dense_flex, compile_flex_attention("cpu", compiled=False)):
+        with torch.no_grad(), torch._dynamo.config.patch(DYNAMO_CONFIG), step_in_progress(step, flex):
+            outputs.append(scene.cache.attend(scene.query, scale=0.3, cap=cap))
+    assert (outputs[0] - outputs[1]).abs().max() < 1e-6 and outputs[0].abs().max() > 0.5
 
 
 @pytest.mark.compiled

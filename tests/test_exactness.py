@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM
 from flex_nano_vllm import Inference, SamplingParams
 from flex_nano_vllm.exactness import greedy_tokens, greedy_under_preemption
 
+pytestmark = pytest.mark.flex
+
 PROMPT_LENS = (1, 5, 16, 14, 15, 3 * WINDOW + 1)
 NUM_TOKENS = 8
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS)

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 from flex_nano_vllm import Inference, SamplingParams, cascade
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.flex]
 
 rng = random.Random(0)
 PROMPTS = [[rng.randrange(3, VOCABULARY) for _ in range(length)] for length in (5, 30, 1, 17, 140, 2, 64, 128)]

@@ -11,10 +11,10 @@ from openai.pagination import SyncPage
 from openai.types import Completion, ErrorObject, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.responses import Response, ResponseStreamEvent
+from parrots import CALL_F, CALL_G, HERMES, f, g, say, written
 from pydantic import BaseModel, TypeAdapter
-from serving import MODEL, serving
+from serving import MODEL
 from test_responses import DAY, FLAT, LOGPROBS
-from test_tools import CALL_F, CALL_G, HERMES, f, g, new_parrot, say, written
 
 CHATS, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 # What answers have beyond OpenAI's types, by the type.
@@ -57,12 +57,6 @@ def fit(kind, value):
     if unknown:
         raise ValueError(f"unknown fields {unknown}")
     return parsed
-
-
-@pytest.fixture(scope="module")
-def parrot():
-    with new_parrot() as engine, serving(engine) as served:
-        yield served
 
 
 def ask(served, path, request):

@@ -1,6 +1,6 @@
 """`/v1/responses` as its clients see it: the same answers as chats, as items and as events.
 
-Most engines here are parrots, see `parrot_of` in test_tools.
+Most engines here are parrots, see parrots.py.
 """
 
 import itertools
@@ -13,9 +13,8 @@ import pydantic
 import pytest
 from engines import raise_at_call
 from openai.types.responses import Response
-from serving import MODEL, Gate, new_engine, serving
-from test_server import assert_is_error, client_of
-from test_tools import CALL_F, CALL_G, HERMES, f, g, gemma_tokenizer, new_parrot, object_of, parrot_of, say, written
+from parrots import CALL_F, CALL_G, HERMES, f, g, gemma_tokenizer, new_parrot, object_of, parrot_of, say, written
+from serving import MODEL, Gate, assert_is_error, client_of, new_engine, serving
 
 from flex_nano_vllm import Inference
 from flex_nano_vllm.chat import chat_token_ids
@@ -30,19 +29,6 @@ def flat(tool):
 
 
 FLAT = [flat(f), flat(g)]
-
-
-@pytest.fixture(scope="module")
-def parrot():
-    with new_parrot() as engine, serving(engine) as served:
-        yield served
-
-
-@pytest.fixture
-def client(parrot):
-    yield client_of(parrot)
-    parrot.wait_until_idle()
-    assert parrot.engine.stats().num_used_pages == 0
 
 
 def anonymous(value, names=()):

@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import openai
 import psutil
@@ -21,7 +20,7 @@ import typer
 from engines import assert_empty, greedy, raise_at_call
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import ValidationError
-from serving import MODEL, PATIENCE, Calls, Gate, events_of, new_engine, serving
+from serving import MODEL, PATIENCE, Calls, Gate, assert_is_error, client_of, events_of, new_engine, serving
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
@@ -29,7 +28,6 @@ from flex_nano_vllm import SamplingParams, guard, protocol, server
 from flex_nano_vllm.guard import Guard, Limits
 from flex_nano_vllm.protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
-HERE = str(Path(__file__).parents[1]).encode()
 KEY = "the-key-that-nobody-logs"
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
 SMALL = dict(model=MODEL, prompt="hi", max_tokens=2, temperature=0)
@@ -63,30 +61,12 @@ def locked():
         yield served
 
 
-def client_of(served, key="none"):
-    return openai.OpenAI(base_url=f"{served.url}/v1", api_key=key, max_retries=0, timeout=PATIENCE)
-
-
 def params_of(request):
     names = {**request, **request.get("extra_body", {})}
     names.pop("extra_body", None)
     if "logit_bias" in names:
         names["logit_bias"] = {int(token_id): bias for token_id, bias in names["logit_bias"].items()}
     return SamplingParams(**names)
-
-
-def assert_is_error(status, body):
-    """OpenAI's shape. Returns the error."""
-    body = body.encode() if isinstance(body, str) else body
-    error = json.loads(body)["error"]
-    assert set(error) == {"message", "type", "param", "code"}, error
-    assert isinstance(error["message"], str) and error["message"] and isinstance(error["type"], str)
-    assert isinstance(error["param"], str | None) and isinstance(error["code"], str | None)
-    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-    assert error["type"] == kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    assert len(body) < 1000, "too much of the request is echoed"
-    assert not re.search(rb"Traceback|\.py\b|site-packages|File \\\"", body) and HERE not in body, body
-    return error
 
 
 # --- answers -----------------------------------------------------------------------------------------------------

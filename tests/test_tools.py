@@ -3,7 +3,6 @@
 Most engines here are parrots: they say what a test tells them to, so that each way to call a tool comes up.
 """
 
-import copy
 import itertools
 import json
 import sys
@@ -14,33 +13,35 @@ from typing import Literal
 import openai
 import pydantic
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving import MODEL, new_engine, serving
-from test_server import assert_is_error, client_of
-from transformers import AutoTokenizer
+from parrots import (
+    CALL_F,
+    CALL_G,
+    HERMES,
+    LLAMA,
+    MISTRAL,
+    call_text,
+    f,
+    g,
+    gemma_tokenizer,
+    object_of,
+    parrot_of,
+    say,
+    tool,
+    written,
+)
+from serving import MODEL, assert_is_error, client_of, new_engine, serving
 
 from flex_nano_vllm import Inference
 from flex_nano_vllm.chat import chat_token_ids
 from flex_nano_vllm.grammar import MAX_SCHEMA_BYTES, GrammarCompiler, json_rule
-from flex_nano_vllm.loading import EMBEDDED_MODELS
 from flex_nano_vllm.random_models import byte_tokenizer
 from flex_nano_vllm.tools import CALL_FORMS, MAX_CALLS, CallArguments, CallBegun, CallParser, Said, tools_grammar
 from flex_nano_vllm.tools import call_form as form_of_template
 
 CHATS = "/v1/chat/completions"
-HERMES, MISTRAL, LLAMA = CALL_FORMS
 EVERY_FORM = pytest.mark.parametrize("form", CALL_FORMS, ids=["Hermes", "Mistral", "Llama"])
-
-
-def call_text(form, name, arguments):
-    return f'{form.begin}{{"name": "{name}", "{form.arguments}": {arguments}}}{form.end}'
-
-
-def written(form, *calls):
-    """An output that is nothing but calls."""
-    return form.opening + form.between.join(call_text(form, *call) for call in calls) + form.closing
 
 
 # --- calls in a text ---------------------------------------------------------------------------------------------
@@ -215,11 +216,6 @@ def test_the_form_of_calls_is_the_templates(template, form):
 
 
 @cache
-def gemma_tokenizer():
-    return AutoTokenizer.from_pretrained(EMBEDDED_MODELS["tiny-gemma2"])
-
-
-@cache
 def compiler():
     return GrammarCompiler(gemma_tokenizer(), 1500, frozenset({1, 4}))
 
@@ -232,10 +228,6 @@ def fit(source, text):
         if not words[token_id // 32] >> (token_id % 32) & 1:
             return "no" if number < len(token_ids) else "begun"
     return "whole"
-
-
-def object_of(**properties):
-    return dict(type="object", properties=properties, required=list(properties), additionalProperties=False)
 
 
 TOOLS = {"f": object_of(a={"enum": [1, 22]}, b={"type": "string"}), "add": object_of(x={"type": "integer"})}
@@ -372,13 +364,6 @@ def bytes_with(template):
     return tokenizer
 
 
-def tool(name="f", description="d", **properties):
-    return {
-        "type": "function",
-        "function": {"name": name, "description": description, "parameters": object_of(**properties)},
-    }
-
-
 def conversation(arguments, result="r", call_id="c1"):
     call = {"id": call_id, "type": "function", "function": {"name": "f", "arguments": arguments}}
     return [
@@ -493,63 +478,6 @@ def test_a_call_without_a_function_is_refused(call):
 
 
 # --- over HTTP ---------------------------------------------------------------------------------------------------
-
-
-def parrot_of(engine):
-    """The engine, which from now on computes nothing: token by token it says what comes behind the last "SAY:" of its
-    prompt, and ends, if it may. Where something else has to come, it chooses what ends soonest."""
-    tokenizer, num_logits = copy.deepcopy(engine.tokenizer), engine.intake.num_logits
-    eos_id, *closing = tokenizer.convert_tokens_to_ids(["<eos>", '"', "}", "]"])
-    likely = torch.zeros(num_logits)
-    likely[closing], likely[eos_id] = 1.0, 2.0
-
-    @cache
-    def line(prompt):
-        _, _, text = tokenizer.decode(prompt).rpartition("SAY:")
-        for end in ("<end_of_turn>", "\n</tool_response>"):
-            text = text.partition(end)[0]
-        return tokenizer(text, add_special_tokens=False).input_ids
-
-    def forward(chunks):
-        engine.runner._copy_pages()
-        rows = []
-        for chunk in chunks:
-            sequence, row = chunk.sequence, likely.clone()
-            said = line(tuple(sequence.token_ids[: sequence.num_prompt_tokens]))
-            place = sequence.num_tokens - sequence.num_prompt_tokens
-            row[said[place] if place < len(said) else eos_id] = 9.0
-            rows += [row] * chunk.num_logits
-        return torch.stack(rows)
-
-    engine.runner.forward = forward
-    return engine
-
-
-def new_parrot():
-    sizes = dict(max_batch_size=4, max_seq_length=2048, compile=False)
-    return parrot_of(Inference.from_pretrained("tiny-gemma2", **sizes))
-
-
-@pytest.fixture(scope="module")
-def parrot():
-    with new_parrot() as engine, serving(engine) as served:
-        yield served
-
-
-@pytest.fixture
-def client(parrot):
-    yield client_of(parrot)
-    parrot.wait_until_idle()
-    assert parrot.engine.stats().num_used_pages == 0
-
-
-def say(text):
-    return [{"role": "user", "content": f"SAY:{text}"}]
-
-
-f = tool("f", "d", a={"enum": [1, 22]}, b={"enum": ["c", "dd"]})
-g = tool("g", "d", x={"const": 'é\n"}'})
-CALL_F, CALL_G = ("f", '{"a": 22, "b": "dd"}'), ("g", '{"x": "é\\n\\"}"}')
 
 
 def one(client, messages, **options):
