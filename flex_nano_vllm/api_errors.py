@@ -1,6 +1,7 @@
 """Errors in OpenAI's shape, and what a client is told of an exception. Knows no request and no endpoint."""
 
 import logging
+import re
 from collections.abc import Sequence
 
 from pydantic_core import ErrorDetails
@@ -53,7 +54,7 @@ def api_error(error: Exception, names: dict[str, str] | None = None) -> APIError
     names = API_NAMES | (names or {})
     match error:
         case APIError():
-            return APIError(error.status, str(error), error.code, names.get(error.param, error.param))
+            return APIError(error.status, _renamed(str(error), names), error.code, names.get(error.param, error.param))
         case EngineBusy():
             return APIError(429, str(error), "queue_full")
         case EngineClosing():
@@ -63,21 +64,22 @@ def api_error(error: Exception, names: dict[str, str] | None = None) -> APIError
         case EngineError():
             return APIError(500, str(error), "engine_error")
         case InvalidRequestError():
-            return APIError(400, str(error), error.code, names.get(error.param, error.param))
+            return APIError(400, _renamed(str(error), names), error.code, names.get(error.param, error.param))
         case ValueError():
             return APIError(400, str(error))
     logger.error("an unexpected error", exc_info=error)
     return APIError(500, "internal error", "internal_error")
 
 
-TYPE_NAMES = {
-    "str",
-    "int",
-    "float",
-    "bool",
-    "list",
-    "dict",
-}  # in a place, the branch of a union that pydantic has tried
+def _renamed(message: str, names: dict[str, str]) -> str:
+    """A message with the endpoint's own names of parameters. A name without an underscore may be a plain word."""
+    pattern = "|".join(rf"\b{name}\b" for name in names if "_" in name)
+    return re.sub(pattern, lambda match: names[match[0]], message)
+
+
+# In the place of an error, the branch of a union that pydantic has tried.
+TYPE_NAMES = {"str", "int", "float", "bool", "list", "dict"}
+ITEM_TAGS = {"message", "function_call", "function_call_output", "reasoning"}  # behind the index of an input item
 
 
 def invalid_fields(errors: Sequence[ErrorDetails]) -> APIError:
@@ -86,14 +88,21 @@ def invalid_fields(errors: Sequence[ErrorDetails]) -> APIError:
     kind, place = error["type"], [part for part in error["loc"] if part != "body"]
     if kind == "json_invalid":
         return APIError(400, f"the body is no JSON: {error['ctx']['error']}", "invalid_json")
-    # Branches of unions are no fields, and the keys of logit_bias are the client's.
-    fields = [str(part) for part in place if isinstance(part, int) or (part.isidentifier() and part[0].islower())]
-    fields = [part for part in fields if part not in TYPE_NAMES][: 1 if "logit_bias" in place else None]
+    of_items = {i + 1 for i, part in enumerate(place) if isinstance(part, int)}
+    fields = [
+        str(part) for i, part in enumerate(place) if not _is_branch(part) and not (i in of_items and part in ITEM_TAGS)
+    ]
+    if "logit_bias" in fields:  # its keys are the client's
+        fields = fields[:1]
     param = fields[0] if fields else None
     if param == "prompt" and len(place) > 1:
         forms = f"a text or a list of token ids, or a list of up to {MAX_PROMPTS} such"
         return APIError(400, f"prompt must be {forms}", param=param)
     message = error["msg"].removeprefix("Value error, ").replace(" found using _kind()", "")
+    if kind.endswith("_type") and _is_branch(error["loc"][-1]):  # the others of the union count too
+        branches = [other["msg"] for other in errors if other["loc"][:-1] == error["loc"][:-1]]
+        message = " or ".join([branches[0], *(branch.removeprefix("Input should be ") for branch in branches[1:])])
+    message = re.sub(r"dictionary( or instance of \w+)?", "object", message)  # JSON's word
     if kind == "union_tag_not_found":
         message = "Input should be an object with a type or a role"
     value = error.get("input")
@@ -102,6 +111,12 @@ def invalid_fields(errors: Sequence[ErrorDetails]) -> APIError:
         message += f", got {repr(value)[:50]}"
     codes = {"missing": "missing_required_parameter", "unsupported": "unsupported_parameter"}
     return APIError(400, f"{'.'.join(fields)}: {message}" if fields else message, codes.get(kind), param)
+
+
+def _is_branch(part: str | int) -> bool:
+    """Whether a part of a place is no field, but a branch of a union."""
+    is_name = isinstance(part, int) or (part.isidentifier() and part[0].islower())
+    return not is_name or part in TYPE_NAMES
 
 
 def _most_telling(errors: Sequence[ErrorDetails]) -> ErrorDetails:

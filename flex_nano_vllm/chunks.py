@@ -91,31 +91,36 @@ def without_tokens(item: CompletionDelta | CompletionOutput) -> CompletionDelta 
     return replace(item, text="", token_ids=[], logprobs=logprobs, finish_reason=reason, stop_reason=None)
 
 
-class CompletionText:
-    """One choice of a completion, whole or as it comes: its text and its log-probabilities, with the prompt's."""
+class CompletionTexts:
+    """The choices of one prompt of a completion, whole or as they come: texts and log-probabilities, with the
+    prompt's."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, body: CompletionRequest, params: SamplingParams, output: RequestOutput
     ):
-        self._output, self._echoes, self._is_first = output, bool(body.echo), True
+        self._tokenizer, self._params, self._output, self._echoes = tokenizer, params, output, bool(body.echo)
         skip, prompt = params.skip_special_tokens, output.prompt_token_ids
         self._echo, self._offsets = echo(tokenizer, output.prompt, prompt, skip) if body.echo else ("", [])
-        writer = TextWriter(tokenizer, skip, prompt, has_own_start=params.structured_outputs is not None)
-        self._counter = OffsetCounter(writer, len(self._echo))
         first = token_bytes(tokenizer, prompt[0], skip_special_tokens=False, begins_text=True)
         self._first_name = token_name(first)
+        self._counters: dict[int, OffsetCounter] = {}  # by choice, once it has begun
 
     def choice(self, new: CompletionOutput | CompletionDelta) -> dict:
         """Text and log-probabilities of what is new."""
         text, token_ids, rated = new.text, new.token_ids, new.logprobs
-        offsets = self._counter.take(token_ids) if rated is not None else []
-        if self._is_first and self._echoes:
+        is_first = new.index not in self._counters
+        if is_first:
+            skip, prompt = self._params.skip_special_tokens, self._output.prompt_token_ids
+            has_own_start = self._params.structured_outputs is not None
+            writer = TextWriter(self._tokenizer, skip, prompt, has_own_start)
+            self._counters[new.index] = OffsetCounter(writer, len(self._echo))
+        offsets = self._counters[new.index].take(token_ids) if rated is not None else []
+        if is_first and self._echoes:
             text = self._echo + text
             if rated is not None:
                 token_ids = self._output.prompt_token_ids + token_ids
                 rated = self._output.prompt_logprobs + rated
                 offsets = self._offsets + offsets
-        self._is_first = False
         logprobs = None if rated is None else completion_logprobs(token_ids, rated, offsets, self._first_name)
         return dict(text=text, logprobs=logprobs) | ending(new)
 
@@ -133,17 +138,16 @@ class CompletionChunks(ChunkWriter):
     ):
         super().__init__("text_completion", "cmpl-", model, body, answers)
         self.tokenizer, self.params = tokenizer, params
-        self._texts: dict[int, CompletionText] = {}  # by choice
+        self._texts: dict[int, CompletionTexts] = {}  # by prompt
 
     def delta(self, index: int, delta: CompletionDelta) -> bytes:
         return super().delta(index, without_tokens(delta) if self.body.max_tokens == 0 else delta)
 
     def choices(self, index: int, delta: CompletionDelta) -> list[dict]:
-        number = index * self.params.n + delta.index
-        if number not in self._texts:
+        if index not in self._texts:
             output = self.answers.so_far(index)
-            self._texts[number] = CompletionText(self.tokenizer, self.body, self.params, output)
-        return [dict(index=number) | self._texts[number].choice(delta)]
+            self._texts[index] = CompletionTexts(self.tokenizer, self.body, self.params, output)
+        return [dict(index=index * self.params.n + delta.index) | self._texts[index].choice(delta)]
 
     def end(self, outputs: list[RequestOutput]) -> bytes:
         return super().end([shown(self.body, output) for output in outputs])

@@ -8,6 +8,7 @@ which must not be shown:
 """
 
 import functools
+import weakref
 from collections import deque
 
 from transformers import PreTrainedTokenizerBase
@@ -149,9 +150,18 @@ class Detokenizer:
 
 
 def special_token_names(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The contents of all special tokens."""
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return [*added, *tokenizer.all_special_tokens]
+    """The contents of all special tokens. Remembered until tokens are added: of thousands it takes milliseconds."""
+    size, names = _special_names.get(tokenizer, (None, []))
+    if size != len(tokenizer):
+        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        names = [*added, *tokenizer.all_special_tokens]
+        _special_names[tokenizer] = len(tokenizer), names
+    return names
+
+
+# By tokenizer: the number of its tokens, and the names of the special ones.
+_special_names: "weakref.WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, list[str]]]"
+_special_names = weakref.WeakKeyDictionary()
 
 
 def text_of(

@@ -10,7 +10,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from flex_nano_vllm.sampling_params import SamplingParams
 
-# Fields of GenerationConfig by their names in SamplingParams, and the values that change nothing.
+# Fields of GenerationConfig by their names in SamplingParams, and the values that change nothing. `max_length`, which
+# counts the prompt too, is in no table: how long an output may be is the request's choice and the engine's limit.
 EXPRESSED = {
     "temperature": ("temperature", 1.0),
     "top_k": ("top_k", 0),

@@ -16,7 +16,7 @@ import h11
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from flex_nano_vllm.api_errors import APIError
+from flex_nano_vllm.api_errors import APIError, api_error
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,10 @@ class Guard:
             elif answer.is_stream:
                 with anyio.move_on_after(LAST_WORDS_TIMEOUT):  # a client that does not read would keep us for ever
                     await answer.send({"type": "http.response.body", "body": error.last_events})
+        except Exception as error:
+            if answer.has_started:
+                raise
+            await api_error(error).response()(scope, receive, answer.send)
 
     def is_allowed(self, headers: dict[bytes, bytes]) -> bool:
         if self.key_digest is None:
@@ -126,7 +130,7 @@ class _Answer:
 
 
 def _request_id(headers: dict[bytes, bytes]) -> str:
-    """The client's own id of its request if it is a decent one, else a new one."""
+    """The client's own id of its request, if it is of at most 128 printable ASCII characters, else a new one."""
     given = headers.get(b"x-request-id", b"").decode("latin-1")
     return given if re.fullmatch("[!-~]{1,128}", given) else f"req_{uuid.uuid4().hex}"
 

@@ -135,7 +135,7 @@ class Inference:
             raise ValueError(f"n_pages={n_pages} of page_size={page_size} hold no prompt token and a generated one")
         self.scheduler = Scheduler(self.kv, max_num_batched_tokens, watermark)
         self.intake = Intake(model, tokenizer, geometry, num_logits(model))
-        self._has_warned = not not_applied(model.generation_config, SamplingParams())  # nothing to warn of
+        self.warns_of_defaults = bool(not_applied(model.generation_config, SamplingParams()))  # until it has, once
         self.steps: list[StepMetrics] = []
         self._record_steps = record_steps
         self._start_time = time.perf_counter()
@@ -206,7 +206,6 @@ class Inference:
                     "the engine has unfinished requests: run_one_step() until it has none, or abort them"
                 )
             outputs: dict[int, RequestOutput] = {}
-            self._warn_of_defaults(*(group[0].params for group in requests))
             try:
                 for group in requests:
                     self._add(group)
@@ -241,7 +240,6 @@ class Inference:
             params = SamplingParams() if sampling_params is None else sampling_params
             check_streamed(params)
             group = self.intake.request(prompt, params, cache_salt, follow=True)
-            self._warn_of_defaults(params)
         return self._stream(group)
 
     def _stream(self, group: list[Sequence]) -> Iterator[CompletionDelta]:
@@ -301,9 +299,7 @@ class Inference:
         """Queue one request and return its id. Raises ValueError, before anything is taken, for what can never run."""
         with self._exclusively():
             params = SamplingParams() if sampling_params is None else sampling_params
-            group = self.intake.request(prompt, params, cache_salt)
-            self._warn_of_defaults(params)
-            return self._add(group)
+            return self._add(self.intake.request(prompt, params, cache_salt))
 
     def add(self, group: list[Sequence]) -> None:
         """Queue a request that `intake` has made, for callers that check prompts while a step runs."""
@@ -363,26 +359,25 @@ class Inference:
             self.kv.reset()
         for sequence in group:
             self.scheduler.add(sequence)
+        if self.warns_of_defaults:
+            self._warn_of_defaults(group[0].params)
         return group[0].request_id
 
     def get_default_sampling_params(self) -> SamplingParams:
         """The parameters that the model's own `generation_config` states, as vLLM's method of this name."""
         return SamplingParams(**sampling_defaults(self.model.generation_config))
 
-    def _warn_of_defaults(self, *all_params: SamplingParams) -> None:
+    def _warn_of_defaults(self, params: SamplingParams) -> None:
         """Say once what `model.generate` does by the model's `generation_config`, and a request does not."""
-        for params in {id(params): params for params in all_params}.values():
-            if self._has_warned:
-                return
-            missing = not_applied(self.model.generation_config, params)
-            if missing:
-                self._has_warned = True
-                stated = ", ".join(f"{name}={value!r}" for name, value in missing.items())
-                logger.warning(
-                    "the model's generation_config states %s: model.generate applies that, this request does not "
-                    "(get_default_sampling_params() has what can be applied)",
-                    stated[:400],
-                )
+        missing = not_applied(self.model.generation_config, params)
+        if missing:
+            self.warns_of_defaults = False
+            stated = ", ".join(f"{name}={value!r}" for name, value in missing.items())
+            logger.warning(
+                "the model's generation_config states %s: model.generate applies that, this request does not "
+                "(get_default_sampling_params() has what can be applied)",
+                stated[:400],
+            )
 
     def _step(self) -> None:
         started = time.perf_counter()

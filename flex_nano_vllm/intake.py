@@ -229,7 +229,7 @@ class Intake:
     def _check_both(self, allowed: np.ndarray | None, grammar: Grammar | None, name: str) -> None:
         """A structure and `allowed_token_ids` must have a first token in common."""
         if allowed is not None and grammar is not None and not (grammar.follow().allowed([]) & allowed).any():
-            message = f"{name}: no token of allowed_token_ids can begin what structured_outputs ask for"
+            message = f"{name}: no token of allowed_token_ids can begin a text that fits structured_outputs"
             raise InvalidRequestError(message, "allowed_token_ids")
 
     def check_grammar(self, grammar: str) -> None:

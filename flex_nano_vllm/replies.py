@@ -126,6 +126,38 @@ class Detokenized(BaseModel):
     prompt: str
 
 
+class Health(BaseModel):
+    status: Literal["ok"]
+
+
+class Version(BaseModel):
+    version: str
+
+
+class ShownRequest(BaseModel):
+    id: int
+    row: int | None
+    num_tokens: int
+    num_computed_tokens: int
+    num_prompt_tokens: int
+
+
+class ShownPool(BaseModel):
+    """The pages of the layers of one window. `pages`: see `PageTable.holders`."""
+
+    window: int | None
+    page_size: int
+    num_pages: int
+    pages: list[int]
+
+
+class State(BaseModel):
+    stats: dict[str, Any]
+    pools: list[ShownPool]
+    running: list[ShownRequest]
+    waiting: list[ShownRequest]
+
+
 class Error(BaseModel):
     message: str
     type: str

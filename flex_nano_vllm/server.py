@@ -32,7 +32,7 @@ from flex_nano_vllm.api_errors import APIError, api_error, invalid_fields
 from flex_nano_vllm.async_inference import Answers, AsyncInference, EngineBusy, EngineClosing, EngineError
 from flex_nano_vllm.chat import template_of
 from flex_nano_vllm.chat_turn import ChatTurn, with_tools
-from flex_nano_vllm.chunks import ChatChunks, CompletionChunks, CompletionText, EventWriter, shown
+from flex_nano_vllm.chunks import ChatChunks, CompletionChunks, CompletionTexts, EventWriter, shown
 from flex_nano_vllm.generation_defaults import not_expressed, sampling_defaults
 from flex_nano_vllm.guard import Guard, ImpatientH11, Limits
 from flex_nano_vllm.inference import Inference
@@ -103,9 +103,8 @@ class API:
         outputs = [shown(body, output) for output in await self.whole(answers, request)]
         choices = []
         for output in outputs:
-            for completion in output.outputs:
-                choice = CompletionText(self.tokenizer, body, params, output).choice(completion)
-                choices.append(dict(index=len(choices)) | choice)
+            texts = CompletionTexts(self.tokenizer, body, params, output)
+            choices += [dict(index=len(choices) + i) | texts.choice(new) for i, new in enumerate(output.outputs)]
         return self.answer("text_completion", "cmpl-", choices, outputs)
 
     async def chat_completions(self, body: ChatCompletionRequest, request: Request) -> Response:
@@ -337,7 +336,6 @@ def create_app(
     app.add_exception_handler(HTTPException, on_http_error)
     for kind in (APIError, EngineError, EngineBusy, EngineClosing, ValueError):
         app.add_exception_handler(kind, on_error)
-    app.add_exception_handler(Exception, on_error)
 
     def streamed(model: type) -> dict:
         return {200: {"model": model, "content": {"text/event-stream": {}}}}
@@ -349,10 +347,10 @@ def create_app(
     app.get("/v1/models/{name:path}", responses={200: {"model": replies.ServedModel}})(api.model)
     app.post("/tokenize", response_model=replies.Tokens)(api.tokenize)
     app.post("/detokenize", response_model=replies.Detokenized)(api.detokenize)
-    app.get("/health")(api.health)
+    app.get("/health", responses={200: {"model": replies.Health}})(api.health)
     app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})(api.prometheus)
-    app.get("/version")(api.version)
-    app.get("/state")(api.state)
+    app.get("/version", response_model=replies.Version)(api.version)
+    app.get("/state", response_model=None, responses={200: {"model": replies.State}})(api.state)
     app.get("/", include_in_schema=False)(api.page)
     return app
 
@@ -377,7 +375,7 @@ def server_defaults(engine: Inference) -> dict[str, Any]:
 
 def serve(
     model: Annotated[str, typer.Option(help="Folder, hub id, or tiny-gemma2.")] = "tiny-gemma2",
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is everybody's.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 for any that is free.")] = 8000,
     api_key: Annotated[
         str | None, typer.Option(envvar="FLEX_NANO_VLLM_API_KEY", help="What clients must send.")
@@ -421,6 +419,7 @@ def serve(
         defaults = server_defaults(engine) if generation_config == GenerationConfigSource.model else {}
     except ValueError as error:
         raise SystemExit(f"the model's generation_config: {error}; --generation-config none ignores it") from None
+    engine.warns_of_defaults = False  # the option decides, and what it leaves out has been logged
     shared = AsyncInference(engine, max_waiting)
     if engine.runner.compiled:
         logger.info("compiling, which takes minutes the first time")

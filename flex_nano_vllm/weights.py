@@ -10,8 +10,8 @@ class WeightsWatch:
     """Notices changes of a model between two looks: parameters written to (`load_state_dict`, an optimizer's step) or
     replaced, modules exchanged, and PEFT's adapters switched, exchanged or scaled.
 
-    A look costs about a microsecond a parameter. It does not see writes through `.data`, to buffers, or in
-    inference mode.
+    A look costs about a microsecond a parameter. It does not see writes through `.data` or to buffers, parameters that
+    were made in inference mode, or forward hooks.
     """
 
     def __init__(self, model: nn.Module):

@@ -161,13 +161,20 @@ def test_other_names_of_json_are_taken(served, kind):
     assert served.ask("POST", COMPLETIONS, SMALL, {"Content-Type": kind})[0] == 200
 
 
-def test_every_answer_has_an_id_the_clients_own_if_it_is_decent(served):
+def test_every_answer_has_an_id_the_clients_own_if_it_can_be_a_header(served):
     ids = [served.ask(*request)[1]["x-request-id"] for request in [("GET", "/health"), ("GET", "/nowhere")]]
     ids.append(served.ask("POST", COMPLETIONS, SMALL | {"stream": True})[1]["x-request-id"])
     assert len(set(ids)) == 3 and all(re.fullmatch("req_[0-9a-f]{32}", each) for each in ids)
     given = {"X-Request-Id": "my-own.1"}
     assert served.ask("GET", "/health", headers=given)[1]["x-request-id"] == "my-own.1"
     assert served.ask("GET", "/health", headers={"X-Request-Id": "x" * 200})[1]["x-request-id"].startswith("req_")
+
+
+def test_an_answer_to_a_bug_of_ours_has_an_id_and_a_line_of_the_log(served, monkeypatch, caplog):
+    monkeypatch.setattr(served.engine.intake, "request", None)
+    status, headers, _ = served.ask("POST", COMPLETIONS, SMALL, {"X-Request-Id": "mine"})
+    assert (status, headers["x-request-id"]) == (500, "mine")
+    assert "'/v1/completions': 500 internal error (mine)" in caplog.text
 
 
 def test_pages_of_other_origins_may_call_if_they_are_allowed():
@@ -210,6 +217,10 @@ def test_a_prompt_that_is_too_long_has_the_code_that_clients_look_for(served, pa
     ("path", "fields", "param", "code", "words"),
     [
         (COMPLETIONS, dict(stop=["x"] * 17), "stop", "invalid_value", "at most 16 items"),
+        (COMPLETIONS, dict(stop=3), "stop", "invalid_value", "a valid string or a valid list, got 3"),
+        (COMPLETIONS, dict(stop=["x", 3]), "stop", "invalid_value", "stop.1: Input should be a valid string, got 3"),
+        (COMPLETIONS, dict(temperature="x", top_p="y"), "temperature", "invalid_value", "a valid number, got 'x'"),
+        (COMPLETIONS, dict(response_format=3), "response_format", "invalid_value", "Input should be a valid object"),
         (COMPLETIONS, dict(stop="x" * 2000), "stop", "invalid_value", "1 to 1024 characters"),
         (COMPLETIONS, dict(temperature=3), "temperature", "invalid_value", "less than or equal to 2, got 3"),
         (COMPLETIONS, dict(best_of=4), "best_of", "unsupported_parameter", "best_of: is not supported, got 4"),
@@ -239,6 +250,21 @@ def test_a_prompt_that_is_too_long_has_the_code_that_clients_look_for(served, pa
             "previous_response_id",
             "unsupported_parameter",
             "resp_1",
+        ),
+        (RESPONSES, dict(input={}), "input", "invalid_value", "input: Input should be a valid string or a valid list"),
+        (
+            RESPONSES,
+            dict(input=[{"role": "user", "content": 3}]),
+            "input",
+            "invalid_value",
+            "input.0.content: Input should be a valid string or a valid list",
+        ),
+        (
+            RESPONSES,
+            dict(input="a", max_output_tokens=2, min_tokens=9),
+            "min_tokens",
+            "invalid_value",
+            "min_tokens=9 is more than max_output_tokens=2",
         ),
         (RESPONSES, dict(input="a", max_output_tokens=0), "max_output_tokens", "invalid_value", "got 0"),
         (
@@ -270,7 +296,11 @@ def test_a_field_that_is_missing_is_named(served, missing):
 def test_a_token_that_no_structure_begins_with_is_the_requests_own_mistake(served):
     body = CHAT | dict(response_format={"type": "regex", "regex": "[a-c]"}, allowed_token_ids=[100])
     status, error = error_of(served, CHATS, body)
-    assert (status, error["param"]) == (400, "allowed_token_ids") and "structured_outputs" in error["message"]
+    assert (status, error["param"]) == (400, "allowed_token_ids")
+    assert "no token of allowed_token_ids can begin a text that fits response_format" in error["message"]
+    form = {"format": {"type": "json_object"}}
+    status, error = error_of(served, RESPONSES, dict(model=MODEL, input="a", text=form, allowed_token_ids=[100]))
+    assert (status, error["param"]) == (400, "allowed_token_ids") and "begin a text that fits text" in error["message"]
 
 
 @pytest.mark.parametrize("stream", [False, True])

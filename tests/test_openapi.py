@@ -70,6 +70,14 @@ def test_the_description_is_a_valid_document_of_all_that_is_offered(description,
     assert offered == OPERATIONS
 
 
+def test_the_description_says_what_every_answer_looks_like(description):
+    answers = [
+        op["responses"]["200"]["content"] for methods in description["paths"].values() for op in methods.values()
+    ]
+    schemas = [content["application/json"]["schema"] for content in answers if "application/json" in content]
+    assert len(schemas) == len(OPERATIONS) - 1 and all("$ref" in schema for schema in schemas), "all but /metrics"
+
+
 def test_the_description_says_what_an_error_looks_like(description):
     for path, methods in description["paths"].items():
         for operation in methods.values():

@@ -9,10 +9,12 @@ import warnings
 import pytest
 import torch
 from engines import PROMPTS, SIZES, greedy, own_model, prompt_of, tokens_of
+from serving import run
 from tiny_models import CONFIGS, hf_generate, tiny_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from flex_nano_vllm import Inference, SamplingParams
+from flex_nano_vllm.async_inference import AsyncInference
 from flex_nano_vllm.exactness import hf_generate as neutral_generate
 from flex_nano_vllm.generation_defaults import not_expressed, plain_generation, sampling_defaults
 from flex_nano_vllm.patching import max_positions
@@ -216,6 +218,19 @@ def test_what_a_model_asks_for_and_a_request_does_not_is_said_once(repetitive, c
     (message,) = warnings_of(caplog)
     assert "no_repeat_ngram_size=2" in message and "repetition_penalty=1.5" in message
     assert "temperature" not in message, "it does not matter to a greedy request"
+
+
+@pytest.mark.parametrize("warns", [True, False])
+def test_it_is_said_of_requests_of_many_callers_too_unless_a_server_has_chosen(repetitive, caplog, warns):
+    with Inference(repetitive, None, **SIZES) as engine:
+        engine.warns_of_defaults = warns
+
+        async def ask():
+            async with AsyncInference(engine) as shared:
+                await shared.generate(PROMPTS[0], greedy(1))
+
+        run(ask())
+    assert len(warnings_of(caplog)) == warns
 
 
 def test_a_request_that_asks_for_what_its_model_states_is_told_nothing(caplog):

@@ -75,7 +75,7 @@ def test_allowed_tokens_hold_within_a_structure(engine):
     params = structured(StructuredOutputsParams(regex="[abc]{4}"), allowed_token_ids=[B, 1])
     assert one(engine, params) == ("bbbb", 5, "stop", None)
     nothing = structured(StructuredOutputsParams(regex="[ac]{4}"), allowed_token_ids=[B, 1])
-    with pytest.raises(ValueError, match="allowed_token_ids can begin what structured_outputs"):
+    with pytest.raises(ValueError, match="allowed_token_ids can begin a text that fits structured_outputs"):
         engine.generate("x", nothing, use_tqdm=False)
     ends_soon = structured(StructuredOutputsParams(regex="b[ac]{3}"), allowed_token_ids=[B, 1])
     (failed,) = engine.generate("x", ends_soon, use_tqdm=False)[0].outputs
