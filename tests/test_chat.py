@@ -182,7 +182,7 @@ def test_a_prompt_after_a_chat_has_its_control_tokens():
         ),
         ([{"role": "user", "content": "\ud800"}], "message 0 is not valid Unicode"),
         ([{"role": "system", "content": "hi"}], "refuses the messages: after the system message comes no turn"),
-        ([{"role": "user", "content": "a"}, {"role": "system", "content": "hi"}], "turn 2 is one"),
+        ([{"role": "user", "content": "a"}, {"role": "system", "content": "hi"}], "message 1 is one"),
     ],
 )
 def test_bad_messages_are_refused(messages, reason):

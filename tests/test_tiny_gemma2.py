@@ -4,7 +4,6 @@ The pair that a long lookup asks for stands three windows and more before the qu
 position is a wrong answer. The last test shows that it is.
 """
 
-import copy
 import functools
 import socket
 
@@ -98,12 +97,13 @@ def test_its_tokenizer_loses_nothing_and_its_chat_has_gemmas_form():
     )
 
 
-def test_its_chat_begins_its_first_user_turn_with_the_system_message_and_the_tools():
-    messages = [{"role": "system", "content": "Be brief. "}, {"role": "assistant", "content": "a"}]
+def test_its_chat_begins_its_first_user_turn_with_the_system_messages_and_the_tools():
+    messages = [{"role": "system", "content": text} for text in ("Be brief. ", "Be kind.")]
+    messages.append({"role": "assistant", "content": "a"})
     messages += [{"role": "user", "content": "u"}, {"role": "user", "content": "v"}]
     tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
     assert tokenizer().apply_chat_template(messages, tools=tools, tokenize=False) == (
-        "<bos><start_of_turn>model\na<end_of_turn>\n<start_of_turn>user\nBe brief.\n\nTools:\n"
+        "<bos><start_of_turn>model\na<end_of_turn>\n<start_of_turn>user\nBe brief.\n\nBe kind.\n\nTools:\n"
         '{"name": "add", "parameters": {"type": "object"}}\nCall one by <tool_call>\n'
         '{"name": ..., "arguments": ...}\n</tool_call>\n\nu<end_of_turn>\n<start_of_turn>user\nv<end_of_turn>\n'
     )
@@ -125,8 +125,9 @@ def test_its_chat_shows_calls_and_their_results():
 
 @pytest.fixture(scope="module")
 def compiled_engine():
-    own = copy.deepcopy(loaded())  # this engine lives on beside those of the tests below
-    with engine_for(own, max_batch_size=32, n_pages=129, page_size=64, compile=True) as engine:
+    # The sizes of the README's first snippet, whose kernels are on disk then.
+    sizes = dict(max_batch_size=8, max_seq_length=512, max_num_batched_tokens=64)
+    with Inference.from_pretrained("tiny-gemma2", **sizes) as engine:
         yield engine
 
 
