@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 
-from flex_nano_vllm.answers import Reader, request_output
 from flex_nano_vllm.inference import Inference
-from flex_nano_vllm.intake import Prompt, check_streamed
+from flex_nano_vllm.input_processor import Prompt, check_streamed
+from flex_nano_vllm.output_processor import OutputReader, request_output
 from flex_nano_vllm.outputs import CompletionDelta, RequestOutput
 from flex_nano_vllm.runner import let_thread_use_cuda_graphs, release_openmp_threads
 from flex_nano_vllm.sampling_params import SamplingParams
@@ -35,7 +35,7 @@ from flex_nano_vllm.sequence import Sequence
 
 logger = logging.getLogger(__name__)
 
-TELLING_SHARE = 0.02  # of the time; the most that goes into telling streams what is new,
+NOTIFY_SHARE = 0.02  # of the time; the most that goes into telling streams what is new,
 MAX_STREAM_INTERVAL = 0.25  # unless they would wait longer for it, in seconds
 STEP_TIMEOUT = 30.0  # seconds after which nobody waits for the last step any more
 
@@ -61,7 +61,7 @@ class Mailbox:
     """What one request has brought and its caller has not yet taken. Filled by the owner thread."""
 
     group: list[Sequence]
-    reader: Reader | None  # None: the caller wants the answer, and not how it comes
+    reader: OutputReader | None  # None: the caller wants the answer, and not how it comes
     loop: asyncio.AbstractEventLoop
     filled: asyncio.Event
     deltas: dict[int, CompletionDelta] = field(default_factory=dict)
@@ -96,11 +96,11 @@ def _joined(first: CompletionDelta, second: CompletionDelta) -> CompletionDelta:
     )
 
 
-class Answers:
+class Submission:
     """What requests that were handed over together bring: lists of what is new since the last one, pairs of a request's
     index and a delta, or, when it has ended, its whole answer. Raises `EngineError` if one of them fails.
 
-    Leaving the `with` block, or `leave()`, ends the requests that have not ended.
+    Leaving the `with` block, or `abort()`, ends the requests that have not ended.
     """
 
     def __init__(self, owner: "AsyncInference", mailboxes: list[Mailbox], filled: asyncio.Event):
@@ -111,17 +111,17 @@ class Answers:
         while not self.have_ended:
             await self._filled.wait()
             self._filled.clear()
-            news: list[tuple[int, CompletionDelta | RequestOutput]] = []
+            updates: list[tuple[int, CompletionDelta | RequestOutput]] = []
             for index, mailbox in list(self._unfinished.items()):
                 if mailbox.error is not None:
                     raise mailbox.error
                 output = mailbox.output  # looked at first: what came before it is in the box
-                news += [(index, delta) for delta in mailbox.take()]
+                updates += [(index, delta) for delta in mailbox.take()]
                 if output is not None:
                     del self._unfinished[index]
-                    news.append((index, output))
-            if news:
-                yield news
+                    updates.append((index, output))
+            if updates:
+                yield updates
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -142,17 +142,17 @@ class Answers:
         """The answer to one of the requests as far as it has come. Its prompt is whole once there is a delta."""
         return request_output(self._mailboxes[index].group, self._owner.engine.tokenizer)
 
-    def leave(self) -> None:
+    def abort(self) -> None:
         """End the requests that have not ended."""
         for mailbox in self._mailboxes:
             if mailbox.output is None and mailbox.error is None:
                 self._owner.abort(mailbox.request_id)
 
-    def __enter__(self) -> "Answers":
+    def __enter__(self) -> "Submission":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.leave()
+        self.abort()
 
 
 class AsyncInference:
@@ -189,8 +189,8 @@ class AsyncInference:
         self._mailboxes: dict[int, Mailbox] = {}  # of the requests that the engine has; the owner thread's
         self._num_pending = 0  # requests taken and not yet with the engine
         self._wake = threading.Condition()
-        self._told_at = -math.inf  # when all streams were told what is new
-        self._telling_times = 0.0, 0.0  # seconds that the event loop took for the last two times
+        self._notified_at = -math.inf  # when all streams were told what is new
+        self._notify_times = 0.0, 0.0  # seconds that the event loop took for the last two times
         self._is_closing = self._is_closed = False
         if engine.model.device.type == "cpu":
             release_openmp_threads()
@@ -203,8 +203,8 @@ class AsyncInference:
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, cache_salt: str | None = None
     ) -> RequestOutput:
         """Complete one prompt. Raises what `Inference.generate` does, `EngineBusy`, `EngineClosing`, `EngineError`."""
-        with await self.submit([prompt], sampling_params, cache_salt, follow=False) as answers:
-            async for ((_, output),) in answers:
+        with await self.submit([prompt], sampling_params, cache_salt, follow=False) as submission:
+            async for ((_, output),) in submission:
                 return output
 
     async def stream(
@@ -212,9 +212,9 @@ class AsyncInference:
     ) -> AsyncIterator[CompletionDelta]:
         """Complete one prompt, and give what is new as it comes. Raises what `generate` does."""
         check_streamed(sampling_params)
-        with await self.submit([prompt], sampling_params, cache_salt) as answers:
-            async for news in answers:
-                for _, item in news:
+        with await self.submit([prompt], sampling_params, cache_salt) as submission:
+            async for updates in submission:
+                for _, item in updates:
                     if isinstance(item, CompletionDelta):
                         yield item
 
@@ -232,7 +232,7 @@ class AsyncInference:
         """The tokens of a conversation, if there is room for its request."""
         self.check_open()
         self.check_room(1)
-        return await asyncio.to_thread(self.engine.intake.chat_prompt, messages, tools)
+        return await asyncio.to_thread(self.engine.input_processor.chat_prompt, messages, tools)
 
     async def warmup(self) -> None:
         """`Inference.warmup`, in the thread that needs it."""
@@ -279,7 +279,7 @@ class AsyncInference:
             waiting = list(self._mailboxes.values())
             for mailbox in waiting:
                 mailbox.error = self._refusal()
-            self._tell(waiting)
+            self._notify(waiting)
 
     async def __aenter__(self) -> "AsyncInference":
         return self
@@ -293,7 +293,7 @@ class AsyncInference:
         params: SamplingParams | None = None,
         cache_salt: str | None = None,
         follow: bool = True,
-    ) -> "Answers":
+    ) -> "Submission":
         """Check requests, off the event loop, and hand them over, all or none. Raises what `generate` does.
 
         Args:
@@ -313,7 +313,9 @@ class AsyncInference:
             self._pend(-num_sequences)
             raise
         loop, filled, tokenizer = asyncio.get_running_loop(), asyncio.Event(), self.engine.tokenizer
-        mailboxes = [Mailbox(group, Reader(group, tokenizer) if follow else None, loop, filled) for group in groups]
+        mailboxes = [
+            Mailbox(group, OutputReader(group, tokenizer) if follow else None, loop, filled) for group in groups
+        ]
 
         def add() -> None:
             self._pend(-num_sequences)
@@ -326,13 +328,13 @@ class AsyncInference:
         except BaseException:
             self._pend(-num_sequences)
             raise
-        return Answers(self, mailboxes, filled)
+        return Submission(self, mailboxes, filled)
 
     def _groups(
         self, prompts: list[Prompt], params: SamplingParams, cache_salt: str | None, follow: bool
     ) -> list[list[Sequence]]:
         names = [f"prompt {i}" if len(prompts) > 1 else "prompt" for i in range(len(prompts))]
-        request = self.engine.intake.request
+        request = self.engine.input_processor.request
         return [request(prompt, params, cache_salt, name, follow) for prompt, name in zip(prompts, names)]
 
     def _pend(self, change: int) -> None:
@@ -405,7 +407,7 @@ class AsyncInference:
             outputs = self.engine.run_one_step()
         except Exception as error:
             logger.exception("a step has failed")
-            self.engine.give_up_step()
+            self.engine.abort_failed_step()
             # Whoever it does not have: those it gave up, and who was between its queues and its answer.
             queues = self.engine.scheduler.running, self.engine.scheduler.waiting
             left = {sequence.request_id for queue in queues for sequence in queue}
@@ -415,26 +417,26 @@ class AsyncInference:
                 torch.cuda.synchronize()  # raises again where the device takes no more work: then nothing can go on
             self.engine.check_invariants()
             return
-        news, now = [], time.perf_counter()
+        updated, now = [], time.perf_counter()
         # All streams at once: each time that the event loop runs, it takes a processor from the step.
-        all_are_due = now - self._told_at >= self._stream_interval()
-        self._told_at = now if all_are_due else self._told_at
+        all_are_due = now - self._notified_at >= self._stream_interval()
+        self._notified_at = now if all_are_due else self._notified_at
         for output in outputs:
             mailbox = self._mailboxes.pop(output.request_id)
             self._collect(mailbox)
             mailbox.output = output
-            news.append(mailbox)
+            updated.append(mailbox)
         for mailbox in list(self._mailboxes.values()):
             if (all_are_due or mailbox.is_new) and self._collect(mailbox):
-                news.append(mailbox)
-        self._tell(news, is_timed=all_are_due)
+                updated.append(mailbox)
+        self._notify(updated, is_timed=all_are_due)
 
     def _collect(self, mailbox: Mailbox) -> bool:
         """Put what is new into a mailbox. Whether there is something."""
         if mailbox.reader is None:
             return False
         try:
-            deltas = list(mailbox.reader.news())
+            deltas = list(mailbox.reader.deltas())
         except Exception as error:  # of this request alone
             logger.exception("the news of a request cannot be told")
             mailbox.error = EngineError(f"the answer cannot be made: {type(error).__name__}")
@@ -447,16 +449,16 @@ class AsyncInference:
 
     def _stream_interval(self) -> float:
         """Seconds until all streams are told again."""
-        seconds = min(self._telling_times)  # the longer one may have been a pause for something else
-        return max(self.stream_interval, min(seconds / TELLING_SHARE, MAX_STREAM_INTERVAL))
+        seconds = min(self._notify_times)  # the longer one may have been a pause for something else
+        return max(self.stream_interval, min(seconds / NOTIFY_SHARE, MAX_STREAM_INTERVAL))
 
     def _fail(self, request_ids: list[int], error: EngineError) -> None:
         failed = [self._mailboxes.pop(request_id) for request_id in request_ids]
         for mailbox in failed:
             mailbox.error = error
-        self._tell(failed)
+        self._notify(failed)
 
-    def _tell(self, mailboxes: list[Mailbox], is_timed: bool = False) -> None:
+    def _notify(self, mailboxes: list[Mailbox], is_timed: bool = False) -> None:
         """Wake those who wait, with one message for each loop: to send one costs more than to fill a mailbox."""
         by_loop: dict[asyncio.AbstractEventLoop, list[Mailbox]] = {}
         for mailbox in mailboxes:
@@ -480,7 +482,7 @@ class AsyncInference:
         except Exception as error:  # its pages are free all the same
             logger.exception("the answer of an aborted request cannot be made")
             mailbox.error = EngineError(f"the answer cannot be made: {type(error).__name__}")
-        self._tell([mailbox])
+        self._notify([mailbox])
 
     def _abort_all(self) -> None:
         for request_id in list(self._mailboxes):
@@ -493,7 +495,7 @@ class AsyncInference:
         for mailbox in mailboxes:
             mailbox.filled.set()
         if is_timed:  # behind those who wait, who read and send before they wait again
-            mailboxes[0].loop.call_soon(self._note_telling, started)
+            mailboxes[0].loop.call_soon(self._note_notifying, started)
 
-    def _note_telling(self, started: float) -> None:
-        self._telling_times = self._telling_times[1], time.perf_counter() - started
+    def _note_notifying(self, started: float) -> None:
+        self._notify_times = self._notify_times[1], time.perf_counter() - started

@@ -66,7 +66,7 @@ def step_in_progress(step: StepBatch, flex: Callable[..., Tensor]) -> Iterator[T
 
 def _current(num_tokens: int, ends: bool) -> StepInProgress:
     current = _in_progress.get()
-    if current is None or num_tokens != (len(current.step.wanted) if ends else current.step.num_tokens):
+    if current is None or num_tokens != (len(current.step.logits_indices) if ends else current.step.num_tokens):
         raise RuntimeError(
             "this model is patched for paged attention and belongs to an Inference engine: it cannot be called "
             "directly. Use the engine, or give the model back first with engine.close()"
@@ -236,14 +236,14 @@ def paged_flex_attention(
     attention_mask: Tensor | None,
     scaling: float,
     softcap: float | None = None,
-    phase: str | None = None,
+    part: str | None = None,
     step: StepBatch | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls in every layer: query [1, H, T, D], key and value [1, K, T, D],
     after RoPE. Returns [1, T, H, D] and no weights.
 
-    `phase`, see `patching.pruned_forward`: "keys" writes keys and values and returns nothing of interest, "ends"
+    `part`, see `patching.pruned_forward`: "keys" writes keys and values and returns nothing of interest, "ends"
     attends only.
     `step`: given for a step of decodes, which is compiled with its attention; else it is the one in progress.
     Raises RuntimeError when the model was called by anybody but the engine, whose step says where and what.
@@ -251,8 +251,8 @@ def paged_flex_attention(
     cache = module.kv_cache
     if step is not None:
         return cache.update_and_attend(step, query, key, value, scaling, softcap), None
-    if phase != "ends":
+    if part != "ends":
         cache.update(key, value)
-    if phase == "keys":
+    if part == "keys":
         return query.transpose(1, 2), None
-    return cache.attend(query, scaling, softcap, ends=phase == "ends"), None
+    return cache.attend(query, scaling, softcap, ends=part == "ends"), None

@@ -35,8 +35,8 @@ class CascadeRule:
     tile_len: int  # decodes in a tile
     num_tiles: int  # that a step is padded to
     least_decodes: int  # in a step: few of them have little to save
-    whole_cost: float  # of a packed tile's visit of a page that it sees whole; one of a decode alone costs 1
-    some_cost: float  # where a mask decides
+    full_cost: float  # of a packed tile's visit of a page that it sees whole; one of a decode alone costs 1
+    partial_cost: float  # where a mask decides
     heads_per_processor: float  # kv heads
 
     def cost(self, visits: np.ndarray) -> float:
@@ -46,7 +46,7 @@ class CascadeRule:
 
     def can_pay(self, num_decodes: int, num_pages: int) -> bool:
         """Whether it would if all of the pages were shared by all."""
-        together = np.full(cdiv(num_decodes, self.tile_len), self.whole_cost * num_pages)
+        together = np.full(cdiv(num_decodes, self.tile_len), self.full_cost * num_pages)
         return self.cost(np.full(num_decodes, num_pages)) - self.cost(together) >= LEAST_SAVING
 
 
@@ -55,8 +55,8 @@ class PackedDecodes:
     """Decodes of a step in tiles that read every page once."""
 
     members: np.ndarray  # [tiles, L] which of the decodes, -1 where there is none
-    some: np.ndarray  # [tiles, P] bool, the pages of which the tile's sequences see something,
-    whole: np.ndarray  # [tiles, P] bool, and those that all of them see whole
+    partial: np.ndarray  # [tiles, P] bool, the pages of which the tile's sequences see something,
+    full: np.ndarray  # [tiles, P] bool, and those that all of them see whole
 
     @classmethod
     def empty(cls, tile_len: int, n_pages: int) -> "PackedDecodes":
@@ -68,7 +68,7 @@ class PackedDecodes:
         """As many tiles, the last ones empty."""
         more = ((0, num_tiles - len(self.members)), (0, 0))
         members = np.pad(self.members, more, constant_values=-1)
-        return PackedDecodes(members, np.pad(self.some, more), np.pad(self.whole, more))
+        return PackedDecodes(members, np.pad(self.partial, more), np.pad(self.full, more))
 
 
 def pack(
@@ -90,16 +90,16 @@ def pack(
     members.ravel()[: len(rows)] = order
     is_member = members >= 0
     position = np.where(is_member, positions[members], -1)[..., None]  # [tiles, L, 1], of nobody -1: sees nothing
-    first, end, first_whole, end_whole = visible_pages(position, position, window, table.page_size)
+    first, end, first_full, end_full = visible_pages(position, position, window, table.page_size)
     logical = np.arange(table.max_pages_per_row)
     pages = table.host_table[rows[members]]  # [tiles, L, N]
     num_seeing = _count(pages, (first <= logical) & (logical < end), table.n_pages)
-    num_seeing_whole = _count(pages, (first_whole <= logical) & (logical < end_whole), table.n_pages)
-    whole = num_seeing_whole == is_member.sum(axis=1, keepdims=True)
-    some = (num_seeing > 0) & ~whole
-    packed = rule.cost(rule.whole_cost * whole.sum(axis=1) + rule.some_cost * some.sum(axis=1))
+    num_seeing_all = _count(pages, (first_full <= logical) & (logical < end_full), table.n_pages)
+    full = num_seeing_all == is_member.sum(axis=1, keepdims=True)
+    partial = (num_seeing > 0) & ~full
+    packed = rule.cost(rule.full_cost * full.sum(axis=1) + rule.partial_cost * partial.sum(axis=1))
     saving = rule.cost((end - first)[is_member]) - packed
-    return PackedDecodes(members, some, whole) if saving >= LEAST_SAVING else None
+    return PackedDecodes(members, partial, full) if saving >= LEAST_SAVING else None
 
 
 def packed_block_mask(
@@ -120,19 +120,19 @@ def packed_block_mask(
     """
     page_size, num_members = table.page_size, q_pos.shape[1]
     most = min(table.n_pages, num_members * table.max_pages_per_row)  # pages that a tile can need
-    arrays = [*_lists(packed.some, most), *_lists(packed.whole, most), q_pos]
-    num_some, some, num_whole, whole, q_pos = upload(arrays, table.table.device, np.int32)
-    some, whole = (widen(pages, cdiv(kv_len, page_size)) for pages in (some, whole))
+    arrays = [*_lists(packed.partial, most), *_lists(packed.full, most), q_pos]
+    num_partial, partial, num_full, full, q_pos = upload(arrays, table.table.device, np.int32)
+    partial, full = (widen(pages, cdiv(kv_len, page_size)) for pages in (partial, full))
 
     def row_of(tile: Tensor, q_idx: Tensor) -> Tensor:
         return rows[tile, q_idx // group_size]
 
     q_block = num_members * group_size
     return BlockMask.from_kv_blocks(
-        num_some[:, None],  # [tiles, 1, 1]
-        some[:, None, None],  # [tiles, 1, 1, >= kv_len / page_size]
-        num_whole[:, None],
-        whole[:, None, None],
+        num_partial[:, None],  # [tiles, 1, 1]
+        partial[:, None, None],  # [tiles, 1, 1, >= kv_len / page_size]
+        num_full[:, None],
+        full[:, None, None],
         BLOCK_SIZE=(q_block, page_size),
         mask_mod=table.physical_mask(of_queries(layer_mask(window), q_pos, group_size), row_of),
         seq_lengths=(q_block, kv_len),

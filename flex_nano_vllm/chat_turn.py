@@ -5,18 +5,29 @@ HTTP.
 from dataclasses import replace
 from importlib.util import find_spec
 
-from flex_nano_vllm.async_inference import Answers
+from flex_nano_vllm.async_inference import Submission
 from flex_nano_vllm.grammar import WHITESPACE_PATTERN, json_rule, string_limit
-from flex_nano_vllm.intake import Intake
+from flex_nano_vllm.input_processor import InputProcessor
 from flex_nano_vllm.protocol import ChatCompletionRequest
 from flex_nano_vllm.replies import new_id, tool_call
 from flex_nano_vllm.sampling_params import InvalidRequestError, SamplingParams, StructuredOutputsParams
-from flex_nano_vllm.tools import CallArguments, CallBegun, CallForm, CallParser, Piece, Said, culprit, tools_grammar
+from flex_nano_vllm.tools import (
+    CallArguments,
+    CallForm,
+    CallParser,
+    CallStart,
+    Piece,
+    TextPiece,
+    culprit,
+    tools_grammar,
+)
 
 
-def with_tools(params: SamplingParams, body: ChatCompletionRequest, form: CallForm, intake: Intake) -> SamplingParams:
+def with_tools(
+    params: SamplingParams, body: ChatCompletionRequest, form: CallForm, input_processor: InputProcessor
+) -> SamplingParams:
     """Parameters with the grammar of valid calls, where the request or the form of the calls wants one."""
-    response_format, limit = body.response_format, string_limit(intake.geometry.max_request_tokens)
+    response_format, limit = body.response_format, string_limit(input_processor.geometry.max_request_tokens)
     otherwise = None
     if response_format is not None and response_format.type != "text" and not body.needs_call:
         if response_format.type == "regex":
@@ -34,7 +45,7 @@ def with_tools(params: SamplingParams, body: ChatCompletionRequest, form: CallFo
     try:
         grammar = tools_grammar(form, body.callable_tools, body.needs_call, body.max_calls, otherwise, limit)
         if grammar is not None:
-            _check(grammar, form, body, intake)
+            _check(grammar, form, body, input_processor)
     except InvalidRequestError:
         raise
     except (ValueError, ImportError) as error:
@@ -44,12 +55,12 @@ def with_tools(params: SamplingParams, body: ChatCompletionRequest, form: CallFo
     return replace(params, structured_outputs=StructuredOutputsParams(grammar=grammar))
 
 
-def _check(grammar: str, form: CallForm, body: ChatCompletionRequest, intake: Intake) -> None:
+def _check(grammar: str, form: CallForm, body: ChatCompletionRequest, input_processor: InputProcessor) -> None:
     """Compile the grammar; the engine finds it compiled then. If that fails, name the tool that is the reason."""
     try:
-        intake.check_grammar(grammar)
+        input_processor.check_grammar(grammar)
     except ValueError as error:
-        found = culprit(form, body.callable_tools, lambda rule: intake.check_grammar(f"start: {rule}"))
+        found = culprit(form, body.callable_tools, lambda rule: input_processor.check_grammar(f"start: {rule}"))
         if found is None and body.response_format is not None:
             raise InvalidRequestError(f"response_format: {error}", "response_format") from error
         name, reason = found or ("all tools together", error)
@@ -59,14 +70,14 @@ def _check(grammar: str, form: CallForm, body: ChatCompletionRequest, intake: In
 class ChatTurn:
     """The answer to a chat, as it comes."""
 
-    def __init__(self, answers: Answers, body: ChatCompletionRequest, form: CallForm):
-        self.answers, self.body, self.form = answers, body, form
+    def __init__(self, submission: Submission, body: ChatCompletionRequest, form: CallForm):
+        self.submission, self.body, self.form = submission, body, form
         self._parsers: dict[int, CallParser] = {}  # by choice
 
     def pieces(self, index: int, text: str, is_complete: bool) -> list[Piece]:
         """Text and calls in what has come to a choice."""
         if not self.body.known_tools:
-            return [Said(text)] if text else []
+            return [TextPiece(text)] if text else []
         if index not in self._parsers:
             self._parsers[index] = CallParser(self.form, set(self.body.callable_tools), self.body.max_calls)
         return self._parsers[index].feed(text, is_complete)
@@ -80,9 +91,9 @@ class ChatTurn:
         said, calls = "", []
         for piece in self.pieces(index, text, is_complete=True):
             match piece:
-                case Said():
+                case TextPiece():
                     said += piece.text
-                case CallBegun():
+                case CallStart():
                     calls.append(tool_call(new_id("call_"), piece.name, ""))
                 case CallArguments():
                     calls[piece.index]["function"]["arguments"] += piece.text

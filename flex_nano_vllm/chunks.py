@@ -6,7 +6,7 @@ from typing import Protocol
 from transformers import PreTrainedTokenizerBase
 
 from flex_nano_vllm.api_errors import APIError
-from flex_nano_vllm.async_inference import Answers
+from flex_nano_vllm.async_inference import Submission
 from flex_nano_vllm.chat_turn import ChatTurn
 from flex_nano_vllm.outputs import CompletionDelta, CompletionOutput, RequestOutput
 from flex_nano_vllm.protocol import ChatCompletionRequest, CompletionRequest
@@ -23,7 +23,7 @@ from flex_nano_vllm.replies import (
     usage_of,
 )
 from flex_nano_vllm.sampling_params import SamplingParams
-from flex_nano_vllm.tools import CallBegun, Piece, Said
+from flex_nano_vllm.tools import CallStart, Piece, TextPiece
 from flex_nano_vllm.vocabulary import OffsetCounter, TextWriter, echo, token_bytes, token_name
 
 
@@ -47,9 +47,14 @@ class ChunkWriter:
     """A stream of chunks, each of one choice, then usage if the client wants it."""
 
     def __init__(
-        self, kind: str, prefix: str, model: str, body: CompletionRequest | ChatCompletionRequest, answers: Answers
+        self,
+        kind: str,
+        prefix: str,
+        model: str,
+        body: CompletionRequest | ChatCompletionRequest,
+        submission: Submission,
     ):
-        self.body, self.answers = body, answers
+        self.body, self.submission = body, submission
         self._envelope = Envelope(kind, prefix, model)
         self._num_generated = 0
 
@@ -60,7 +65,7 @@ class ChunkWriter:
         self._num_generated += len(delta.token_ids)
         used = {"usage": None} if self.body.includes_usage else {}
         if self.body.includes_usage_always:
-            used = {"usage": usage(self.answers.num_prompt_tokens, self._num_generated)}
+            used = {"usage": usage(self.submission.num_prompt_tokens, self._num_generated)}
         chunks = [self._envelope.with_choices([choice], **used) for choice in self.choices(index, delta)]
         return b"".join(map(server_sent_event, chunks))
 
@@ -134,9 +139,9 @@ class CompletionChunks(ChunkWriter):
         model: str,
         body: CompletionRequest,
         params: SamplingParams,
-        answers: Answers,
+        submission: Submission,
     ):
-        super().__init__("text_completion", "cmpl-", model, body, answers)
+        super().__init__("text_completion", "cmpl-", model, body, submission)
         self.tokenizer, self.params = tokenizer, params
         self._texts: dict[int, CompletionTexts] = {}  # by prompt
 
@@ -145,7 +150,7 @@ class CompletionChunks(ChunkWriter):
 
     def choices(self, index: int, delta: CompletionDelta) -> list[dict]:
         if index not in self._texts:
-            output = self.answers.so_far(index)
+            output = self.submission.so_far(index)
             self._texts[index] = CompletionTexts(self.tokenizer, self.body, self.params, output)
         return [dict(index=index * self.params.n + delta.index) | self._texts[index].choice(delta)]
 
@@ -157,7 +162,7 @@ class ChatChunks(ChunkWriter):
     """The stream of `/v1/chat/completions`."""
 
     def __init__(self, model: str, turn: ChatTurn):
-        super().__init__("chat.completion.chunk", "chatcmpl-", model, turn.body, turn.answers)
+        super().__init__("chat.completion.chunk", "chatcmpl-", model, turn.body, turn.submission)
         self.turn = turn
         self._begun: set[int] = set()
 
@@ -179,8 +184,8 @@ class ChatChunks(ChunkWriter):
 
 
 def _content(piece: Piece) -> dict:
-    if isinstance(piece, Said):
+    if isinstance(piece, TextPiece):
         return {"content": piece.text}
-    if isinstance(piece, CallBegun):
+    if isinstance(piece, CallStart):
         return {"tool_calls": [{"index": piece.index} | tool_call(new_id("call_"), piece.name, "")]}
     return {"tool_calls": [{"index": piece.index, "function": {"arguments": piece.text}}]}

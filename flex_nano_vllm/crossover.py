@@ -79,7 +79,7 @@ def measure_crossover(
                 sequences = [replace(padding_chunk(kv_len).sequence, row=row) for row in rows]
                 chunks = [Chunk(sequence, kv_len - num_queries, num_queries) for sequence in sequences]
                 step = StepBatch.build(chunks, kv, decode_layout if phase == "decode" else layout)
-                ways = _ways(cache, kv.leading, rows, kv_len, num_queries, step, flex)
+                ways = _ways(cache, kv.primary, rows, kv_len, num_queries, step, flex)
                 outputs = {way: attend() for way, attend in ways.items()}
                 for way, output in outputs.items():
                     difference = (output - outputs["gather + naive"]).abs().max()

@@ -53,7 +53,7 @@ class Detokenizer:
     Args:
         tokenizer: a fast one.
         prompt_token_ids: what the output continues.
-        silent: tokens without text: EOS and stop tokens, unless the text is to end with them.
+        hidden_token_ids: tokens without text: EOS and stop tokens, unless the text is to end with them.
         stops: the output ends where one of these begins. If several end with the same character, the longest counts.
             One that names a special token is looked for in the text with special tokens, even if the output skips them.
         include_stop: let the text end with the stop string.
@@ -67,7 +67,7 @@ class Detokenizer:
         self,
         tokenizer: PreTrainedTokenizerBase,
         prompt_token_ids: list[int] | None = None,
-        silent: frozenset[int] = frozenset(),
+        hidden_token_ids: frozenset[int] = frozenset(),
         skip_special_tokens: bool = True,
         stops: tuple[str, ...] = (),
         include_stop: bool = False,
@@ -76,7 +76,11 @@ class Detokenizer:
     ):
         if not tokenizer.is_fast:
             raise ValueError(f"stop strings and streams need a fast tokenizer, not a {type(tokenizer).__name__}")
-        self.tokenizer, self.silent, self.skip_special_tokens = tokenizer, silent, skip_special_tokens
+        self.tokenizer, self.hidden_token_ids, self.skip_special_tokens = (
+            tokenizer,
+            hidden_token_ids,
+            skip_special_tokens,
+        )
         self.include_stop, self.min_tokens = include_stop, min_tokens
         self.text = ""  # everything decoded, with what is held back; up to the stop string
         self.stop_reason: str | None = None
@@ -95,7 +99,7 @@ class Detokenizer:
         while self._num_tokens < len(token_ids) and self.stop_reason is None:
             token_id = token_ids[self._num_tokens]
             self._num_tokens += 1
-            if token_id in self.silent:
+            if token_id in self.hidden_token_ids:
                 continue
             self._take(self._writer.write(token_id))
             if self._matchers_of_all and not token_bytes(self.tokenizer, token_id, skip_special_tokens=True):
@@ -168,14 +172,16 @@ def text_of(
     tokenizer: PreTrainedTokenizerBase,
     prompt_token_ids: list[int],
     token_ids: list[int],
-    silent: frozenset[int],
+    hidden_token_ids: frozenset[int],
     skip_special_tokens: bool,
     has_own_start: bool,
 ) -> str:
     """The text of an output that was not decoded token by token: what a `Detokenizer` shows in the end."""
     if not tokenizer.is_fast:  # its tokens may have no bytes of their own
-        output = [token_id for token_id in token_ids if token_id not in silent]
+        output = [token_id for token_id in token_ids if token_id not in hidden_token_ids]
         before = decode(tokenizer, prompt_token_ids, skip_special_tokens)
         return decode(tokenizer, prompt_token_ids + output, skip_special_tokens).removeprefix(before)
     writer = TextWriter(tokenizer, skip_special_tokens, prompt_token_ids, has_own_start)
-    return "".join([*(writer.write(token_id) for token_id in token_ids if token_id not in silent), writer.finish()])
+    return "".join(
+        [*(writer.write(token_id) for token_id in token_ids if token_id not in hidden_token_ids), writer.finish()]
+    )

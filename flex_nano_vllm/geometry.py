@@ -18,7 +18,7 @@ class Geometry:
     large as `max_batch_size` rows and one step can make necessary.
 
     Args:
-        n_pages: pages of the leading pool, the reserved page 0 included.
+        n_pages: pages of the primary pool, the reserved page 0 included.
         page_size: tokens per page.
         max_batch_size: rows, that is sequences that hold pages at once.
         max_seq_length: tokens of a sequence.
@@ -68,11 +68,11 @@ class Geometry:
 
     @cached_property
     def pools(self) -> dict[int | None, int]:
-        """Pages of the pool of each window, page 0 included, the leading one first."""
+        """Pages of the pool of each window, page 0 included, the primary one first."""
         if not self.window_release:
             return {None: self.n_pages}
-        leading, *others = sorted(set(self.layer_windows), key=lambda window: -(window or math.inf))
-        return {leading: self.n_pages} | {window: self._following_pool(window) for window in others}
+        primary, *others = sorted(set(self.layer_windows), key=lambda window: -(window or math.inf))
+        return {primary: self.n_pages} | {window: self._secondary_pool(window) for window in others}
 
     def pool_of(self, window: int | None) -> int | None:
         """Which of `pools` serves the layers of a window."""
@@ -85,18 +85,18 @@ class Geometry:
         return cdiv(num_tokens, self.page_size) - first
 
     def most_pages(self, num_tokens: int) -> int:
-        """The most pages of the leading pool that a row of so many tokens holds at once."""
-        leading = next(iter(self.pools))
+        """The most pages of the primary pool that a row of so many tokens holds at once."""
+        primary = next(iter(self.pools))
         needed = cdiv(num_tokens, self.page_size)
-        return needed if leading is None else min(needed, self._most_pages(leading))
+        return needed if primary is None else min(needed, self._most_pages(primary))
 
     def _most_pages(self, window: int) -> int:
         """Those with tokens that the first query of a step sees, or that are computed in it."""
         return cdiv(window - 1 + self.max_num_batched_tokens, self.page_size) + 1
 
-    def _following_pool(self, window: int) -> int:
+    def _secondary_pool(self, window: int) -> int:
         """The sum over all rows of a step, whose tokens are shared out among them, and for each row the end of another
-        sequence, which may be taken up again; never more than the leading pool, since whoever holds a page here holds
+        sequence, which may be taken up again; never more than the primary pool, since whoever holds a page here holds
         one there."""
         end = cdiv(window - 1, self.page_size) + 1
         of_step = self.max_batch_size * (end + 1) + cdiv(self.max_num_batched_tokens, self.page_size)

@@ -21,7 +21,7 @@ from flex_nano_vllm.api_errors import APIError, api_error
 logger = logging.getLogger(__name__)
 
 PUBLIC_PATHS = {"/", "/health"}
-LAST_WORDS_TIMEOUT = 1.0  # seconds for a client to take the error at the end of its stream
+ERROR_EVENT_TIMEOUT = 1.0  # seconds for a client to take the error at the end of its stream
 HEAD_TIMEOUT = 30.0  # seconds from the connection, or the first byte of a further request, to the end of its headers
 
 
@@ -63,7 +63,7 @@ class Guard:
             if not answer.has_started:
                 await error.response()(scope, receive, answer.send)
             elif answer.is_stream:
-                with anyio.move_on_after(LAST_WORDS_TIMEOUT):  # a client that does not read would keep us for ever
+                with anyio.move_on_after(ERROR_EVENT_TIMEOUT):  # a client that does not read would keep us for ever
                     await answer.send({"type": "http.response.body", "body": error.last_events})
         except Exception as error:
             if answer.has_started:
@@ -157,7 +157,7 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-class ImpatientH11(H11Protocol):
+class HeaderTimeoutH11(H11Protocol):
     """Uvicorn's HTTP, for connections that bring a request: others are closed. In pure Python, since httptools, its
     other parser, takes headers of 50 MB."""
 

@@ -15,14 +15,14 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flex_nano_vllm.answers import Reader, request_output
 from flex_nano_vllm.generation_defaults import not_applied, sampling_defaults
 from flex_nano_vllm.geometry import Geometry, cdiv
-from flex_nano_vllm.intake import Intake, Prompt, check_streamed
+from flex_nano_vllm.input_processor import InputProcessor, Prompt, check_streamed
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.loading import load
 from flex_nano_vllm.memory import check_pool_fits, pool_size
 from flex_nano_vllm.metrics import EngineStats, StepMetrics
+from flex_nano_vllm.output_processor import OutputReader, request_output
 from flex_nano_vllm.outputs import CompletionDelta, RequestError, RequestOutput
 from flex_nano_vllm.page_table import PageTable
 from flex_nano_vllm.patching import check_supported, layer_windows, max_positions, num_logits, unpatch_model
@@ -134,7 +134,7 @@ class Inference:
         if self.max_request_tokens < 2:
             raise ValueError(f"n_pages={n_pages} of page_size={page_size} hold no prompt token and a generated one")
         self.scheduler = Scheduler(self.kv, max_num_batched_tokens, watermark)
-        self.intake = Intake(model, tokenizer, geometry, num_logits(model))
+        self.input_processor = InputProcessor(model, tokenizer, geometry, num_logits(model))
         self.warns_of_defaults = bool(not_applied(model.generation_config, SamplingParams()))  # until it has, once
         self.steps: list[StepMetrics] = []
         self._record_steps = record_steps
@@ -157,7 +157,7 @@ class Inference:
     @property
     def page_table(self) -> PageTable:
         """Of the layers with the widest window, the one whose pool can run out; `kv` has those of the others."""
-        return self.kv.leading
+        return self.kv.primary
 
     @classmethod
     def from_pretrained(
@@ -200,7 +200,7 @@ class Inference:
         Whatever goes wrong later, an interrupt included, all pages are free again afterwards and the engine is usable.
         """
         with self._exclusively():
-            requests = self.intake.requests(prompts, sampling_params, cache_salt)
+            requests = self.input_processor.requests(prompts, sampling_params, cache_salt)
             if self.has_unfinished_requests():
                 raise RuntimeError(
                     "the engine has unfinished requests: run_one_step() until it has none, or abort them"
@@ -239,11 +239,11 @@ class Inference:
         with self._exclusively():
             params = SamplingParams() if sampling_params is None else sampling_params
             check_streamed(params)
-            group = self.intake.request(prompt, params, cache_salt, follow=True)
+            group = self.input_processor.request(prompt, params, cache_salt, follow=True)
         return self._stream(group)
 
     def _stream(self, group: list[Sequence]) -> Iterator[CompletionDelta]:
-        reader = Reader(group, self.tokenizer)
+        reader = OutputReader(group, self.tokenizer)
         request_id = group[0].request_id
         try:
             with self._exclusively():
@@ -253,8 +253,8 @@ class Inference:
                     if not all(sequence.finish_reason for sequence in group):
                         self._step()
                     self._unreported.pop(request_id, None)
-                    news = list(reader.news())
-                yield from news
+                    deltas = list(reader.deltas())
+                yield from deltas
         finally:
             if not reader.has_ended:
                 # A stream may be thrown away in the middle of a step, or by another thread: then the next call ends it.
@@ -270,7 +270,7 @@ class Inference:
         tools: list[dict] | None = None,
     ) -> Iterator[CompletionDelta]:
         """Answer one conversation, as `stream` does a prompt."""
-        return self.stream(self.intake.chat_prompt(messages, tools), sampling_params, cache_salt)
+        return self.stream(self.input_processor.chat_prompt(messages, tools), sampling_params, cache_salt)
 
     def chat(
         self,
@@ -290,7 +290,7 @@ class Inference:
         """
         is_list = isinstance(messages, list | tuple)
         conversations = messages if is_list and messages and isinstance(messages[0], list | tuple) else [messages]
-        prompts = [self.intake.chat_prompt(conversation, tools) for conversation in conversations]
+        prompts = [self.input_processor.chat_prompt(conversation, tools) for conversation in conversations]
         return self.generate(prompts, sampling_params, use_tqdm, cache_salt)
 
     def add_request(
@@ -299,10 +299,10 @@ class Inference:
         """Queue one request and return its id. Raises ValueError, before anything is taken, for what can never run."""
         with self._exclusively():
             params = SamplingParams() if sampling_params is None else sampling_params
-            return self._add(self.intake.request(prompt, params, cache_salt))
+            return self._add(self.input_processor.request(prompt, params, cache_salt))
 
     def add(self, group: list[Sequence]) -> None:
-        """Queue a request that `intake` has made, for callers that check prompts while a step runs."""
+        """Queue a request that `input_processor` has made, for callers that check prompts while a step runs."""
         with self._exclusively():
             self._add(group)
 
@@ -327,7 +327,7 @@ class Inference:
         self._close(aborted[0].group)
         return self._unreported.pop(request_id)
 
-    def give_up_step(self) -> list[int]:
+    def abort_failed_step(self) -> list[int]:
         """After a step that has failed: end the requests that took part in it with finish_reason "error", and return
         their ids. Nobody gets an answer of them; their pages are free. Where the step has gone well, and only answers
         could not be made, those are all that is given up."""
@@ -384,7 +384,7 @@ class Inference:
         chunks = self.scheduler.schedule()
         if chunks:
             samples = take_samples(self.runner.forward(chunks), chunks, self.runner.sample)
-            had_token = [chunk.samples and sample.token_id >= 0 for chunk, sample in zip(chunks, samples)]
+            had_token = [chunk.needs_sample and sample.token_id >= 0 for chunk, sample in zip(chunks, samples)]
             finished = self.scheduler.commit(chunks, [sample.token_id for sample in samples])
             sampled = []
             for chunk, sample, has_token in zip(chunks, samples, had_token):
@@ -392,11 +392,11 @@ class Inference:
                 # Who has been sent back, because it had counted on numbers that were not finite, has computed nothing.
                 if not sequence.num_computed_tokens:
                     continue
-                sequence.prompt_ratings += sample.prompt_ratings
+                sequence.prompt_logprobs += sample.prompt_logprobs
                 if has_token:
                     sampled.append(sequence)
-                    if sample.rating is not None:
-                        sequence.ratings.append(sample.rating)
+                    if sample.logprob is not None:
+                        sequence.logprobs.append(sample.logprob)
             finished += self._follow_texts([*finished, *(s for s in sampled if s.finish_reason is None)])
             for group in {sequence.request_id: sequence.group for sequence in finished}.values():
                 if all(sequence.finish_reason for sequence in group):
@@ -479,7 +479,7 @@ class Inference:
             num_generated_tokens=self._num_generated_tokens,
             num_finished_requests=self._num_finished,
             finish_reasons=dict(self._finish_reasons),
-            num_idle_pages=table.num_idle_pages,
+            num_evictable_pages=table.num_evictable_pages,
             num_prompt_tokens=self.scheduler.num_prompt_tokens,
             num_cached_tokens=self.scheduler.num_cached_tokens,
             cache_hit_rate=self.scheduler.num_cached_tokens / max(1, self.scheduler.num_prompt_tokens),

@@ -21,7 +21,7 @@ from flex_nano_vllm.prefix_cache import CachedPage, PrefixCache
 
 
 @dataclass
-class Row:
+class RowState:
     """What is known of the tokens of a row."""
 
     token_ids: list[int]  # the sequence's own list, which grows
@@ -50,11 +50,11 @@ class KVManager:
                 device,
                 window,
                 on_evict=lambda entry, window=window: entry.pages.pop(window),
-                is_wanted=lambda entry: entry.is_wanted,
+                keep_hint=lambda entry: entry.keep_hint,
             )
             for window, n_pages in geometry.pools.items()
         }
-        self.leading = next(iter(self.pools.values()))
+        self.primary = next(iter(self.pools.values()))
         self._forget()
 
     def table(self, window: int | None) -> PageTable:
@@ -69,17 +69,17 @@ class KVManager:
 
     def _forget(self) -> None:
         self.prefix_cache = PrefixCache(self.geometry.page_size)
-        self._rows: dict[int, Row] = {}
+        self._rows: dict[int, RowState] = {}
         # By row, the pages to be copied before the next step: from, to.
         self.copies: dict[int, list[tuple[PageTable, int, int]]] = {}
 
     @property
     def num_free_pages(self) -> int:
-        return self.leading.num_free_pages
+        return self.primary.num_free_pages
 
     def num_pages(self, row: int) -> int:
-        """Pages of the leading pool that `row` holds."""
-        return self.leading.num_pages(row)
+        """Pages of the primary pool that `row` holds."""
+        return self.primary.num_pages(row)
 
     def num_cached_tokens(self, row: int) -> int:
         """Tokens that `row` had from the beginning."""
@@ -92,13 +92,13 @@ class KVManager:
         root = self.prefix_cache.root(salt)
         found = self.prefix_cache.find(token_ids[:-1], root) if self.prefix_caching and find else []
         for entry in found[self._first_page(len(found)) :]:
-            entry.is_wanted = True
+            entry.keep_hint = True
         found = self._usable(found)
         num_cached = len(found) * self.geometry.page_size
         for window, table in self.pools.items():
             first = table.first_page(num_cached)
             table.share(row, [entry.pages[window] if i >= first else None for i, entry in enumerate(found)])
-        self._rows[row] = Row(token_ids, [root, *found], num_cached, 1 + len(found))
+        self._rows[row] = RowState(token_ids, [root, *found], num_cached, 1 + len(found))
         return row
 
     def fork(self, row: int, num_tokens: int, token_ids: list[int]) -> int | None:
@@ -118,18 +118,18 @@ class KVManager:
             assert reserved, "there is no page for the copy"
         if rest:
             self.copies[child] = [(table, table.page(row, num_full), table.page(child, num_full)) for table in needed]
-        self._rows[child] = Row(token_ids, parent.entries[: num_full + 1], num_tokens, 1 + num_full)
+        self._rows[child] = RowState(token_ids, parent.entries[: num_full + 1], num_tokens, 1 + num_full)
         return child
 
     def reserve(self, row: int, num_tokens: int) -> bool:
         """Let `row` hold `num_tokens` tokens (in all, not in addition). Returns False, and changes nothing, when too
         few pages are free."""
-        leading, *following = self.pools.values()
-        if not leading.reserve(row, num_tokens):
+        primary, *secondary = self.pools.values()
+        if not primary.reserve(row, num_tokens):
             return False
-        for table in following:
+        for table in secondary:
             reserved = table.reserve(row, num_tokens)
-            assert reserved, "a pool that follows ran out before the leading one"
+            assert reserved, "a pool that follows ran out before the primary one"
         if self.prefix_caching:
             self._remember(row, num_tokens)
         return True
@@ -146,18 +146,20 @@ class KVManager:
     def discard(self, row: int) -> set[int]:
         """What `row` was to compute in this step is not computed: nobody will find it. Returns the rows that have."""
         known = self._rows[row]
-        misled = set()
+        invalidated = set()
         for entry, table, page in known.unfilled:
-            misled.update(table.rows_of(page))
-            table.forget(page)
+            invalidated.update(table.rows_of(page))
+            table.uncache_page(page)
             del entry.pages[table.window]
         known.unfilled.clear()
         del known.entries[known.num_filled :]
-        return misled - {row}
+        return invalidated - {row}
 
     def erase(self, row: int) -> None:
         """Give the row and all its pages back."""
-        self.discard(row)  # whoever was misled has come with a step that failed, and is sent back before the next one
+        self.discard(
+            row
+        )  # whoever was invalidated has come with a step that failed, and is sent back before the next one
         for table in self.pools.values():
             table.erase(row)
         del self._rows[row]
@@ -194,12 +196,12 @@ class KVManager:
             if entry.pages.keys() == self.pools.keys():
                 continue  # somebody else has computed the same
             # What is left of it goes: rows that share a page of one pool share it in all, or the pools that follow
-            # could need more than the leading one.
+            # could need more than the primary one.
             for window, page in entry.pages.items():
-                self.pools[window].forget(page)
+                self.pools[window].uncache_page(page)
             for window, table in self.pools.items():
                 page = entry.pages[window] = table.page(row, logical)
-                table.keep(page, entry)
+                table.cache_page(page, entry)
                 known.unfilled.append((entry, table, page))
 
     def sync(self) -> None:
@@ -212,7 +214,7 @@ class KVManager:
         for window, table in self.pools.items():
             table.check_invariants()
             assert table.allocated_rows == list(self._rows), "a table has other rows than are known"
-            for page, entry in table.owners.items():
+            for page, entry in table.cached.items():
                 assert entry.pages[window] == page, f"page {page} is remembered at {entry.pages[window]}"
         for row, known in self._rows.items():
             tokens = [token for entry in known.entries for token in entry.token_ids]

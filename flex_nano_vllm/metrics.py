@@ -57,7 +57,7 @@ class EngineStats:
     num_generated_tokens: int
     num_finished_requests: int
     finish_reasons: dict[str, int] = field(hash=False)  # samples of these requests, by how they have ended
-    num_idle_pages: int  # free, but for tokens that may be found again
+    num_evictable_pages: int  # free, but for tokens that may be found again
     num_prompt_tokens: int  # of the requests that have begun, each counted once, whatever its `n`
     num_cached_tokens: int  # of these, found computed by others
     cache_hit_rate: float  # the latter by the former, 0..1

@@ -48,7 +48,7 @@ class PageTable:
         max_pages_per_row: the longest sequence, in pages.
         window: tokens that a query sees, itself included; None: all before it.
         on_evict: called with the owner of an idle page (see `keep`) that is taken for other tokens.
-        is_wanted: whether to keep an owner's page longer that is given back because it is out of the window.
+        keep_hint: whether to keep an owner's page longer that is given back because it is out of the window.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class PageTable:
         device: torch.device | str = "cpu",
         window: int | None = None,
         on_evict: Callable[[object], None] | None = None,
-        is_wanted: Callable[[object], bool] | None = None,
+        keep_hint: Callable[[object], bool] | None = None,
     ):
         self.n_pages, self.page_size, self.window = n_pages, page_size, window
-        self.on_evict, self.is_wanted = on_evict, is_wanted
+        self.on_evict, self.keep_hint = on_evict, keep_hint
         self.max_batch_size, self.max_pages_per_row = max_batch_size, max_pages_per_row
         rows = max_batch_size + 1
         # [rows, N] physical page of a logical one, 0 where unmapped; and its mirror on the host
@@ -79,8 +79,8 @@ class PageTable:
         self._free_rows = list(range(1, self.max_batch_size + 1))
         self._free_pages = list(range(1, self.n_pages))
         self._num_users = [0] * self.n_pages
-        self.owners: dict[int, object] = {}  # pages that are not free when nobody uses them
-        self._idle: OrderedDict[int, None] = OrderedDict()  # those that nobody uses, in the order of their eviction
+        self.cached: dict[int, object] = {}  # pages that are not free when nobody uses them
+        self._evictable: OrderedDict[int, None] = OrderedDict()  # cached pages without users, in order of eviction
         self._pages: dict[int, dict[int, int]] = {}  # row -> logical page -> physical page, ascending
         self._num_tokens: dict[int, int] = {}  # row -> tokens that its pages were reserved for
         self.host_table.fill(0)
@@ -97,11 +97,11 @@ class PageTable:
     @property
     def num_free_pages(self) -> int:
         """Pages that can be had, idle ones included."""
-        return len(self._free_pages) + len(self._idle)
+        return len(self._free_pages) + len(self._evictable)
 
     @property
-    def num_idle_pages(self) -> int:
-        return len(self._idle)
+    def num_evictable_pages(self) -> int:
+        return len(self._evictable)
 
     @property
     def num_used_pages(self) -> int:
@@ -171,7 +171,7 @@ class PageTable:
         self._check_row(row)
         for logical, page in enumerate(pages):
             if page is not None:
-                self._idle.pop(page, None)
+                self._evictable.pop(page, None)
                 self._map(row, logical, page)
         self._num_tokens[row] = len(pages) * self.page_size
 
@@ -179,14 +179,14 @@ class PageTable:
         """Give back the pages of `row` that no query at `position` or later sees.
 
         They are the first to be evicted: whoever takes up the whole sequence needs its last pages, and whoever takes
-        up a part of it, those at the end of that part, which `is_wanted` knows when somebody has come for them.
+        up a part of it, those at the end of that part, which `keep_hint` knows when somebody has come for them.
         """
         pages, first_page = self._pages[row], self.first_page(position)
         while pages and (logical := next(iter(pages))) < first_page:
             page = pages.pop(logical)
             self._unmap(row, logical, page)
-            if page in self._idle and not self.is_wanted(self.owners[page]):
-                self._idle.move_to_end(page, last=False)
+            if page in self._evictable and not self.keep_hint(self.cached[page]):
+                self._evictable.move_to_end(page, last=False)
 
     def erase(self, row: int) -> None:
         """Give the row and all its pages back. Raises ValueError for a row that is not allocated."""
@@ -208,7 +208,7 @@ class PageTable:
     def holders(self) -> list[int]:
         """For each page the lowest row that uses it, 0 if it is free, -1 if it is idle; -2 for page 0."""
         holders = [0] * self.n_pages
-        for page in self._idle:
+        for page in self._evictable:
             holders[page] = -1
         for row in sorted(self._pages, reverse=True):
             for page in self._pages[row].values():
@@ -216,15 +216,15 @@ class PageTable:
         holders[0] = -2
         return holders
 
-    def keep(self, page: int, owner: object) -> None:
+    def cache_page(self, page: int, owner: object) -> None:
         """Let a page in use not be free, but idle, when nobody uses it anymore. `on_evict(owner)` says when it ends."""
-        self.owners[page] = owner
+        self.cached[page] = owner
 
-    def forget(self, page: int) -> None:
+    def uncache_page(self, page: int) -> None:
         """Take `keep` back."""
-        del self.owners[page]
-        if page in self._idle:
-            del self._idle[page]
+        del self.cached[page]
+        if page in self._evictable:
+            del self._evictable[page]
             heapq.heappush(self._free_pages, page)
 
     def _check_row(self, row: int) -> None:
@@ -234,8 +234,8 @@ class PageTable:
     def _take_page(self) -> int:
         if self._free_pages:
             return heapq.heappop(self._free_pages)
-        page, _ = self._idle.popitem(last=False)
-        self.on_evict(self.owners.pop(page))
+        page, _ = self._evictable.popitem(last=False)
+        self.on_evict(self.cached.pop(page))
         return page
 
     def _map(self, row: int, logical: int, page: int) -> None:
@@ -249,8 +249,8 @@ class PageTable:
         self._stale_inverse[row, page] = -1
         self._num_users[page] -= 1
         if self._num_users[page] == 0:
-            if page in self.owners:
-                self._idle[page] = None
+            if page in self.cached:
+                self._evictable[page] = None
             else:
                 heapq.heappush(self._free_pages, page)
 
@@ -339,12 +339,12 @@ class PageTable:
         used = [page for page in range(self.n_pages) if users[page]]
         assert users == self._num_users, f"pages with another number of users than counted: {users}, {self._num_users}"
         assert 0 not in self._free_rows and 0 not in self._pages, "row 0 is free or in use"
-        assert 0 not in self._free_pages and 0 not in self._idle and not users[0], "page 0 is free or in use"
+        assert 0 not in self._free_pages and 0 not in self._evictable and not users[0], "page 0 is free or in use"
         rows = sorted([*self._free_rows, *self._pages])
         assert rows == list(range(1, self.max_batch_size + 1)), f"rows lost or doubled: {rows}"
-        pages = sorted([*self._free_pages, *self._idle, *used])
+        pages = sorted([*self._free_pages, *self._evictable, *used])
         assert pages == list(range(1, self.n_pages)), f"pages lost or doubled: {pages}"
-        assert self._idle.keys() <= self.owners.keys() <= self._idle.keys() | set(used), "free pages are kept"
+        assert self._evictable.keys() <= self.cached.keys() <= self._evictable.keys() | set(used), "free pages are kept"
         assert self._num_tokens.keys() == self._pages.keys()
         table = torch.zeros_like(self.table, device="cpu")
         inverse = torch.full_like(self.physical_to_logical, -1, device="cpu")
@@ -367,11 +367,11 @@ def visible_pages(
     """The logical pages of which queries at the positions `first` to `last` see something, from which one up to which
     other; and those that all of them see whole. Nothing for position -1."""
     if window is None:
-        first_page = first_whole = np.zeros_like(first)
+        first_page = first_full = np.zeros_like(first)
     else:
         first_page = np.maximum(first - window + 1, 0) // page_size
-        first_whole = cdiv(np.maximum(last - window + 1, 0), page_size)
-    return first_page, last // page_size + 1, first_whole, (first + 1) // page_size
+        first_full = cdiv(np.maximum(last - window + 1, 0), page_size)
+    return first_page, last // page_size + 1, first_full, (first + 1) // page_size
 
 
 def widen(pages: Tensor, width: int) -> Tensor:

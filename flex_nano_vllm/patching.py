@@ -122,15 +122,15 @@ def pruned_forward(layer: nn.Module) -> Callable[..., Tensor]:
     def forward(
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
-        wanted: Tensor | None = None,
+        logits_indices: Tensor | None = None,
         **kwargs: object,
     ) -> Tensor:
-        if wanted is None:  # every token is one
+        if logits_indices is None:  # every token is one
             return unpruned(hidden_states, position_embeddings=position_embeddings, **kwargs)
         normed = layer.input_layernorm(hidden_states)
-        layer.self_attn(normed, position_embeddings=position_embeddings, attention_mask=None, phase="keys")
-        at_ends = tuple(x[:, wanted] for x in position_embeddings)
-        return unpruned(hidden_states[:, wanted], position_embeddings=at_ends, phase="ends", **kwargs)
+        layer.self_attn(normed, position_embeddings=position_embeddings, attention_mask=None, part="keys")
+        at_ends = tuple(x[:, logits_indices] for x in position_embeddings)
+        return unpruned(hidden_states[:, logits_indices], position_embeddings=at_ends, part="ends", **kwargs)
 
     return forward
 

@@ -8,7 +8,7 @@ from flex_nano_vllm.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
-class Edits:
+class LogitEdits:
     """Changes of single logits of a row: `bias` is added, then the logit is divided by `divisor` (multiplied if it is
     negative), then `penalty` is subtracted. All [M]; no token comes twice."""
 
@@ -56,13 +56,13 @@ class Penalties:
                 self._counts[line] += 1
                 self._num_taken += 1
 
-    def edits(self, may_end: bool) -> Edits | None:
+    def edits(self, may_end: bool) -> LogitEdits | None:
         """What changes for the next token; None for nothing. `may_end`: whether the output may end with it."""
         params, lines = self.params, slice(self._num_lines)
         if may_end and not params.logit_bias and not params.penalises:
             return None
         counts = self._counts[lines]
-        return Edits(
+        return LogitEdits(
             token_ids=self._token_ids[lines],
             bias=self._bias[lines] if may_end else np.where(self._is_end[lines], -np.inf, self._bias[lines]),
             divisor=np.where(self._is_known[lines], params.repetition_penalty, 1.0),

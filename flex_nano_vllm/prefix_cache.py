@@ -25,7 +25,7 @@ class CachedPage:
     token_ids: list[int]
     parent: "CachedPage | None" = field(repr=False)
     pages: dict[int | None, int] = field(default_factory=dict)  # its physical page, by the window of the layers
-    is_wanted: bool = False  # a request has come whose beginning it is at the end of
+    keep_hint: bool = False  # a request has come whose beginning it is at the end of
 
 
 class PrefixCache:

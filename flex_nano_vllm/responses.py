@@ -23,7 +23,7 @@ from flex_nano_vllm.protocol import (
 )
 from flex_nano_vllm.replies import DONE, chat_logprobs, new_id, server_sent_event
 from flex_nano_vllm.sampling_params import MAX_LOGPROBS, InvalidRequestError
-from flex_nano_vllm.tools import MAX_TOOLS, CallArguments, CallBegun, Said
+from flex_nano_vllm.tools import MAX_TOOLS, CallArguments, CallStart, TextPiece
 
 # What a response calls the parameters of a chat.
 API_NAMES = {
@@ -311,11 +311,11 @@ class ResponseWriter:
         self._logprobs += logprobs
         for piece in self.turn.pieces(0, text, finish_reason is not None):
             match piece:
-                case Said():
+                case TextPiece():
                     if self._item is None or self._item["type"] != "message":
                         events += self._close("completed") + self._open_message()
                     events += self._say(piece.text)
-                case CallBegun():
+                case CallStart():
                     events += self._close("completed") + self._open_call(piece.name)
                 case CallArguments():
                     self._item["arguments"] += piece.text

@@ -92,7 +92,7 @@ def num_weights(module: nn.Module) -> int:
 class Share:
     """Steps of one kind beside the least that they can cost."""
 
-    phase: str  # "prefill" or "decode"
+    part: str  # "prefill" or "decode"
     batch_size: int
     num_tokens: int  # of all steps together
     seconds: float

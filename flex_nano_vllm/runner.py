@@ -202,10 +202,10 @@ class ModelRunner:
         if as_decodes:
             return self.model_of_decodes(**arguments, step=batch).logits[0]
         with step_in_progress(batch, self.flex) as finite:
-            logits = self.model_of_any_length(**arguments, wanted=batch.wanted).logits[0]
+            logits = self.model_of_any_length(**arguments, logits_indices=batch.logits_indices).logits[0]
         chunk_of_token = torch.searchsorted(batch.chunk_ends, torch.arange(len(finite), device=logits.device))
         failed = torch.zeros_like(batch.chunk_ends).index_add_(0, chunk_of_token, (~finite).long()) > 0
-        logits[:, 0].masked_fill_(failed[chunk_of_token[batch.wanted]], torch.nan)
+        logits[:, 0].masked_fill_(failed[chunk_of_token[batch.logits_indices]], torch.nan)
         return logits
 
     def warmup(self) -> None:
@@ -219,7 +219,7 @@ class ModelRunner:
         rule, buckets = self.layout.cascade, self.decode_layout.kinds[0].buckets
         decodes = [(bucket, None) for bucket in buckets]
         if rule is not None:
-            decodes.append((buckets[-1], PackedDecodes.empty(rule.tile_len, self.kv.leading.n_pages)))
+            decodes.append((buckets[-1], PackedDecodes.empty(rule.tile_len, self.kv.primary.n_pages)))
         for bucket, packed in decodes:
             for _ in range(2 if self.model.device.type == "cuda" else 1):  # the second run records the CUDA graph
                 self._run([padding_chunk(1)] * bucket, packed)
@@ -229,7 +229,7 @@ class ModelRunner:
         self._run([padding_chunk(2)])
         shortest = self.layout.kinds[0].tile_len + 1  # chunk that goes into large tiles
         # The last layer attends in such tiles for rated prompts only. Other layers of its window do so anyhow.
-        rated = geometry.layer_windows[-1] not in geometry.layer_windows[:-1]
+        in_large_tiles = geometry.layer_windows[-1] not in geometry.layer_windows[:-1]
         for kind in self.layout.kinds[1:] if shortest <= longest else ():
             num_tiles_reached = 0
             for bucket in kind.buckets:
@@ -237,7 +237,7 @@ class ModelRunner:
                 length = min(longest, (num_tiles - 1) * kind.tile_len + shortest)
                 num_chunks = min(bucket // cdiv(length, kind.tile_len), geometry.max_batch_size)
                 if num_chunks * cdiv(length, kind.tile_len) > num_tiles_reached:
-                    self._run([padding_chunk(length, rated)] * num_chunks)
+                    self._run([padding_chunk(length, in_large_tiles)] * num_chunks)
                 num_tiles_reached = bucket
         logits = torch.zeros(2, num_logits(self.model), device=self.model.device)
         self.sample(logits.to(self.model.dtype), [Draw(temperature=1.0)] * 2)
@@ -273,9 +273,9 @@ def let_thread_use_cuda_graphs() -> None:
         trees.local.tree_manager_locks = defaultdict(threading.Lock)
 
 
-def padding_chunk(length: int, rated: bool = False) -> Chunk:
+def padding_chunk(length: int, with_prompt_logprobs: bool = False) -> Chunk:
     """Tokens of nobody: row 0, whose pages are all page 0."""
-    params = SamplingParams(prompt_logprobs=0 if rated else None)
+    params = SamplingParams(prompt_logprobs=0 if with_prompt_logprobs else None)
     nobody = Sequence(-1, None, [0] * length, length, params, 0, frozenset(), length, row=0)
     return Chunk(nobody, start=0, length=length)
 

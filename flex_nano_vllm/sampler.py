@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flex_nano_vllm.penalties import Edits
+from flex_nano_vllm.penalties import LogitEdits
 from flex_nano_vllm.transfer import upload
 
 NOT_FINITE = -1
@@ -29,11 +29,11 @@ class Draw:
     """How the token of one row is chosen. The default is the plain argmax."""
 
     temperature: float = 0.0  # 0: the argmax
-    level: float = 0.0  # in [0, 1): which token of the distribution
+    u: float = 0.0  # in [0, 1): which token of the distribution
     top_k: int = 0  # 0: of all
     top_p: float = 1.0
     min_p: float = 0.0
-    edits: Edits | None = None
+    edits: LogitEdits | None = None
     allowed: np.ndarray | None = None  # [ceil(V / 32)] int32: bit t % 32 of word t // 32 is set where token t may come
 
     @property
@@ -53,7 +53,7 @@ def choose(
     divisor: Tensor,
     penalty: Tensor,
     temperature: Tensor,
-    level: Tensor,
+    u: Tensor,
     min_p: Tensor,
     top_k: Tensor,
     top_p: Tensor,
@@ -81,7 +81,7 @@ def choose(
         least = torch.where(before < top_p[:, None], ranked, torch.inf).amin(dim=-1, keepdim=True)
         weight = torch.where((top_p < 1)[:, None] & (scaled < least), 0, weight)
     cumulative = weight.cumsum(dim=-1)  # [S, V]
-    exceeded = level[:, None] * cumulative[:, -1:]
+    exceeded = u[:, None] * cumulative[:, -1:]
     drawn = torch.searchsorted(cumulative, exceeded, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
     return torch.where(highest.isfinite(), torch.where(temperature > 0, drawn, likeliest), NOT_FINITE)
 
@@ -90,7 +90,7 @@ def sample(logits: Tensor, draws: list[Draw], choose: Callable[..., Tensor] = ch
     """Choose a token for each row.
 
     A row of temperature 0 takes its argmax (the lowest id among equals). Any other takes the first token at which the
-    cumulative probability of its distribution exceeds the row's level: the inverse of the distribution.
+    cumulative probability of its distribution exceeds the row's u: the inverse of the distribution.
 
     Args:
         logits: [S, V].
@@ -112,7 +112,7 @@ def sample(logits: Tensor, draws: list[Draw], choose: Callable[..., Tensor] = ch
     width = 0
     if any(draw.cuts for draw in draws):
         width = min(vocabulary, max(2, *(draw.top_k or vocabulary for draw in draws if draw.cuts)))
-    names = ("temperature", "level", "min_p", "top_k", "top_p")
+    names = ("temperature", "u", "min_p", "top_k", "top_p")
     per_row = [np.array([getattr(draw, name) for draw in draws], dtype=np.float64) for name in names]
     arrays = upload([*_edits(draws), *per_row], logits.device, np.float64)
     rows, token_ids = (array.long() for array in arrays[:2])

@@ -1,8 +1,8 @@
 """What the sequences of a step ask of its logits, and what each gets: a token, log-probabilities. Knows no pages.
 
-logits [W, V]: of each chunk's last token, and before it those of prompt tokens whose successors are to be rated
+logits [W, V]: of each chunk's last token, and before it those of prompt tokens whose successors get log-probabilities
     ─► draws, one a chunk ─► tokens
-    ─► ratings: of tokens drawn, where `logprobs` were asked for, and of prompt tokens
+    ─► logprobs: of tokens drawn, where `logprobs` were asked for, and of prompt tokens
 all of it comes to the host in one transfer, the only one of a step
 """
 
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from flex_nano_vllm.sampler import ARGMAX, Draw, logprobs_of, uniform
 from flex_nano_vllm.scheduler import Chunk
-from flex_nano_vllm.sequence import Rating, Sequence
+from flex_nano_vllm.sequence import Sequence, TokenLogprob
 from flex_nano_vllm.transfer import upload
 
-# Rows of logits that are rated at once: their float32 copies would be several times the logits of a whole prompt.
-RATED_AT_ONCE = 128
+# Rows whose log-probabilities are computed at once: float32 copies for a whole prompt are several times its logits.
+LOGPROB_ROWS_AT_ONCE = 128
 MAX_TOP_K = 2**31  # more than any vocabulary; a user's number may be more than a float can hold
 
 
@@ -27,8 +27,8 @@ class Sample(NamedTuple):
     """What a chunk's logits have given."""
 
     token_id: int  # negative: there was none to take
-    rating: Rating | None = None  # of the token, if it was asked for
-    prompt_ratings: tuple[Rating, ...] = ()  # of prompt tokens, in their order
+    logprob: TokenLogprob | None = None  # of the token, if it was asked for
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of prompt tokens, in their order
 
 
 def draw_of(sequence: Sequence) -> Draw:
@@ -43,7 +43,7 @@ def draw_of(sequence: Sequence) -> Draw:
         return ARGMAX if edits is None and allowed is None else Draw(edits=edits, allowed=allowed)
     return Draw(
         temperature=params.temperature,
-        level=uniform(sequence.seed, sequence.num_tokens),
+        u=uniform(sequence.seed, sequence.num_tokens),
         top_k=min(max(0, params.top_k), MAX_TOP_K),
         top_p=params.top_p,
         min_p=params.min_p,
@@ -63,25 +63,25 @@ def _has_to_end(sequence: Sequence, allowed: np.ndarray | None) -> bool:
 
 def take_samples(logits: Tensor, chunks: list[Chunk], sample: Callable[[Tensor, list[Draw]], Tensor]) -> list[Sample]:
     """What each chunk gets of a step's logits [W, V]; `sample` is `sampler.sample`, or a compiled one."""
-    draws = [draw_of(chunk.sequence) if chunk.samples else ARGMAX for chunk in chunks]
-    rated = [
-        index for index, chunk in enumerate(chunks) if chunk.samples and chunk.sequence.params.logprobs is not None
+    draws = [draw_of(chunk.sequence) if chunk.needs_sample else ARGMAX for chunk in chunks]
+    with_logprobs = [
+        index for index, chunk in enumerate(chunks) if chunk.needs_sample and chunk.sequence.params.logprobs is not None
     ]
-    if not rated and not any(chunk.rated for chunk in chunks):
+    if not with_logprobs and not any(chunk.logprob_positions for chunk in chunks):
         return [Sample(token_id) for token_id in sample(logits, draws).tolist()]
 
     num_logits = np.array([chunk.num_logits for chunk in chunks])
     ends = np.cumsum(num_logits) - 1
     firsts = ends + 1 - num_logits
-    prompt_rows = [firsts[i] + j for i, chunk in enumerate(chunks) for j in range(len(chunk.rated))]
-    prompt_tokens = [chunk.sequence.token_ids[position + 1] for chunk in chunks for position in chunk.rated]
+    prompt_rows = [firsts[i] + j for i, chunk in enumerate(chunks) for j in range(len(chunk.logprob_positions))]
+    prompt_tokens = [chunk.sequence.token_ids[position + 1] for chunk in chunks for position in chunk.logprob_positions]
     asked = [chunk.sequence.params for chunk in chunks]
     num_top = max(params.logprobs or 0 for params in asked), max(params.prompt_logprobs or 0 for params in asked)
-    arrays = [np.array(numbers, dtype=np.int64) for numbers in (ends, rated, prompt_rows, prompt_tokens)]
-    ends, rated_rows, prompt_rows, prompt_tokens = upload(arrays, logits.device)
+    arrays = [np.array(numbers, dtype=np.int64) for numbers in (ends, with_logprobs, prompt_rows, prompt_tokens)]
+    ends, logprob_rows, prompt_rows, prompt_tokens = upload(arrays, logits.device)
     at_ends = logits[ends]
     tokens = sample(at_ends, draws)
-    parts = [tokens.double(), _rate(at_ends, rated_rows, tokens[rated_rows].clamp(min=0), num_top[0])]
+    parts = [tokens.double(), _rate(at_ends, logprob_rows, tokens[logprob_rows].clamp(min=0), num_top[0])]
     parts.append(_rate(logits, prompt_rows, prompt_tokens, num_top[1]))
     numbers = torch.cat([part.flatten() for part in parts]).cpu().numpy()  # here the host waits for the step
     token_ids, *numbers = np.split(numbers, np.cumsum([part.numel() for part in parts[:2]]))
@@ -90,19 +90,23 @@ def take_samples(logits: Tensor, chunks: list[Chunk], sample: Callable[[Tensor, 
     samples = []
     for index, chunk in enumerate(chunks):
         params = chunk.sequence.params
-        rating = _rating(next(of_tokens), params.logprobs) if index in rated else None
-        prompt_ratings = tuple(_rating(next(of_prompts), params.prompt_logprobs) for _ in chunk.rated)
-        samples.append(Sample(int(token_ids[index]), rating, prompt_ratings))
+        logprob = _token_logprob(next(of_tokens), params.logprobs) if index in with_logprobs else None
+        prompt_logprobs = tuple(
+            _token_logprob(next(of_prompts), params.prompt_logprobs) for _ in chunk.logprob_positions
+        )
+        samples.append(Sample(int(token_ids[index]), logprob, prompt_logprobs))
     return samples
 
 
 def _rate(logits: Tensor, rows: Tensor, token_ids: Tensor, num_top: int) -> Tensor:
     """`logprobs_of` rows of logits, some of them at a time."""
-    parts = zip(rows.split(RATED_AT_ONCE), token_ids.split(RATED_AT_ONCE))
+    parts = zip(rows.split(LOGPROB_ROWS_AT_ONCE), token_ids.split(LOGPROB_ROWS_AT_ONCE))
     return torch.cat([logprobs_of(logits[some], tokens, num_top) for some, tokens in parts])
 
 
-def _rating(numbers: list[float], num_top: int) -> Rating:
+def _token_logprob(numbers: list[float], num_top: int) -> TokenLogprob:
     logprob, rank, *top = numbers
     half = len(top) // 2
-    return Rating(logprob, int(rank), [(int(i), value) for i, value in zip(top[:num_top], top[half : half + num_top])])
+    return TokenLogprob(
+        logprob, int(rank), [(int(i), value) for i, value in zip(top[:num_top], top[half : half + num_top])]
+    )

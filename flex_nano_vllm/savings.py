@@ -123,7 +123,7 @@ def long_contexts(engines: Engines) -> list[dict]:
 
             def watched_forward(chunks: list[Chunk]) -> torch.Tensor:
                 pages = sum(table.num_used_pages * layers[window] for window, table in engine.kv.pools.items())
-                alike = engine.kv.leading.num_used_pages * len(geometry.layer_windows)
+                alike = engine.kv.primary.num_used_pages * len(geometry.layer_windows)
                 row = {"requests": num_requests, "tokens of the first": chunks[0].start + chunks[0].length}
                 row |= {"pages, all layers together": pages, "if all layers were full": alike}
                 rows.append(row | {"MB": pages * megabytes, "if all were full": alike * megabytes})

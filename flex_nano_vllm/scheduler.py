@@ -30,23 +30,23 @@ class Chunk:
     length: int
 
     @property
-    def samples(self) -> bool:
+    def needs_sample(self) -> bool:
         """Whether the chunk ends at the sequence's last token, so that its logits give the next one."""
         return self.start + self.length == self.sequence.num_tokens
 
     @property
-    def rated(self) -> range:
+    def logprob_positions(self) -> range:
         """Positions whose logits rate the prompt token that follows."""
         sequence, end = self.sequence, self.start + self.length
-        if not sequence.rates_prompt:
+        if not sequence.wants_prompt_logprobs:
             return range(0)
-        return range(max(self.start, len(sequence.prompt_ratings)), min(end, sequence.num_prompt_tokens - 1))
+        return range(max(self.start, len(sequence.prompt_logprobs)), min(end, sequence.num_prompt_tokens - 1))
 
     @property
     def num_logits(self) -> int:
         """Of how many of its last tokens the logits are wanted: the last one at least."""
-        rated = self.rated
-        return max(1, self.start + self.length - rated.start) if rated else 1
+        positions = self.logprob_positions
+        return max(1, self.start + self.length - positions.start) if positions else 1
 
 
 class Scheduler:
@@ -133,9 +133,11 @@ class Scheduler:
             nearest = min(done, key=lambda sibling: sibling.num_computed_tokens)
             sequence.row = self.kv.fork(nearest.row, sequence.num_prompt_tokens - 1, sequence.token_ids)
         if sequence.row is None:
-            # Nobody gets logits of tokens that are not computed.
-            is_rated = not sequence.rates_prompt or len(sequence.prompt_ratings) == sequence.num_prompt_tokens - 1
-            sequence.row = self.kv.allocate(sequence.token_ids, sequence.cache_salt, find=is_rated)
+            # Cached tokens have no logits, so a prompt that still needs log-probabilities is computed.
+            may_hit = (
+                not sequence.wants_prompt_logprobs or len(sequence.prompt_logprobs) == sequence.num_prompt_tokens - 1
+            )
+            sequence.row = self.kv.allocate(sequence.token_ids, sequence.cache_salt, find=may_hit)
         if self.running and needed + self._growth(sequence) > self.kv.num_free_pages:
             self.kv.erase(sequence.row)
             sequence.row = None
@@ -180,18 +182,18 @@ class Scheduler:
     def commit(self, chunks: list[Chunk], token_ids: list[int]) -> list[Sequence]:
         """Take a step's result: for each chunk the token that follows it, or a negative number if there was none to
         sample, because the numbers were not finite. Returns who has finished, and gives their pages back."""
-        misled = set()  # by what somebody in whose part of the step a number was not finite was to fill
+        invalidated = set()  # by what somebody in whose part of the step a number was not finite was to fill
         for chunk, token_id in zip(chunks, token_ids, strict=True):
             if token_id < 0:
-                misled |= self.kv.discard(chunk.sequence.row)
-        while misled & {sequence.row for sequence in self.running}:
+                invalidated |= self.kv.discard(chunk.sequence.row)
+        while invalidated & {sequence.row for sequence in self.running}:
             self._send_back()
         finished = []
         for chunk, token_id in zip(chunks, token_ids):
             sequence = chunk.sequence
             if sequence.row is None:  # it waits again
                 continue
-            samples = chunk.samples  # before the token is appended
+            needs_sample = chunk.needs_sample  # before the token is appended
             if sequence.num_cached_tokens is None:
                 sequence.num_cached_tokens = chunk.start
                 if sequence.index == 0:  # forks share by right, not by luck
@@ -201,7 +203,7 @@ class Scheduler:
             self.kv.commit(sequence.row, sequence.num_computed_tokens)
             if token_id < 0:
                 sequence.fail()
-            elif samples:
+            elif needs_sample:
                 sequence.append(token_id)
             if sequence.finish_reason is not None:
                 self._release(sequence)
@@ -238,9 +240,9 @@ class Scheduler:
         assert all(sequence.finish_reason is None for sequence in everyone), "a finished request is still queued"
         assert all(s.row is None and s.num_computed_tokens == 0 for s in self.waiting), "a waiting request holds pages"
         rows = sorted(sequence.row for sequence in self.running)
-        assert rows == sorted(self.kv.leading.allocated_rows), "rows held by nobody, or by somebody who does not run"
+        assert rows == sorted(self.kv.primary.allocated_rows), "rows held by nobody, or by somebody who does not run"
         for sequence in self.running:
-            assert sequence.num_computed_tokens <= self.kv.leading.num_tokens(sequence.row), (
+            assert sequence.num_computed_tokens <= self.kv.primary.num_tokens(sequence.row), (
                 "tokens were computed into pages that are not held"
             )
         self.kv.check_invariants()

@@ -17,7 +17,7 @@ from flex_nano_vllm.sampling_params import SamplingParams
 logger = logging.getLogger(__name__)
 
 
-class Rating(NamedTuple):
+class TokenLogprob(NamedTuple):
     """How likely the model found a token at its place."""
 
     logprob: float
@@ -53,8 +53,8 @@ class Sequence:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: RequestError | None = None  # why there is no next token
-    ratings: list[Rating] = field(default_factory=list)  # of the output, if `logprobs` were asked for
-    prompt_ratings: list[Rating] = field(default_factory=list)  # from the second token on, as far as computed
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of the output, if `logprobs` were asked for
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # from the second token on, as far as computed
     metrics: RequestMetrics = field(default_factory=RequestMetrics)  # of the request: one for all of its samples
     # All samples of the request, in order, until all have ended: then nobody needs the circle, which only the collector
     # could free, and the collector comes late where there are as many objects as torch has.
@@ -82,13 +82,13 @@ class Sequence:
         return self.eos_token_ids.union(self.params.stop_token_ids or (), self.stop_string_ids)
 
     @property
-    def silent(self) -> frozenset[int]:
+    def hidden_token_ids(self) -> frozenset[int]:
         """Tokens without text: those that end the output, unless the text is to show what ended it."""
         ends = self.eos_token_ids.union(self.params.stop_token_ids or ())
         return frozenset() if self.params.include_stop_str_in_output else ends
 
     @property
-    def rates_prompt(self) -> bool:
+    def wants_prompt_logprobs(self) -> bool:
         """Whether its prompt's tokens are rated: of a request's samples the first one does that for all."""
         return self.params.prompt_logprobs is not None and self.index == 0
 

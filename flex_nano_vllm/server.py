@@ -29,12 +29,12 @@ from starlette.types import Receive, Scope, Send
 
 from flex_nano_vllm import __version__, protocol, replies, responses
 from flex_nano_vllm.api_errors import APIError, api_error, invalid_fields
-from flex_nano_vllm.async_inference import Answers, AsyncInference, EngineBusy, EngineClosing, EngineError
+from flex_nano_vllm.async_inference import AsyncInference, EngineBusy, EngineClosing, EngineError, Submission
 from flex_nano_vllm.chat import template_of
 from flex_nano_vllm.chat_turn import ChatTurn, with_tools
 from flex_nano_vllm.chunks import ChatChunks, CompletionChunks, CompletionTexts, EventWriter, shown
 from flex_nano_vllm.generation_defaults import not_expressed, sampling_defaults
-from flex_nano_vllm.guard import Guard, ImpatientH11, Limits
+from flex_nano_vllm.guard import Guard, HeaderTimeoutH11, Limits
 from flex_nano_vllm.inference import Inference
 from flex_nano_vllm.outputs import CompletionDelta, CompletionOutput, RequestOutput
 from flex_nano_vllm.prometheus import Metrics
@@ -55,17 +55,17 @@ ERRORS = {status: {"model": replies.ErrorResponse} for status in (400, 401, 404,
 class EventStream(StreamingResponse):
     """Server-sent events of requests, which end when the client stops reading them."""
 
-    def __init__(self, events: AsyncIterator[bytes], answers: Answers):
+    def __init__(self, events: AsyncIterator[bytes], submission: Submission):
         # The page finds its own request in `/state` by these ids.
-        headers = {"Cache-Control": "no-cache", "x-engine-request-id": ",".join(map(str, answers.request_ids))}
+        headers = {"Cache-Control": "no-cache", "x-engine-request-id": ",".join(map(str, submission.request_ids))}
         super().__init__(events, media_type="text/event-stream", headers=headers)
-        self.answers = answers
+        self.submission = submission
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:  # not in the iterator: it may never have been started
-            self.answers.leave()
+            self.submission.abort()
 
 
 class API:
@@ -90,17 +90,17 @@ class API:
                 400, f"{num_choices} completions in one request, more than {protocol.MAX_CHOICES}", param="n"
             )
         self.check_length("prompt", *(prompt for prompt in body.prompts if isinstance(prompt, str)))
-        answers = await self.shared.submit(body.prompts, params, body.cache_salt, follow=bool(body.stream))
+        submission = await self.shared.submit(body.prompts, params, body.cache_salt, follow=bool(body.stream))
         if params.prompt_logprobs is not None:
-            num_echoed = answers.num_prompt_tokens * params.n * (params.prompt_logprobs + 1)
+            num_echoed = submission.num_prompt_tokens * params.n * (params.prompt_logprobs + 1)
             if num_echoed > protocol.MAX_ECHOED:
-                answers.leave()
+                submission.abort()
                 most = f"more than the {protocol.MAX_ECHOED} that one answer may have"
                 raise APIError(400, f"echo and logprobs give {num_echoed} log-probabilities, {most}", param="logprobs")
         if body.stream:
-            writer = CompletionChunks(self.tokenizer, self.model_name, body, params, answers)
-            return EventStream(self.events(answers, writer), answers)
-        outputs = [shown(body, output) for output in await self.whole(answers, request)]
+            writer = CompletionChunks(self.tokenizer, self.model_name, body, params, submission)
+            return EventStream(self.events(submission, writer), submission)
+        outputs = [shown(body, output) for output in await self.whole(submission, request)]
         choices = []
         for output in outputs:
             texts = CompletionTexts(self.tokenizer, body, params, output)
@@ -111,8 +111,8 @@ class API:
         self.check_model(body.model)
         turn = await self.chat_turn(body)
         if body.stream:
-            return EventStream(self.events(turn.answers, ChatChunks(self.model_name, turn)), turn.answers)
-        outputs = await self.whole(turn.answers, request)
+            return EventStream(self.events(turn.submission, ChatChunks(self.model_name, turn)), turn.submission)
+        outputs = await self.whole(turn.submission, request)
         choices = []
         for index, completion in enumerate(outputs[0].outputs):
             logprobs = None
@@ -134,8 +134,8 @@ class API:
             raise api_error(error, responses.API_NAMES) from error
         writer = ResponseWriter(body, turn, self.model_name, self.defaults)
         if body.stream:
-            return EventStream(self.events(turn.answers, writer), turn.answers)
-        (output,) = await self.whole(turn.answers, request)
+            return EventStream(self.events(turn.submission, writer), turn.submission)
+        (output,) = await self.whole(turn.submission, request)
         return JSONResponse(writer.whole(output))
 
     async def chat_turn(self, body: ChatCompletionRequest) -> ChatTurn:
@@ -143,12 +143,12 @@ class API:
         params, form = body.to_params(self.defaults), call_form(template_of(self.tokenizer))
         prompt = await self.chat_prompt(body.messages, body.known_tools)
         if body.known_tools:
-            params = await asyncio.to_thread(with_tools, params, body, form, self.engine.intake)
+            params = await asyncio.to_thread(with_tools, params, body, form, self.engine.input_processor)
         try:
-            answers = await self.shared.submit([prompt], params, body.cache_salt, follow=bool(body.stream))
+            submission = await self.shared.submit([prompt], params, body.cache_salt, follow=bool(body.stream))
         except InvalidRequestError as error:
             raise api_error(error, {"prompt": "messages"}) from error
-        return ChatTurn(answers, body, form)
+        return ChatTurn(submission, body, form)
 
     async def tokenize(self, body: TokenizeRequest) -> dict:
         self.check_model(body.model or self.model_name)
@@ -156,12 +156,12 @@ class API:
             token_ids = await self.chat_prompt(body.messages)
         else:
             self.check_length("prompt", body.prompt)
-            token_ids = await asyncio.to_thread(self.engine.intake.tokenize, body.prompt)
+            token_ids = await asyncio.to_thread(self.engine.input_processor.tokenize, body.prompt)
         return {"tokens": token_ids, "count": len(token_ids), "max_model_len": self.engine.max_seq_length}
 
     async def detokenize(self, body: DetokenizeRequest) -> dict:
         self.check_model(body.model or self.model_name)
-        return {"prompt": await asyncio.to_thread(self.engine.intake.detokenize, body.tokens)}
+        return {"prompt": await asyncio.to_thread(self.engine.input_processor.detokenize, body.tokens)}
 
     async def models(self) -> dict:
         return {"object": "list", "data": [self.served_model]}
@@ -231,12 +231,12 @@ class API:
         self.check_length("messages", "".join(part for message in messages for part in message.texts))
         return await self.shared.chat_prompt(conversation, tools or None)
 
-    async def whole(self, answers: Answers, request: Request) -> list[RequestOutput]:
+    async def whole(self, submission: Submission, request: Request) -> list[RequestOutput]:
         """The requests' answers, in order. A client that leaves ends them."""
-        with answers:
-            watching = asyncio.create_task(_leave_with_client(request, answers))
+        with submission:
+            watching = asyncio.create_task(_leave_with_client(request, submission))
             try:
-                ended = {index: output async for news in answers for index, output in news}
+                ended = {index: output async for updates in submission for index, output in updates}
             finally:
                 watching.cancel()
         outputs = [ended[index] for index in sorted(ended)]
@@ -250,19 +250,19 @@ class API:
         envelope = replies.Envelope(kind, prefix, self.model_name)
         return JSONResponse(envelope.with_choices(choices, usage=replies.usage_of(outputs)))
 
-    async def events(self, answers: Answers, writer: EventWriter) -> AsyncIterator[bytes]:
+    async def events(self, submission: Submission, writer: EventWriter) -> AsyncIterator[bytes]:
         """The events of a stream. Those of one time are sent together."""
         outputs, data = {}, writer.begin()
         try:
-            async for news in answers:
-                for index, item in news:
+            async for updates in submission:
+                for index, item in updates:
                     if isinstance(item, RequestOutput):
                         outputs[index] = item
                         self.metrics.observe(item)
                     else:
                         _check_ending(item)
                         data += writer.delta(index, item)
-                if not answers.have_ended:
+                if not submission.have_ended:
                     yield data
                     data = b""
             data += writer.end([outputs[index] for index in sorted(outputs)])
@@ -280,11 +280,11 @@ def _check_ending(item: CompletionOutput | CompletionDelta) -> None:
     raise EngineError(item.error.message)
 
 
-async def _leave_with_client(request: Request, answers: Answers) -> None:
+async def _leave_with_client(request: Request, submission: Submission) -> None:
     """End the requests of a client that leaves: starlette would notice only when it sends the answer."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-    answers.leave()
+    submission.abort()
 
 
 def create_app(
@@ -430,7 +430,7 @@ def serve(
         app,
         host=host,
         port=port,
-        http=ImpatientH11,
+        http=HeaderTimeoutH11,
         ws="none",
         access_log=False,
         server_header=False,

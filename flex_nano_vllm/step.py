@@ -144,9 +144,9 @@ class StepBatch:
     position_ids: Tensor  # [1, T] int64, 0-based
     slots: dict[int | None, Tensor]  # [T] int64 by the window of the layer, where each token's keys and values go
     chunk_ends: Tensor  # [C] int64, the last token of each chunk
-    wanted: Tensor  # [W] int64, tokens whose logits are wanted: the ends, and in some chunks tokens before it
+    logits_indices: Tensor  # [W] int64, tokens whose logits are wanted: the ends, and in some chunks tokens before it
     queries: dict[int | None, TiledQueries]  # by the window of the layer
-    end_queries: TiledQueries  # of `wanted`, all that the last layer attends with
+    end_queries: TiledQueries  # of `logits_indices`, all that the last layer attends with
 
     @property
     def num_tokens(self) -> int:
@@ -168,8 +168,8 @@ class StepBatch:
         input_ids = [i for chunk in chunks for i in chunk.sequence.token_ids[chunk.start : chunk.start + chunk.length]]
         slots = [kv.table(window).slots(np.repeat(rows, lengths), positions) for window in layout.windows]
         num_logits = np.array([chunk.num_logits for chunk in chunks])
-        wanted = np.arange(num_logits.sum()) + np.repeat(ends + 1 - np.cumsum(num_logits), num_logits)
-        arrays = [np.array(input_ids), positions, ends, wanted, *slots]
+        logits_indices = np.arange(num_logits.sum()) + np.repeat(ends + 1 - np.cumsum(num_logits), num_logits)
+        arrays = [np.array(input_ids), positions, ends, logits_indices, *slots]
         input_ids, position_ids, chunk_ends, wanted_tokens, *slots = upload(arrays, kv.device)
         queries = {}
         if packed is not None:
@@ -181,9 +181,9 @@ class StepBatch:
             cuts = cut_into_tiles(rows, lengths, layout)
             queries |= dict.fromkeys(others, TiledQueries.build(cuts, positions, others, kv, layout))
         end_queries = queries[layout.last_window]
-        if len(positions) > len(wanted):
+        if len(positions) > len(logits_indices):
             cuts = cut_into_tiles(rows, num_logits, layout)
-            end_queries = TiledQueries.build(cuts, positions[wanted], (layout.last_window,), kv, layout)
+            end_queries = TiledQueries.build(cuts, positions[logits_indices], (layout.last_window,), kv, layout)
         slots = dict(zip(layout.windows, slots))
         return cls(input_ids[None], position_ids[None], slots, chunk_ends, wanted_tokens, queries, end_queries)
 
@@ -265,23 +265,23 @@ def logical_block_mask(q_pos: np.ndarray, window: int | None, group_size: int, k
     page_size, max_pages = kv.geometry.page_size, kv.geometry.max_pages_per_row
     tile_len = q_pos.shape[1]
     first, last = q_pos[:, :1], q_pos.max(axis=1, keepdims=True)  # [tiles, 1]; -1 for padding: no page is needed
-    first_page, end_page, first_whole, end_whole = visible_pages(first, last, window, page_size)
+    first_page, end_page, first_full, end_full = visible_pages(first, last, window, page_size)
     num_pages = end_page - first_page
     # Pages that all queries of a tile see whole: there the kernel need not evaluate mask_mod for every single score.
-    num_whole = np.maximum(end_whole - first_whole, 0)
+    num_full = np.maximum(end_full - first_full, 0)
     steps = np.arange(max_pages)
     partial_pages = first_page + steps
-    partial_pages += np.where(partial_pages >= first_whole, num_whole, 0)
-    whole_pages = first_whole + steps
+    partial_pages += np.where(partial_pages >= first_full, num_full, 0)
+    full_pages = first_full + steps
     last_page = max_pages - 1  # past its end a list is never visited, but translated
-    arrays = [num_pages - num_whole, partial_pages.clip(max=last_page), num_whole, whole_pages.clip(max=last_page)]
+    arrays = [num_pages - num_full, partial_pages.clip(max=last_page), num_full, full_pages.clip(max=last_page)]
     uploaded = upload([*arrays, q_pos], kv.device, np.int32)
-    num_partial, partial_pages, num_whole, whole_pages, q_pos = uploaded
+    num_partial, partial_pages, num_full, full_pages, q_pos = uploaded
     return BlockMask.from_kv_blocks(
         num_partial[:, None],  # [tiles, 1, 1]: of all heads, one block of queries
         partial_pages[:, None, None],  # [tiles, 1, 1, N]
-        num_whole[:, None],
-        whole_pages[:, None, None],
+        num_full[:, None],
+        full_pages[:, None, None],
         BLOCK_SIZE=(tile_len * group_size, page_size),
         mask_mod=of_queries(layer_mask(window), q_pos, group_size),
         seq_lengths=(tile_len * group_size, max_pages * page_size),

@@ -3,7 +3,7 @@
 tools ─► the model's chat template ─► the model writes   <tool_call>
       ─► a grammar of valid calls                        {"name": "add", "arguments": {"a": 1, "b": 2}}
                                                          </tool_call>
-CallParser ─► CallBegun(0, "add"), CallArguments(0, '{"a": 1, "b": 2}')
+CallParser ─► CallStart(0, "add"), CallArguments(0, '{"a": 1, "b": 2}')
 """
 
 import json
@@ -134,13 +134,13 @@ def _quoted(text: str) -> str:
     return json.dumps(text) if text else ""
 
 
-class Said(NamedTuple):
+class TextPiece(NamedTuple):
     """Text of an answer that is no part of a call."""
 
     text: str
 
 
-class CallBegun(NamedTuple):
+class CallStart(NamedTuple):
     """The name of call number `index` of an answer."""
 
     index: int
@@ -154,7 +154,7 @@ class CallArguments(NamedTuple):
     text: str
 
 
-Piece = Said | CallBegun | CallArguments
+Piece = TextPiece | CallStart | CallArguments
 
 # What comes before the arguments of a call. Llama writes a type at times, and takes either key.
 _HEAD = re.compile(
@@ -212,7 +212,7 @@ class CallParser:
         if match and match["name"] in self.names and self.num_calls < self.max_calls:
             self._take, self._buffer = self._arguments, self._buffer[match.end() :]
             self.num_calls += 1
-            return [CallBegun(self.num_calls - 1, match["name"])]
+            return [CallStart(self.num_calls - 1, match["name"])]
         if match or is_complete or len(self._buffer) - sign.end() > MAX_HEAD_LEN:
             self._take, length = self._text, max(1, sign.end())
             return self._say(self._buffer[:length], length)
@@ -253,7 +253,7 @@ class CallParser:
         """Take `length` characters from the buffer, and say `text` of them."""
         self._buffer = self._buffer[length:]
         self._has_said |= bool(text.strip())
-        return [Said(text)] if text else []
+        return [TextPiece(text)] if text else []
 
 
 def _overlap(text: str, begin: str) -> int:
@@ -266,7 +266,7 @@ def _joined(pieces: list[Piece]) -> list[Piece]:
     joined: list[Piece] = []
     for piece in pieces:
         last = joined[-1] if joined else None
-        if type(last) is type(piece) and not isinstance(piece, CallBegun) and last[:-1] == piece[:-1]:
+        if type(last) is type(piece) and not isinstance(piece, CallStart) and last[:-1] == piece[:-1]:
             joined[-1] = piece._replace(text=last.text + piece.text)
         else:
             joined.append(piece)

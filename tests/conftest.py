@@ -82,18 +82,18 @@ def client(parrot):
 
 
 @pytest.fixture
-def free_of_charge(monkeypatch):
+def any_saving(monkeypatch):
     """Decodes are packed whatever little that saves."""
     monkeypatch.setattr(cascade, "LEAST_SAVING", 0)
 
 
 @pytest.fixture
-def num_packed(free_of_charge, monkeypatch):
+def num_packed(any_saving, monkeypatch):
     """Packs whatever shares a page; counts the steps."""
     counted = [0]
 
     def counting(*args):
-        packed = pack(*args[:-1], replace(args[-1], whole_cost=0.0, some_cost=0.0))
+        packed = pack(*args[:-1], replace(args[-1], full_cost=0.0, partial_cost=0.0))
         counted[0] += packed is not None
         return packed
 

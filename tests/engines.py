@@ -154,10 +154,10 @@ def token_of(logits, draw, changes, allowed, is_double, margin=1e-9):
             before += weights[i]
         weights = {i: weight for i, weight in weights.items() if scaled[i] >= last}
     sums = list(itertools.accumulate(weights.values()))
-    margins += [abs(s / sums[-1] - draw.level) for s in sums[:-1]]
+    margins += [abs(s / sums[-1] - draw.u) for s in sums[:-1]]
     if min(margins, default=1) < margin:
         return None
-    return next(i for i, s in zip(weights, sums) if s > draw.level * sums[-1])
+    return next(i for i, s in zip(weights, sums) if s > draw.u * sums[-1])
 
 
 def num_graphs() -> int:

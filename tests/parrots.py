@@ -21,7 +21,7 @@ def gemma_tokenizer():
 def parrot_of(engine):
     """The engine, which from now on computes nothing: token by token it says what comes behind the last "SAY:" of its
     prompt, and ends, if it may. Where something else has to come, it chooses what ends soonest."""
-    tokenizer, num_logits = copy.deepcopy(engine.tokenizer), engine.intake.num_logits
+    tokenizer, num_logits = copy.deepcopy(engine.tokenizer), engine.input_processor.num_logits
     eos_id, *closing = tokenizer.convert_tokens_to_ids(["<eos>", '"', "}", "]"])
     likely = torch.zeros(num_logits)
     likely[closing], likely[eos_id] = 1.0, 2.0

@@ -17,7 +17,7 @@ from engines import byte_model
 
 from flex_nano_vllm import Inference
 from flex_nano_vllm.async_inference import AsyncInference
-from flex_nano_vllm.guard import ImpatientH11, Limits
+from flex_nano_vllm.guard import HeaderTimeoutH11, Limits
 from flex_nano_vllm.random_models import byte_tokenizer
 from flex_nano_vllm.server import create_app
 
@@ -171,7 +171,7 @@ def serving(
     app = create_app(shared, MODEL, api_key, limits, allowed_origins, defaults)
     config = uvicorn.Config(
         app,
-        http=ImpatientH11,
+        http=HeaderTimeoutH11,
         ws="none",
         access_log=False,
         server_header=False,

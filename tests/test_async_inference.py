@@ -12,7 +12,7 @@ from engines import assert_empty, greedy, raise_at_call
 from serving import PATIENCE, Calls, Gate, new_engine, run, until
 
 from flex_nano_vllm import SamplingParams, async_inference, inference
-from flex_nano_vllm import answers as answers_module
+from flex_nano_vllm import output_processor as answers_module
 from flex_nano_vllm.async_inference import AsyncInference, EngineBusy, EngineClosing, EngineDead, EngineError
 from flex_nano_vllm.detokenizer import Detokenizer
 from flex_nano_vllm.page_table import PageTable
@@ -212,9 +212,9 @@ def test_streams_that_take_long_to_tell_are_told_less_often(engine, monkeypatch)
         async with sharing(engine) as shared:
             deltas = [delta async for delta in shared.stream("fast", greedy(12))]
             await asyncio.sleep(0)  # the last time is noted after it was read
-            assert len(deltas) > 2 and min(shared._telling_times) > 0
-            monkeypatch.setattr(shared, "_note_telling", lambda started: None)
-            shared._telling_times = 3600.0, 3600.0
+            assert len(deltas) > 2 and min(shared._notify_times) > 0
+            monkeypatch.setattr(shared, "_note_notifying", lambda started: None)
+            shared._notify_times = 3600.0, 3600.0
             monkeypatch.setattr(async_inference, "MAX_STREAM_INTERVAL", math.inf)
             return [delta async for delta in shared.stream("fast", greedy(12))]
 
@@ -231,7 +231,7 @@ def test_telling_takes_a_fiftieth_of_the_time_unless_streams_would_wait_too_long
 ):
     async def main():
         async with sharing(engine, stream_interval=stream_interval) as shared:
-            shared._telling_times = telling_times
+            shared._notify_times = telling_times
             return shared._stream_interval()
 
     assert run(main()) == pytest.approx(expected)
@@ -253,14 +253,14 @@ def test_who_is_cancelled_before_it_begins_takes_nothing(engine):
 
 def test_who_is_cancelled_while_its_prompt_is_tokenized_never_reaches_the_engine(engine, monkeypatch):
     begun, may_go_on = threading.Event(), threading.Event()
-    request = engine.intake.request
+    request = engine.input_processor.request
 
     def slow(*args, **kwargs):
         begun.set()
         assert may_go_on.wait(PATIENCE)
         return request(*args, **kwargs)
 
-    monkeypatch.setattr(engine.intake, "request", slow)
+    monkeypatch.setattr(engine.input_processor, "request", slow)
     added = Calls(monkeypatch, engine, "add")
 
     async def main():
@@ -560,14 +560,14 @@ def test_an_answer_that_cannot_be_made_is_no_error_of_those_who_go_on(engine, or
 
 def test_who_is_tokenized_while_the_engine_closes_is_refused(engine, monkeypatch):
     begun, may_go_on = threading.Event(), threading.Event()
-    request = engine.intake.request
+    request = engine.input_processor.request
 
     def slow(*args, **kwargs):
         begun.set()
         assert may_go_on.wait(PATIENCE)
         return request(*args, **kwargs)
 
-    monkeypatch.setattr(engine.intake, "request", slow)
+    monkeypatch.setattr(engine.input_processor, "request", slow)
 
     async def main():
         shared = AsyncInference(engine)

@@ -21,7 +21,7 @@ from flex_nano_vllm import (
     SamplingParams,
     StructuredOutputsParams,
     inference,
-    intake,
+    input_processor,
     memory,
     patching,
     runner,
@@ -629,7 +629,7 @@ def raise_at_call(monkeypatch, owner, name, number):
         (patching.AttentionInterface, "register", 1),
         (patching, "pruned_forward", 1),  # the layers have their caches, the last one not its forward
         (runner, "patch_model", 1),
-        (intake, "_eos_token_ids", 1),
+        (input_processor, "_eos_token_ids", 1),
     ],
 )
 def test_a_constructor_that_fails_anywhere_leaves_the_model_as_it_was(bare_model, monkeypatch, owner, name, number):

@@ -39,7 +39,7 @@ class Family:
         geometry = Geometry(1 + 12 * len(lengths), page_size, len(lengths), longest, 8, windows, window_release=False)
         self.kv, self.windows, self.chunks = KVManager(geometry, prefix_caching=False), windows, []
         self.pages: list[list[int]] = []  # of each sequence
-        table, rows = self.kv.leading, []
+        table, rows = self.kv.primary, []
         for length, (other, num_shared) in zip(lengths, shared):
             row = self.kv.allocate([])
             num_pages = -(-length // page_size)
@@ -54,7 +54,7 @@ class Family:
 
     def packed(self, window: int | None, rule: CascadeRule) -> PackedDecodes | None:
         rows, positions = np.array([(chunk.sequence.row, chunk.start) for chunk in self.chunks]).T
-        return pack(rows, positions, window, self.kv.leading, rule)
+        return pack(rows, positions, window, self.kv.primary, rule)
 
     def seen_slots(self, index: int, window: int | None) -> list[int]:
         """The definition: the slots of what a sequence's last token sees."""
@@ -117,17 +117,17 @@ def test_a_query_sees_what_it_saw_alone_and_its_tile_reads_every_page_once(famil
             assert lists.shape[-1] >= mask.seq_lengths[1] // family.kv.geometry.page_size
 
 
-def test_the_drawing_in_the_docstring_holds(free_of_charge):
+def test_the_drawing_in_the_docstring_holds(any_saving):
     family = Family(4, (None,), [12, 16, 12], [(0, 0), (0, 2), (0, 2)])
     packed = family.packed(None, ALWAYS)
     assert sorted(packed.members.ravel().tolist()) == [0, 1, 2]
     common = family.pages[0][:2]
-    assert np.flatnonzero(packed.whole).tolist() == sorted(common)
+    assert np.flatnonzero(packed.full).tolist() == sorted(common)
     own = {page for pages in family.pages for page in pages} - set(common)
-    assert len(own) == 4 and np.flatnonzero(packed.some).tolist() == sorted(own)
+    assert len(own) == 4 and np.flatnonzero(packed.partial).tolist() == sorted(own)
 
 
-def test_families_lie_side_by_side(free_of_charge):
+def test_families_lie_side_by_side(any_saving):
     """Two families in turns, of which one has a branch."""
     family = Family(1, (None,), [9] * 9, [(0, 0), (0, 0), (0, 4), (1, 4), (2, 6), (1, 4), (2, 7), (1, 4), (4, 7)])
     order = family.packed(None, ALWAYS).members.ravel().tolist()
@@ -161,7 +161,7 @@ def test_what_is_out_of_the_window_saves_nothing():
 
 
 def test_where_there_are_processors_for_all_packing_would_only_make_the_longest_tile_longer():
-    rule = replace(RULE, whole_cost=1.0, some_cost=1.0)
+    rule = replace(RULE, full_cost=1.0, partial_cost=1.0)
     family = Family(4, (None,), [48] * 32, [(0, 11)] * 32)
     assert family.packed(None, rule) is not None
     assert family.packed(None, replace(rule, heads_per_processor=4 / 128)) is None

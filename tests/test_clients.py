@@ -171,7 +171,7 @@ def test_every_answer_has_an_id_the_clients_own_if_it_can_be_a_header(served):
 
 
 def test_an_answer_to_a_bug_of_ours_has_an_id_and_a_line_of_the_log(served, monkeypatch, caplog):
-    monkeypatch.setattr(served.engine.intake, "request", None)
+    monkeypatch.setattr(served.engine.input_processor, "request", None)
     status, headers, _ = served.ask("POST", COMPLETIONS, SMALL, {"X-Request-Id": "mine"})
     assert (status, headers["x-request-id"]) == (500, "mine")
     assert "'/v1/completions': 500 internal error (mine)" in caplog.text

@@ -171,7 +171,9 @@ def test_several_tokens_at_once_are_the_same_as_one_by_one():
 
 def test_silent_tokens_have_no_text_whether_special_or_not():
     token_ids = IS_BYTES("ab", add_special_tokens=False).input_ids
-    text, *_ = follow(IS_BYTES, [*token_ids, 1], silent=frozenset([1, token_ids[1]]), skip_special_tokens=False)
+    text, *_ = follow(
+        IS_BYTES, [*token_ids, 1], hidden_token_ids=frozenset([1, token_ids[1]]), skip_special_tokens=False
+    )
     assert text.text == "a"
     text, *_ = follow(IS_BYTES, [*token_ids, 1], skip_special_tokens=False)
     assert text.text == "ab<eos>"

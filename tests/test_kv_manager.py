@@ -192,7 +192,7 @@ class Texts(RuleBasedStateMachine):
                 spoilt = is_broken(text) or key_of(chunk.sequence) in self.faulty
                 self.written[window][slot] = ZEROS if spoilt else (chunk.sequence.cache_salt, *text)
 
-        misled = set()  # who has seen zeros that somebody else wrote: what comes of it must not count
+        invalidated = set()  # who has seen zeros that somebody else wrote: what comes of it must not count
         for window in self.layout.windows:
             for (chunk, text), slots in zip(tokens, visible_slots(batch, window)):
                 key = key_of(chunk.sequence)
@@ -201,18 +201,18 @@ class Texts(RuleBasedStateMachine):
                 expected = [(salt, *text[:end]) for end in range(first + 1, len(text) + 1)]
                 seen = [self.written[window].get(slot) for slot in slots]
                 if ZEROS in seen:
-                    misled |= {key} - broken
+                    invalidated |= {key} - broken
                 elif key not in broken:
                     assert sorted(seen, key=str) == sorted(expected, key=str)
 
         said = {}
         for chunk in chunks:
             key, text = key_of(chunk.sequence), tuple(chunk.sequence.token_ids)
-            token = next_token(text, sample=key[1]) if chunk.samples else NEVER
-            said[key] = NOT_FINITE if key in broken else NEVER if key in misled else token
+            token = next_token(text, sample=key[1]) if chunk.needs_sample else NEVER
+            said[key] = NOT_FINITE if key in broken else NEVER if key in invalidated else token
         finished = self.scheduler.commit(chunks, list(said.values()))
-        for key in misled:
-            assert self.live[key][0].row is None, "who was misled begins again"
+        for key in invalidated:
+            assert self.live[key][0].row is None, "who was invalidated begins again"
         for sequence in finished:
             key = key_of(sequence)
             _, prompt, _ = self.live.pop(key)

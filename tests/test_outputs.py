@@ -73,7 +73,7 @@ def test_all_sources_of_eos_are_taken_together(words):
     tokenizer = byte_tokenizer()
     model.generation_config.eos_token_id, model.config.eos_token_id = [10, 11], 12
     with Inference(model, tokenizer, **SIZES) as engine:
-        assert engine.intake.eos_token_ids == {10, 11, 12, tokenizer.eos_token_id}
+        assert engine.input_processor.eos_token_ids == {10, 11, 12, tokenizer.eos_token_id}
 
 
 def test_a_model_without_any_eos_stops_at_the_length(words):
@@ -82,7 +82,7 @@ def test_a_model_without_any_eos_stops_at_the_length(words):
     tokenizer = byte_tokenizer()
     tokenizer.eos_token = None
     with Inference(model, tokenizer, **SIZES) as engine:
-        assert engine.intake.eos_token_ids == frozenset()
+        assert engine.input_processor.eos_token_ids == frozenset()
         assert (say(engine).token_ids, say(engine).finish_reason) == (tokens, "length")
 
 

@@ -25,7 +25,7 @@ ORDER = [
     ["detokenizer"],
     ["chat"],
     ["sequence", "page_table", "sampler"],
-    ["kv_manager", "answers", "intake"],
+    ["kv_manager", "answers", "input_processor"],
     ["scheduler", "cascade"],
     ["step", "sampling"],
     ["attention"],

@@ -354,13 +354,13 @@ def test_a_kept_page_is_idle_when_nobody_uses_it_and_can_be_taken_up_again():
     table = make(on_evict=evicted.append)
     row = table.allocate()
     assert table.reserve(row, 12)  # pages 1, 2, 3
-    table.keep(1, "first")
-    table.keep(2, "second")
+    table.cache_page(1, "first")
+    table.cache_page(2, "second")
     table.erase(row)
-    assert (table.num_idle_pages, table.num_free_pages, table.num_used_pages) == (2, 7, 0)
+    assert (table.num_evictable_pages, table.num_free_pages, table.num_used_pages) == (2, 7, 0)
     row = table.allocate()
     table.share(row, [1, 2])
-    assert (table.num_idle_pages, table.num_free_pages, table.num_used_pages) == (0, 5, 2)
+    assert (table.num_evictable_pages, table.num_free_pages, table.num_used_pages) == (0, 5, 2)
     assert table.reserve(row, 28)
     assert pages_of(table, row) == [1, 2, 3, 4, 5, 6, 7]
     assert evicted == []
@@ -372,7 +372,7 @@ def test_idle_pages_are_evicted_only_when_no_other_is_free_longest_idle_and_deep
     old, young = table.allocate(), table.allocate()
     assert table.reserve(old, 8) and table.reserve(young, 8)  # pages 1, 2 and 3, 4; page 5 is free
     for page in range(1, 5):
-        table.keep(page, f"owner of {page}")
+        table.cache_page(page, f"owner of {page}")
     table.erase(old)
     table.erase(young)
     row = table.allocate()
@@ -386,13 +386,13 @@ def test_a_page_that_is_no_longer_kept_is_free_after_use():
     table = make()
     row = table.allocate()
     table.reserve(row, 8)
-    table.keep(1, "owner")
-    table.forget(1)
-    table.keep(2, "owner")
+    table.cache_page(1, "owner")
+    table.uncache_page(1)
+    table.cache_page(2, "owner")
     table.erase(row)
-    assert (table.num_idle_pages, table.num_free_pages) == (1, 7)
-    table.forget(2)
-    assert (table.num_idle_pages, table.num_free_pages) == (0, 7)
+    assert (table.num_evictable_pages, table.num_free_pages) == (1, 7)
+    table.uncache_page(2)
+    assert (table.num_evictable_pages, table.num_free_pages) == (0, 7)
 
 
 @pytest.mark.parametrize("page_size", [1, 2, 3, 4])

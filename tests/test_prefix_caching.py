@@ -85,7 +85,7 @@ def test_the_hit_rate_is_in_the_statistics(engine):
     generate(engine, prompt_of(13))
     stats = engine.stats()
     assert (stats.num_prompt_tokens, stats.num_cached_tokens, stats.cache_hit_rate) == (26, 12, 12 / 26)
-    assert stats.num_used_pages == 0 and stats.num_idle_pages == 3
+    assert stats.num_used_pages == 0 and stats.num_evictable_pages == 3
     assert stats.num_free_pages == engine.page_table.num_usable_pages
 
 
@@ -96,7 +96,7 @@ def test_without_caching_nothing_is_found():
     with Inference(own_model("prefix caching"), None, **SIZES, enable_prefix_caching=False) as engine:
         assert cached(generate(engine, prompt_of(13), prompt_of(13))) == [0, 0]
         assert cached(generate(engine, prompt_of(13))) == [0]
-        assert engine.stats().num_idle_pages == 0
+        assert engine.stats().num_evictable_pages == 0
 
 
 def test_other_salts_share_nothing_and_the_same_salt_does(engine):
@@ -192,7 +192,7 @@ def test_pages_are_evicted_only_when_needed_the_deepest_and_longest_unused_first
         old, young = prompt_of(13), prompt_of(13, seed=1)
         generate(engine, old)  # 13 + 2 tokens: three full pages
         generate(engine, young)
-        assert engine.stats().num_idle_pages == 6
+        assert engine.stats().num_evictable_pages == 6
         generate(engine, prompt_of(16, seed=2))  # needs five pages, and two are free
         assert cached(generate(engine, young)) == [12]
         assert cached(generate(engine, old)) == [0]

@@ -261,9 +261,9 @@ FUNCTION = {"id": "c1", "type": "function", "function": {"name": "f", "arguments
 def test_a_conversation_is_the_chats(parrot, client, monkeypatch, request_, messages):
     """The model reads the same tokens."""
     prompts = []
-    chat_prompt = parrot.engine.intake.chat_prompt
+    chat_prompt = parrot.engine.input_processor.chat_prompt
     monkeypatch.setattr(
-        parrot.engine.intake, "chat_prompt", lambda *args: prompts.append(chat_prompt(*args)) or prompts[-1]
+        parrot.engine.input_processor, "chat_prompt", lambda *args: prompts.append(chat_prompt(*args)) or prompts[-1]
     )
     client.responses.create(model=MODEL, temperature=0, max_output_tokens=1, **request_)
     tools = [f] if "tools" in request_ else None

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flex_nano_vllm import Inference
-from flex_nano_vllm.penalties import Edits
+from flex_nano_vllm.penalties import LogitEdits
 from flex_nano_vllm.sampler import ARGMAX, NOT_FINITE, Draw, logprobs_of, uniform
 from flex_nano_vllm.sampler import sample as sample_tokens
 
@@ -20,7 +20,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.b
 
 
 def sample(logits, temperatures, levels):
-    draws = [Draw(temperature=t, level=level) if t > 0 else ARGMAX for t, level in zip(temperatures, levels)]
+    draws = [Draw(temperature=t, u=u) if t > 0 else ARGMAX for t, u in zip(temperatures, levels)]
     return sample_tokens(logits, draws).tolist()
 
 
@@ -105,13 +105,13 @@ def test_rows_that_are_not_finite_have_no_token_and_the_others_have_theirs(dtype
     assert tokens == [4, -1, -1, -1, -1, -1, 4]
 
 
-@pytest.mark.parametrize("level", [0.0, 0.5, 1 - 2**-53])
+@pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2**-53])
 @pytest.mark.parametrize("temperature", [0.0, 1e-4, 1.0, 2.0])
-def test_a_token_of_minus_infinity_is_never_taken(temperature, level):
+def test_a_token_of_minus_infinity_is_never_taken(temperature, u):
     logits = torch.full((2, 100), -math.inf, dtype=torch.float32)
     logits[0, 40:60] = torch.linspace(-1, 1, 20)
     logits[1, 71] = -3.0
-    first, second = sample(logits, [temperature] * 2, [level] * 2)
+    first, second = sample(logits, [temperature] * 2, [u] * 2)
     assert 40 <= first < 60
     assert second == 71
 
@@ -130,9 +130,9 @@ def test_no_rows_are_no_tokens():
 
 
 def edits_of(changes):
-    """Edits of {token id: (bias, divisor, penalty)}."""
+    """LogitEdits of {token id: (bias, divisor, penalty)}."""
     columns = zip(*changes.values()) if changes else ((), (), ())
-    return Edits(np.array(list(changes), dtype=np.int64), *(np.array(column, dtype=float) for column in columns))
+    return LogitEdits(np.array(list(changes), dtype=np.int64), *(np.array(column, dtype=float) for column in columns))
 
 
 def bits_of(token_ids, vocabulary, beyond=0):
@@ -152,7 +152,7 @@ def random_row(rng, vocabulary, some=0.5):
 
     draw = Draw(
         temperature=maybe(rng.uniform(0.1, 2), rng.choice([0.0, 1.0])),
-        level=rng.random(),
+        u=rng.random(),
         top_k=maybe(rng.choice([1, 2, 3, vocabulary - 1, vocabulary, vocabulary + 5, 2**31]), 0),
         top_p=maybe(rng.choice([1e-9, 0.3, 0.7, 0.95, 0.999]), 1.0),
         min_p=maybe(rng.choice([1e-4, 0.05, 0.3, 1.0]), 0.0),
@@ -220,7 +220,7 @@ def batches(draw):
         st.builds(
             Draw,
             temperature=st.just(0.0) | st.floats(1e-5, 2),
-            level=st.floats(0, 1, exclude_max=True),
+            u=st.floats(0, 1, exclude_max=True),
             top_k=st.integers(0, 45),
             top_p=st.just(1.0) | st.floats(0, 1, exclude_min=True),
             min_p=st.just(0.0) | st.floats(0, 1),
@@ -256,7 +256,7 @@ def test_frequencies_are_the_odds_of_all_parameters_in_their_order():
     changes, allowed, num_draws = {5: (math.log(4), 1.0, 0.0)}, bits_of({1, 2, 3, 4, 5}, 6), 20_000
     options = dict(temperature=0.5, min_p=0.1, top_k=2, top_p=0.6, edits=edits_of(changes), allowed=allowed)
     logits = torch.tensor([LOG], dtype=torch.float64).expand(num_draws, -1)
-    draws = [Draw(level=uniform(i, 4), **options) for i in range(num_draws)]
+    draws = [Draw(u=uniform(i, 4), **options) for i in range(num_draws)]
     counts = Counter(sample_tokens(logits, draws).tolist())
     assert counts.keys() == {1, 2, 3, 5}
     wanted = {1: 4 / 7 * num_draws} | dict.fromkeys([2, 3, 5], num_draws / 7)
@@ -266,7 +266,7 @@ def test_frequencies_are_the_odds_of_all_parameters_in_their_order():
 def support(weights, **options):
     """All tokens that are ever drawn."""
     logits = torch.tensor([[math.log(weight) for weight in weights]], dtype=torch.float64).expand(1000, -1)
-    return set(sample_tokens(logits, [Draw(temperature=1.0, level=i / 1000, **options) for i in range(1000)]).tolist())
+    return set(sample_tokens(logits, [Draw(temperature=1.0, u=i / 1000, **options) for i in range(1000)]).tolist())
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ def test_where_everything_is_banned_there_is_no_token(temperature):
     ban = edits_of(dict.fromkeys([1, 3], (-math.inf, 1.0, 0.0)))
     nothing, odd = bits_of(set(), 5), bits_of({1, 3}, 5)
     options = [dict(allowed=nothing), dict(allowed=odd, edits=ban), dict(edits=ban), dict(allowed=odd)]
-    tokens = sample_tokens(torch.zeros(4, 5), [Draw(temperature=temperature, level=0.1, **o) for o in options])
+    tokens = sample_tokens(torch.zeros(4, 5), [Draw(temperature=temperature, u=0.1, **o) for o in options])
     assert tokens.tolist() == [NOT_FINITE, NOT_FINITE, 0, 1]
 
 

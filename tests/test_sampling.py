@@ -56,7 +56,7 @@ def expected(prompt, params, index=0):
             changes[i] = (bias, divisor, penalty)
         draw = Draw(
             temperature=params.temperature,
-            level=uniform(params.seed + index, len(tokens)) if params.temperature else 0.0,
+            u=uniform(params.seed + index, len(tokens)) if params.temperature else 0.0,
             top_k=max(0, params.top_k),
             top_p=params.top_p,
             min_p=params.min_p,
@@ -217,7 +217,7 @@ def test_penalties_count_the_output_and_repetition_the_prompt_too(engine, repeti
 
 
 def test_logprobs_of_a_long_prompt_are_rated_some_at_a_time(engine, monkeypatch):
-    monkeypatch.setattr(sampling, "RATED_AT_ONCE", 4)
+    monkeypatch.setattr(sampling, "LOGPROB_ROWS_AT_ONCE", 4)
     prompt, params = prompt_of(21), SamplingParams(temperature=0, prompt_logprobs=3, logprobs=2, max_tokens=3)
     check(engine.generate(prompt, params, use_tqdm=False)[0], prompt, params)
 

@@ -30,7 +30,7 @@ def make_scheduler(
 
 def submit(scheduler: Scheduler, request_id: int, prompt_len: int, max_tokens: int = 1000) -> Sequence:
     """Add a request as the engine does: what it may generate is cut to what the pool can hold."""
-    room = scheduler.kv.leading.num_usable_pages * scheduler.kv.leading.page_size - prompt_len
+    room = scheduler.kv.primary.num_usable_pages * scheduler.kv.primary.page_size - prompt_len
     assert room >= 1, "the engine would have refused it"
     sequence = Sequence(
         request_id=request_id,
@@ -100,7 +100,7 @@ def run_until_done(scheduler: Scheduler) -> int:
 
 
 def assert_empty(scheduler: Scheduler) -> None:
-    table = scheduler.kv.leading
+    table = scheduler.kv.primary
     assert not scheduler.has_unfinished_requests()
     assert schedule(scheduler) == []
     assert table.num_free_pages == table.num_usable_pages
@@ -127,7 +127,7 @@ def test_a_prompt_is_one_chunk_then_each_step_computes_the_last_sampled_token():
     seen = []
     for _ in until_done(scheduler):
         (chunk,) = schedule(scheduler)
-        seen.append((chunk.start, chunk.length, chunk.samples))
+        seen.append((chunk.start, chunk.length, chunk.needs_sample))
         commit(scheduler, [chunk])
     assert seen == [(0, 5, True), (5, 1, True), (6, 1, True)]
     assert_complete(sequence)
@@ -140,7 +140,7 @@ def test_a_prompt_longer_than_the_budget_is_cut_and_only_its_last_chunk_samples(
     seen = []
     for _ in range(4):
         (chunk,) = schedule(scheduler)
-        seen.append((chunk.start, chunk.length, chunk.samples))
+        seen.append((chunk.start, chunk.length, chunk.needs_sample))
         commit(scheduler, [chunk])
     assert seen == [(0, 4, False), (4, 4, False), (8, 2, True), (10, 1, True)]
 
@@ -150,7 +150,7 @@ def test_pages_are_reserved_for_the_chunk_only_not_for_the_whole_prompt():
     submit(scheduler, 0, prompt_len=9)
     for used_pages in (2, 3, 5, 5, 6):  # 3, 6, 9, 10, 11 tokens
         step(scheduler)
-        assert scheduler.kv.leading.num_used_pages == used_pages
+        assert scheduler.kv.primary.num_used_pages == used_pages
 
 
 @pytest.mark.parametrize("prompt_len", [1, 5, 11])
@@ -242,7 +242,7 @@ def preemption_scene() -> tuple[Scheduler, list[Sequence]]:
     sequences = [submit(scheduler, i, prompt_len=3) for i in range(5)]
     step(scheduler)
     assert step(scheduler) == {0: 1, 1: 1, 2: 1}
-    assert scheduler.kv.leading.num_free_pages == 0
+    assert scheduler.kv.primary.num_free_pages == 0
     return scheduler, sequences
 
 
@@ -266,7 +266,7 @@ def test_a_preempted_request_comes_back_before_anything_younger_and_recomputes_p
     tokens_before = list(sequences[2].token_ids)
     chunks = schedule(scheduler)
     assert lengths(chunks) == {1: 1, 2: 5}  # 3 needs more than the one page that is left
-    assert (chunks[1].start, chunks[1].samples) == (0, True)
+    assert (chunks[1].start, chunks[1].needs_sample) == (0, True)
     commit(scheduler, chunks)
     assert sequences[2].token_ids == [*tokens_before, fake_token(2, 5)]
     run_until_done(scheduler)
@@ -319,7 +319,7 @@ def test_nobody_is_admitted_in_a_step_that_preempts():
     submit(scheduler, 3, prompt_len=1)
     assert step(scheduler) == {0: 1, 1: 1}
     assert (ids(scheduler.running), ids(scheduler.waiting)) == ([0, 1], [2, 3])
-    assert scheduler.kv.leading.num_free_pages == 2
+    assert scheduler.kv.primary.num_free_pages == 2
     assert step(scheduler) == {0: 1, 1: 1}, "nor later, while 2 is ahead and does not fit"
 
 
@@ -437,10 +437,10 @@ def test_commit_returns_the_finished_in_order_and_gives_their_pages_back():
     scheduler = make_scheduler(usable_pages=20, page_size=2)
     a, b, c = (submit(scheduler, i, prompt_len=3, max_tokens=max_tokens) for i, max_tokens in enumerate([1, 9, 1]))
     chunks = schedule(scheduler)
-    assert scheduler.kv.leading.num_used_pages == 6
+    assert scheduler.kv.primary.num_used_pages == 6
     assert commit(scheduler, chunks) == [a, c]
     assert scheduler.running == [b]
-    assert scheduler.kv.leading.num_used_pages == 2
+    assert scheduler.kv.primary.num_used_pages == 2
     assert (a.row, c.row) == (None, None)
 
 
@@ -464,7 +464,7 @@ def test_the_token_of_a_chunk_that_does_not_sample_is_not_taken(token):
     short = submit(scheduler, 0, prompt_len=2, max_tokens=1)
     long = submit(scheduler, 1, prompt_len=10, max_tokens=2)
     chunks = schedule(scheduler)
-    assert [chunk.samples for chunk in chunks] == [True, False]
+    assert [chunk.needs_sample for chunk in chunks] == [True, False]
     assert commit(scheduler, chunks, {1: token}) == [short]
     assert_complete(short)
     assert (long.output_token_ids, long.num_computed_tokens, long.finish_reason) == ([], 6, None)
@@ -479,7 +479,7 @@ def test_minus_one_in_the_middle_of_a_prompt_ends_the_request_at_once_and_frees_
     chunks = schedule(scheduler)
     assert commit(scheduler, chunks, {1: -1}) == [broken]
     assert (broken.finish_reason, broken.output_token_ids, broken.row) == ("error", [], None)
-    assert scheduler.kv.leading.num_used_pages == 2
+    assert scheduler.kv.primary.num_used_pages == 2
     run_until_done(scheduler)
     assert_complete(other)
 
@@ -512,10 +512,10 @@ def test_abort_in_the_middle_of_a_prefill_gives_the_pages_back():
     scheduler = make_scheduler(budget=4, usable_pages=20)
     sequence, other = submit(scheduler, 0, prompt_len=10), submit(scheduler, 1, prompt_len=3, max_tokens=2)
     step(scheduler)
-    assert scheduler.kv.leading.num_used_pages == 4
+    assert scheduler.kv.primary.num_used_pages == 4
     assert scheduler.abort(0) == [sequence]
     scheduler.check_invariants()
-    assert scheduler.kv.leading.num_used_pages == 0
+    assert scheduler.kv.primary.num_used_pages == 0
     assert (sequence.finish_reason, sequence.row) == ("abort", None)
     run_until_done(scheduler)
     assert_complete(other)
@@ -581,14 +581,14 @@ def test_abort_of_what_has_ended_or_never_was_returns_none_and_changes_nothing(e
         ended = other
         assert scheduler.abort(1) == [other]
     target = {"finished": 0, "aborted": 1, "unknown": 99}[ending]
-    before = (ended.finish_reason, list(ended.token_ids), ids(scheduler.running), scheduler.kv.leading.num_free_pages)
+    before = (ended.finish_reason, list(ended.token_ids), ids(scheduler.running), scheduler.kv.primary.num_free_pages)
     assert scheduler.abort(target) == []
     scheduler.check_invariants()
     assert before == (
         ended.finish_reason,
         list(ended.token_ids),
         ids(scheduler.running),
-        scheduler.kv.leading.num_free_pages,
+        scheduler.kv.primary.num_free_pages,
     )
     run_until_done(scheduler)
 
@@ -599,10 +599,10 @@ def test_abort_of_what_has_ended_or_never_was_returns_none_and_changes_nothing(e
 def test_a_failed_forward_can_be_scheduled_again_and_gives_the_same_step():
     scheduler, _ = preemption_scene()  # the next step preempts, too
     first = schedule(scheduler)
-    pages = scheduler.kv.leading.host_table.copy()
+    pages = scheduler.kv.primary.host_table.copy()
     again = schedule(scheduler)
     assert first == again
-    assert (scheduler.kv.leading.host_table == pages).all()
+    assert (scheduler.kv.primary.host_table == pages).all()
     assert scheduler.num_preemptions == 1, "the failed step's preemption is not done twice"
 
 
@@ -636,7 +636,7 @@ class Interrupted(BaseException):
 def test_reset_cleans_up_after_an_interrupt_anywhere_in_schedule(monkeypatch, method, when, call):
     """The steps that follow preempt, admit, grow and finish; the interrupt comes at the n-th call of a method."""
     scheduler, _ = preemption_scene()
-    table, calls = scheduler.kv.leading, 0
+    table, calls = scheduler.kv.primary, 0
     original = getattr(table, method)
 
     def interrupted(*args):
@@ -667,7 +667,7 @@ def test_reset_forgets_requests_in_impossible_places():
     scheduler, sequences = preemption_scene()
     scheduler.waiting.append(sequences[0])  # in both queues
     scheduler.running.append(sequences[3])  # runs without a row
-    scheduler.kv.leading.erase(sequences[1].row)  # runs on a row that is not its own
+    scheduler.kv.primary.erase(sequences[1].row)  # runs on a row that is not its own
     with pytest.raises(AssertionError):
         scheduler.check_invariants()
     scheduler.reset()
@@ -715,7 +715,7 @@ def compute_beyond_pages(scheduler, sequences):
 
 
 def lose_a_page(scheduler, sequences):
-    scheduler.kv.leading._pages[1].popitem()
+    scheduler.kv.primary._pages[1].popitem()
 
 
 @pytest.mark.parametrize(

@@ -487,8 +487,8 @@ def test_a_text_that_is_far_too_long_is_refused_without_being_tokenized(served, 
     def fail(*args, **kwargs):
         raise AssertionError("tokenized")
 
-    monkeypatch.setattr(served.engine.intake, "token_ids", fail)
-    monkeypatch.setattr(served.engine.intake, "chat_prompt", fail)
+    monkeypatch.setattr(served.engine.input_processor, "token_ids", fail)
+    monkeypatch.setattr(served.engine.input_processor, "chat_prompt", fail)
     status, _, body = served.ask("POST", path, request_)
     assert status == 400 and b"characters has more than 2048" in body
 
@@ -654,7 +654,7 @@ def test_a_content_length_that_is_no_number_is_refused(served, length):
 
 
 def test_more_messages_than_there_are_tokens_are_refused_before_they_are_tokenized(served, monkeypatch):
-    monkeypatch.setattr(served.engine.intake, "chat_prompt", None)
+    monkeypatch.setattr(served.engine.input_processor, "chat_prompt", None)
     status, _, body = served.ask("POST", CHATS, CHAT | {"messages": [{"role": "user", "content": ""}] * 65})
     assert status == 400 and "65 messages" in assert_is_error(status, body)["message"]
 
@@ -997,7 +997,7 @@ def test_a_request_that_takes_too_long_is_ended(monkeypatch):
 
 
 def test_who_does_not_read_is_not_waited_for_when_its_time_is_over(monkeypatch):
-    monkeypatch.setattr(guard, "LAST_WORDS_TIMEOUT", 0.01)
+    monkeypatch.setattr(guard, "ERROR_EVENT_TIMEOUT", 0.01)
 
     async def stream(scope, receive, send):
         headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
@@ -1106,7 +1106,7 @@ def test_tokenize_and_detokenize_undo_each_other(served, text):
     status, _, body = served.ask("POST", "/tokenize", {"prompt": text})
     answer = json.loads(body)
     assert status == 200 and answer["count"] == len(answer["tokens"]) and answer["max_model_len"] == 64
-    assert answer["tokens"] == served.engine.intake.tokenize(text)
+    assert answer["tokens"] == served.engine.input_processor.tokenize(text)
     status, _, body = served.ask("POST", "/detokenize", {"model": MODEL, "tokens": answer["tokens"]})
     assert (status, json.loads(body)) == (200, {"prompt": "<bos>" + text})
 
@@ -1193,7 +1193,7 @@ def test_logs_hold_neither_prompts_nor_keys(monkeypatch, caplog):
         assert served.ask("POST", COMPLETIONS, request, {"Authorization": f"Bearer {KEY}-{canary}"})[0] == 401
         raise_at_call(monkeypatch, engine.runner, "forward", 1, OSError)
         assert served.ask("POST", COMPLETIONS, request, auth)[0] == 500
-        monkeypatch.setattr(engine.intake, "request", None)  # a bug of ours
+        monkeypatch.setattr(engine.input_processor, "request", None)  # a bug of ours
         status, _, body = served.ask("POST", COMPLETIONS, request, auth)
         assert status == 500 and assert_is_error(status, body)["message"] == "internal error"
     assert "a step has failed" in caplog.text and "an unexpected error" in caplog.text
@@ -1227,7 +1227,7 @@ def test_the_options_of_the_command_are_the_servers(monkeypatch):
     numbers = dict(max_batch_size=3, max_seq_length=32, n_pages=9, page_size=4, max_num_batched_tokens=64)
     assert loaded == dict(model="m", dtype="float64", compile=False) | numbers
     app = served.pop("app")
-    assert served.pop("http") is guard.ImpatientH11 and served["limit_concurrency"] < 10_000
+    assert served.pop("http") is guard.HeaderTimeoutH11 and served["limit_concurrency"] < 10_000
     assert served.items() >= dict(host="127.0.0.9", port=81, timeout_graceful_shutdown=9, access_log=False).items()
     (middleware,) = [m for m in app.user_middleware if m.cls is guard.Guard]
     assert middleware.kwargs["limits"].request_timeout == 7

@@ -113,7 +113,7 @@ class Engine(RuleBasedStateMachine):
         self.limit = min(max_seq_length, self.usable_pages * page_size)
         geometry = Geometry(n_pages, page_size, rows, max_seq_length, budget, LAYOUT.windows, window_release=False)
         self.kv = KVManager(geometry, prefix_caching=False)
-        self.table = self.kv.leading
+        self.table = self.kv.primary
         self.scheduler = Scheduler(self.kv, budget, watermark)
         self.num_submitted = self.num_preemptions = 0
         self.live: dict[int, Request] = {}  # in order of arrival
@@ -292,7 +292,7 @@ class Engine(RuleBasedStateMachine):
         for chunk, request in zip(chunks, running):
             assert chunk.start == request.num_computed, "I8: no position is skipped, none is computed twice"
             assert chunk.length == min(len(request.token_ids) - request.num_computed, left) >= 1
-            assert chunk.samples == (chunk.start + chunk.length == len(request.token_ids))
+            assert chunk.needs_sample == (chunk.start + chunk.length == len(request.token_ids))
             left -= chunk.length
             request.num_held = max(request.num_held, chunk.start + chunk.length)
 
@@ -394,7 +394,7 @@ class Engine(RuleBasedStateMachine):
         copied = copy.deepcopy(self.scheduler)
         copied.check_invariants()
         self.requests_are_where_they_belong()
-        self.pages_are_where_they_belong(copied.kv.leading)
+        self.pages_are_where_they_belong(copied.kv.primary)
 
     def requests_are_where_they_belong(self):
         """I9, I10, I14, I15."""

@@ -37,7 +37,7 @@ from flex_nano_vllm import Inference
 from flex_nano_vllm.chat import chat_token_ids
 from flex_nano_vllm.grammar import MAX_SCHEMA_BYTES, GrammarCompiler, json_rule
 from flex_nano_vllm.random_models import byte_tokenizer
-from flex_nano_vllm.tools import CALL_FORMS, MAX_CALLS, CallArguments, CallBegun, CallParser, Said, tools_grammar
+from flex_nano_vllm.tools import CALL_FORMS, MAX_CALLS, CallArguments, CallParser, CallStart, TextPiece, tools_grammar
 from flex_nano_vllm.tools import call_form as form_of_template
 
 CHATS = "/v1/chat/completions"
@@ -53,12 +53,12 @@ def parse(form, parts, max_calls=MAX_CALLS):
     for number, part in enumerate(parts, 1):
         for piece in parser.feed(part, is_complete=number == len(parts)):
             match piece:
-                case Said(text):
+                case TextPiece(text):
                     if found and isinstance(found[-1], str):
                         found[-1] += text
                     else:
                         found.append(text)
-                case CallBegun(index, name):
+                case CallStart(index, name):
                     assert index == sum(isinstance(item, list) for item in found)
                     found.append([name, ""])
                 case CallArguments(index, text):
@@ -158,8 +158,8 @@ def test_arguments_come_while_they_are_written(form):
 def test_text_comes_as_soon_as_it_cannot_be_the_beginning_of_a_call():
     parser = CallParser(HERMES, {"f"})
     assert [parser.feed(part) for part in ("a <", "b", " <tool_", "x")] == [
-        *([Said("a")], [Said(" <b")]),
-        *([], [Said(" <tool_x")]),
+        *([TextPiece("a")], [TextPiece(" <b")]),
+        *([], [TextPiece(" <tool_x")]),
     ]
 
 
@@ -728,7 +728,7 @@ def test_a_model_whose_template_has_no_place_for_tools_refuses_them_and_not_othe
 
 def test_without_llguidance_calls_are_found_and_only_required_ones_refused(parrot, client, monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    monkeypatch.setattr(parrot.engine.intake, "_grammars", None)
+    monkeypatch.setattr(parrot.engine.input_processor, "_grammars", None)
     monkeypatch.setattr("flex_nano_vllm.chat_turn.find_spec", lambda name: None)
     assert one(client, say(written(HERMES, CALL_F)), tools=[f, g]) == (None, [CALL_F], "tool_calls")
     with pytest.raises(openai.BadRequestError, match="llguidance"):

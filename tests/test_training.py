@@ -70,7 +70,7 @@ def test_from_the_command_line_to_a_model_that_answers(tmp_path, monkeypatch, ca
     assert not (tmp_path / "checkpoint.pt").exists()
     with Inference.from_pretrained(str(tmp_path), device="cpu", max_seq_length=32) as engine:
         assert engine.model.dtype == torch.bfloat16
-        assert engine.intake.eos_token_ids == {EOS, training.END_OF_TURN}
+        assert engine.input_processor.eos_token_ids == {EOS, training.END_OF_TURN}
 
 
 def test_the_tokenizer_in_the_package_is_the_one_that_training_makes(tokenizer):

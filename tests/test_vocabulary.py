@@ -610,7 +610,7 @@ def test_a_special_token_that_is_a_stop_text_ends_the_output(llama_alone):
     a, newline, end, fox = ids_of(LLAMA, "a", "\n", "<end_of_turn>", "▁fox")
     said_ = functools.partial(said, llama_alone, "red")
     stop = "<end_of_turn>"
-    assert llama_alone.intake.eos_token_ids == {1}
+    assert llama_alone.input_processor.eos_token_ids == {1}
     assert said_(**spell(a, end, fox, stop=stop)) == ("a", stop, [a, end])
     assert said_(**spell(a, end, fox, stop=stop, skip_special_tokens=False)) == ("a", stop, [a, end])
     included = spell(a, end, fox, stop=stop, include_stop_str_in_output=True)

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flex_nano_vllm.detokenizer import text_of
 from flex_nano_vllm.outputs import CompletionDelta, CompletionOutput, Logprob, RequestOutput
-from flex_nano_vllm.sequence import Rating, Sequence
+from flex_nano_vllm.sequence import Sequence, TokenLogprob
 from flex_nano_vllm.vocabulary import has_text, token_bytes, token_name
 
 
@@ -18,8 +18,8 @@ def request_output(group: list[Sequence], tokenizer: PreTrainedTokenizerBase | N
     first = group[0]
     prompt_token_ids = first.token_ids[: first.num_prompt_tokens]
     prompt_logprobs = None
-    if first.rates_prompt:
-        prompt_logprobs = [None, *logprobs(first, 1, first.prompt_ratings, tokenizer)]
+    if first.wants_prompt_logprobs:
+        prompt_logprobs = [None, *logprobs(first, 1, first.prompt_logprobs, tokenizer)]
     return RequestOutput(
         request_id=first.request_id,
         prompt=first.prompt,
@@ -35,13 +35,15 @@ def request_output(group: list[Sequence], tokenizer: PreTrainedTokenizerBase | N
 def _completion(index: int, sequence: Sequence, tokenizer: PreTrainedTokenizerBase | None) -> CompletionOutput:
     token_ids, ratings, params = sequence.output_token_ids, None, sequence.params
     if params.logprobs is not None:
-        ratings = logprobs(sequence, sequence.num_prompt_tokens, sequence.ratings, tokenizer)
+        ratings = logprobs(sequence, sequence.num_prompt_tokens, sequence.logprobs, tokenizer)
     if sequence.text is not None:
         text = sequence.text.text[: sequence.text.num_shown]
     elif tokenizer is not None:
         prompt = sequence.token_ids[: sequence.num_prompt_tokens]
         has_own_start = sequence.grammar is not None
-        text = text_of(tokenizer, prompt, token_ids, sequence.silent, params.skip_special_tokens, has_own_start)
+        text = text_of(
+            tokenizer, prompt, token_ids, sequence.hidden_token_ids, params.skip_special_tokens, has_own_start
+        )
     else:
         text = None
     return CompletionOutput(
@@ -50,14 +52,14 @@ def _completion(index: int, sequence: Sequence, tokenizer: PreTrainedTokenizerBa
         token_ids=token_ids,
         finish_reason=sequence.finish_reason,
         stop_reason=sequence.stop_reason,
-        cumulative_logprob=None if ratings is None else sum(rating.logprob for rating in sequence.ratings),
+        cumulative_logprob=None if ratings is None else sum(rating.logprob for rating in sequence.logprobs),
         logprobs=ratings,
         error=sequence.error,
     )
 
 
 def logprobs(
-    sequence: Sequence, first: int, ratings: SequenceOf[Rating], tokenizer: PreTrainedTokenizerBase | None
+    sequence: Sequence, first: int, ratings: SequenceOf[TokenLogprob], tokenizer: PreTrainedTokenizerBase | None
 ) -> list[dict[int, Logprob]]:
     """The log-probabilities of the tokens from position `first` on: of each place the token itself first, then the most
     likely ones in order."""
@@ -80,7 +82,7 @@ def logprobs(
     entries = []
     for position, rating in enumerate(ratings, start=first):
         token_id = sequence.token_ids[position]
-        is_silent = position >= sequence.num_prompt_tokens and token_id in sequence.silent
+        is_silent = position >= sequence.num_prompt_tokens and token_id in sequence.hidden_token_ids
         entry = {token_id: named(token_id, rating.logprob, rating.rank, is_silent)}
         for rank, (other, logprob) in enumerate(rating.top, start=1):
             if other != token_id:
@@ -91,7 +93,7 @@ def logprobs(
 
 
 @dataclass
-class Reader:
+class OutputReader:
     """Follows the samples of a request, and tells what has come since it was last asked."""
 
     group: list[Sequence]
@@ -101,7 +103,7 @@ class Reader:
         self._read = [(0, 0)] * len(self.group)  # tokens and characters that were told
         self._ended = [False] * len(self.group)
 
-    def news(self) -> Iterator[CompletionDelta]:
+    def deltas(self) -> Iterator[CompletionDelta]:
         """A delta of each sample that has something new."""
         for index, sequence in enumerate(self.group):
             num_tokens, num_chars = self._read[index]
@@ -113,7 +115,7 @@ class Reader:
                 text = sequence.text.text[num_chars : sequence.text.num_shown]
             if sequence.params.logprobs is not None:
                 first = sequence.num_prompt_tokens + num_tokens
-                ratings = logprobs(sequence, first, sequence.ratings[num_tokens:], self.tokenizer)
+                ratings = logprobs(sequence, first, sequence.logprobs[num_tokens:], self.tokenizer)
             self._read[index] = reached, num_chars + len(text or "")
             self._ended[index] = sequence.finish_reason is not None
             yield CompletionDelta(

@@ -23,7 +23,7 @@ from flex_nano_vllm.vocabulary import decode
 Prompt = str | SequenceOf[int] | dict
 
 
-class Intake:
+class InputProcessor:
     """Makes sequences of requests, and numbers them. Any thread may ask; one at a time is served."""
 
     def __init__(
@@ -130,7 +130,7 @@ class Intake:
                 sequence.text = Detokenizer(
                     self.tokenizer,
                     token_ids,
-                    sequence.silent,
+                    sequence.hidden_token_ids,
                     params.skip_special_tokens,
                     params.stops,
                     params.include_stop_str_in_output,
