@@ -1,15 +1,15 @@
-"""Is the engine right, and how fast is it? `uv run benchmark.py` answers both on any machine.
+"""Check that the engine is correct and measure its speed: `uv run benchmark.py` runs on any machine.
 
-1. Exactness: greedy tokens of a few prompts against Hugging Face `generate`: alone, batched, reordered, among
-   strangers, under preemption. A token that `generate` would not have chosen is a mismatch, and the exit status 1,
-   unless Hugging Face's own log-probabilities put it within a tolerance of its choice: then it is a near-tie, counted
-   and shown.
-2. Answers, if the model is the trained one in the package: the engine's and `generate`'s to questions with one right
-   answer. One that differs is an exit status of 1, too.
-3. Throughput: a seeded workload of fixed lengths, with latencies and memory.
-4. Roofline: how near prefill and decode steps come to the memory bandwidth and matmul rate of this machine.
+1. Exactness: compare the greedy tokens of a few prompts with Hugging Face. The prompts run alone, batched, in reverse
+   order, together with unrelated requests ("among strangers"), and under preemption. A token that is not Hugging
+   Face's own choice is a near-tie if its log-probability is within a tolerance of that choice, and a mismatch
+   otherwise. Near-ties are counted and shown. A mismatch makes the exit status 1.
+2. Answers, only for tiny-gemma2, the trained model in the package: compare the answers of the engine with those of
+   `generate`, for questions with one right answer. A different answer makes the exit status 1.
+3. Throughput: run a seeded workload of fixed lengths, and report latencies and memory.
+4. Roofline: compare prefill and decode steps with the memory bandwidth and the matmul rate of this machine.
 
-The last line of stdout is one JSON object. `ENABLE_PROFILING=1` also writes a line per step to profile.csv.
+The last line of stdout is one JSON object. `ENABLE_PROFILING=1` also writes one line per step to profile.csv.
 """
 
 import os
@@ -50,58 +50,62 @@ TEXTS = (
     "The 12 months of the year are: January, February, March,",
     "The first 20 prime numbers are: 2, 3,",
 )
-# Asked of the trained model, whose answers to them a lost window or softcap changes.
+# Questions for the trained model, by task. Its answers change if a sliding window or a softcap is not applied.
 QUESTIONS = {"long lookup": 4, "reversing": 4, "stories": 4}
-# Random tokens, of lengths next to page boundaries and past the window. (The trained model has little to say to them.)
+# Lengths of random prompts: near page boundaries and beyond the window. (The trained model answers them briefly.)
 PROMPT_LENS = (1, 120, 127, 128, 250, 600)
-EXACTNESS_TOKENS = 80  # as many as the list of primes takes
+EXACTNESS_TOKENS = 80  # enough for the list of primes
 NUM_STRANGERS = 16
 QUESTIONS_PER_TASK = 8
 ROOFLINE_BATCHES = (1, 32, 256)
 ROOFLINE_PROMPT_LEN = 256
 ANSWER_TOKENS = 128
-CHECK_TOKENS = max(PROMPT_LENS) + EXACTNESS_TOKENS  # prompt and output of the longest request in either check
+CHECK_TOKENS = max(PROMPT_LENS) + EXACTNESS_TOKENS  # prompt and output of the longest request in both checks
 
 
 @dataclass
 class Options(RunOptions):
-    check: bool = field(default=True, metadata={"help": "check exactness"})
-    roofline: bool = field(default=True, metadata={"help": "measure how near steps come to the machine's limit"})
+    check: bool = field(default=True, metadata={"help": "compare tokens and answers with Hugging Face first"})
+    roofline: bool = field(default=True, metadata={"help": "compare the time of steps with the limits of the machine"})
     baseline: str | None = field(
         default=None,
         metadata={
             "help": "run the workload without the engine: hf (generate on padded batches) or hf-cb (transformers' "
-            "continuous batching, where its tokens are right)"
+            "continuous batching; an error if its tokens are wrong)"
         },
     )
-    csv: str = field(default="profile.csv", metadata={"help": "where ENABLE_PROFILING=1 writes its steps"})
+    csv: str = field(default="profile.csv", metadata={"help": "CSV file for the steps, written if ENABLE_PROFILING=1"})
     attention: bool = field(
         default=False,
-        metadata={"help": "time attention alone at fixed sizes, beside gathering pages and sdpa; no model, no engine"},
+        metadata={
+            "help": "time attention alone, paged and on gathered pages, at fixed sizes; needs no model and no engine"
+        },
     )
     overhead: bool = field(
         default=False,
         metadata={
-            "help": "time decode steps over batch, pool size and waiting requests (fixed numbers; each pool is "
-            "compiled anew), with the share of the host"
+            "help": "time decode steps, and the host's share of them, over batch size, pool size and waiting requests "
+            "(at fixed values; each pool size is compiled again)"
         },
     )
     savings: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "measure what prefix caching, cascade attention and windows that give pages back save: "
-            f"{', '.join(PARTS)}, or all (fixed numbers of tokens; each kind of engine is compiled anew)"
+            "help": "measure what prefix caching, cascade attention and the release of pages outside a window save: "
+            f"{', '.join(PARTS)}, or all (at fixed lengths; engines of each size are compiled again)"
         },
     )
     compare: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "files with JSON lines of runs, benchmark_vllm.py's too: print them side by side, run nothing"
+            "help": "files with JSON lines of runs, also of benchmark_vllm.py: only print a comparison of these runs"
         },
     )
     plot: list[str] = field(
         default_factory=list,
-        metadata={"help": "CSVs of runs: draw them over each other into profile.png (extra: plot), run nothing"},
+        metadata={
+            "help": "only plot files (extra: plot): CSVs of runs to profile.png, or --savings output to savings.png"
+        },
     )
 
 
@@ -115,7 +119,7 @@ def main() -> int:
             raise SystemExit(str(error)) from None
         return 0
     if options.plot:
-        from flex_nano_vllm.plots import plot_savings, plot_steps  # matplotlib is an extra
+        from flex_nano_vllm.plots import plot_savings, plot_steps  # needs matplotlib, an optional dependency
 
         if options.plot[0].endswith(".csv"):
             plot_steps(options.plot, "profile.png")
@@ -144,10 +148,10 @@ def main() -> int:
 
 
 def run_baseline(model: PreTrainedModel, model_name: str, options: Options, console: Console) -> int:
-    """The workload on transformers alone, in batches of `max_batch_size`. Returns the exit status."""
+    """Run the workload on transformers alone, in batches of `max_batch_size`. Returns the exit status."""
     run = {"hf": padded_batches, "hf-cb": continuous_batching}[options.baseline]
     if not getattr(model.config, "attn_logit_softcapping", None):
-        model.set_attn_implementation("sdpa")  # the faster one, but it knows no softcap
+        model.set_attn_implementation("sdpa")  # faster than eager, but it does not apply a softcap
     requests = options.requests()
     started = time.perf_counter()
     run(model, requests[:1], options.max_batch_size)
@@ -168,7 +172,7 @@ def run_engine(
     options: Options,
     console: Console,
 ) -> int:
-    """Checks and workload on the engine. Returns the exit status."""
+    """Run the checks and the workload on the engine. Returns the exit status."""
 
     def build_engine() -> Inference:
         return Inference(
@@ -194,12 +198,18 @@ def run_engine(
     engine.warmup()
     warmup_seconds = time.perf_counter() - started
     num_compiled = num_graphs() - graphs_before
-    mode = f"{num_compiled} of at most {engine.runner.max_graphs} graphs" if engine.runner.compiled else "uncompiled"
-    console.print(f"ready in {warmup_seconds:.1f} s: {mode}, {engine.page_table.n_pages} pages of {options.page_size}")
+    mode = (
+        f"compiled {num_compiled} of at most {engine.runner.max_graphs} graphs"
+        if engine.runner.compiled
+        else "uncompiled"
+    )
+    console.print(
+        f"ready in {warmup_seconds:.1f} s: {mode}, {engine.page_table.n_pages} pages of {options.page_size} tokens"
+    )
     console.print(str(engine.plan(options.max_prompt_len, options.max_new_tokens)))
 
     exactness = answers = None
-    options.n_pages = engine.page_table.n_pages  # a pool of another size would be compiled anew
+    options.n_pages = engine.page_table.n_pages  # a pool of another size would need other graphs
     options.max_num_batched_tokens = engine.scheduler.max_num_batched_tokens
     if options.check:
         texts = [*TEXTS, *(exactness_questions() if model_name == TINY_GEMMA2 else ())]
@@ -222,7 +232,9 @@ def run_engine(
     )
     seconds = time.perf_counter() - started
     results = summarize(list(map(finished_request, outputs)), seconds, model.device)
-    assert results["output_tokens"] == sum(request.max_tokens for request in requests), "the pool cut answers short"
+    assert results["output_tokens"] == sum(request.max_tokens for request in requests), (
+        "some outputs are shorter than max_tokens: n_pages is too small"
+    )
     results["preemptions"] = engine.stats().num_preemptions
     results["graphs_compiled_while_timed"] = num_graphs() - graphs_before
     print_results(results, console)
@@ -255,7 +267,11 @@ def run_engine(
 def load(
     name: str | None, dtype: torch.dtype, device: torch.device, console: Console
 ) -> tuple[PreTrainedModel, transformers.PreTrainedTokenizerBase, str]:
-    """The model asked for, or the device's default: on a GPU its shape with random weights where it cannot be had."""
+    """Load the model `name`, or the default model of the device. Returns the model, its tokenizer and its name.
+
+    If the default model of a GPU cannot be loaded, the result is a model of the same shape with random weights. Raises
+    OSError if any other model cannot be loaded.
+    """
     wanted = name or DEFAULT_MODELS[device.type]
     if wanted in SHAPES:
         return random_model(wanted, dtype, device), byte_tokenizer(), wanted
@@ -266,13 +282,13 @@ def load(
             dtype=dtype,
             device_map=device,
             use_safetensors=True,
-            attn_implementation="eager",  # for the oracle: older transformers would choose sdpa, which has no softcap
+            attn_implementation="eager",  # for the checks: older transformers choose sdpa, which ignores the softcap
         )
         return model, AutoTokenizer.from_pretrained(path), wanted
     except OSError as error:
         if name is not None:
             raise
-        console.print(f"{path} cannot be had ({str(error).splitlines()[0]}): its shape with random weights")
+        console.print(f"cannot load {path} ({str(error).splitlines()[0]}): using its shape with random weights")
         return load(path.removeprefix("google/"), dtype, device, console)
 
 
@@ -283,7 +299,7 @@ def exactness_questions() -> list[str]:
 def check_exactness(
     engine: Inference, model: PreTrainedModel, texts: list[str], options: Options, console: Console
 ) -> dict:
-    """Run the same prompts in five kinds of company and hold each to Hugging Face. Closes the engine."""
+    """Compare the greedy tokens of the prompts with Hugging Face, in five scenarios. Closes the engine."""
     prompts = [engine.tokenizer(text).input_ids for text in texts]
     prompts += [list(make_workload(1, (n, n), (1, 1), TOKEN_IDS, seed=n)[0].prompt_token_ids) for n in PROMPT_LENS]
     longest = options.max_seq_length - EXACTNESS_TOKENS
@@ -297,7 +313,9 @@ def check_exactness(
         show_completion(text, completion, console)
     expected = [hf_generate(model, prompt, EXACTNESS_TOKENS) for prompt in prompts]
     comparisons = {name: compare(model, prompts, outputs, expected) for name, outputs in scenarios.items()}
-    table = Table("scenario", "equal to generate", "near-ties", "mismatches", title="exactness against Hugging Face")
+    table = Table(
+        "scenario", "equal to generate", "near-ties", "mismatches", title="greedy tokens, compared with Hugging Face"
+    )
     for name, result in comparisons.items():
         equal = f"{result.num_equal} of {result.num_outputs}"
         table.add_row(name, equal, str(result.near_ties), str(result.mismatches))
@@ -310,15 +328,17 @@ def check_exactness(
         "preemptions": num_preemptions,
     }
     console.print(
-        f"{counts['tokens']} tokens, {num_preemptions} preemptions; near-tie: up to {NEAR_TIE[model.dtype]} nats less "
-        f"likely than Hugging Face's own choice, largest seen {counts['largest_near_tie']:.2g}"
+        f"{counts['tokens']} tokens, {num_preemptions} preemptions; a near-tie is at most {NEAR_TIE[model.dtype]} nats "
+        f"less likely than Hugging Face's own choice; the largest one is {counts['largest_near_tie']:.2g}"
     )
     return counts
 
 
 def check_answers(engine: Inference, model: PreTrainedModel, console: Console) -> dict:
-    """Held-out questions of every task, every other one as a chat turn, to the engine and to `generate`. Closes the
-    engine."""
+    """Compare the answers of the engine and of `generate` to held-out questions of every task. Closes the engine.
+
+    Every other question is a chat turn.
+    """
     tokenizer = engine.tokenizer
     questions = [question for task in TASKS for question in held_out_questions(task, QUESTIONS_PER_TASK, seed=2)]
     texts = [prompt_text(question, tokenizer if i % 2 else None) for i, question in enumerate(questions)]
@@ -337,13 +357,15 @@ def check_answers(engine: Inference, model: PreTrainedModel, console: Console) -
                 "questions": 1,
                 "right": is_right(question, texts[0]),
                 "right_by_generate": is_right(question, texts[1]),
-                "different": output.outputs[0].token_ids != tokens,  # the EOS among them
+                "different": output.outputs[0].token_ids != tokens,  # EOS included
             }
         )
         if rows[-1]["different"]:
-            show_completion(question.prompt, f"{texts[0]}, but generate: {texts[1]}", console)
+            show_completion(question.prompt, f"{texts[0]}, but generate answers: {texts[1]}", console)
     by_task = pd.DataFrame(rows).groupby("task", sort=False).sum()
-    table = Table("task", "questions", "right", "right by generate", "different", title="answers, engine and generate")
+    table = Table(
+        "task", "questions", "right", "right by generate", "different", title="answers of the engine and of generate"
+    )
     for task, counts in by_task.iterrows():
         table.add_row(task, *map(str, counts))
     console.print(table)
@@ -351,14 +373,14 @@ def check_answers(engine: Inference, model: PreTrainedModel, console: Console) -
 
 
 def report_roofline(engine: Inference, options: Options, console: Console) -> dict:
-    """Prefill and decode steps at some batch sizes beside what this machine could do at best."""
+    """Compare prefill and decode steps at several batch sizes with the limits of this machine."""
     machine = measure_machine(engine.model.device, engine.model.dtype)
     shares = []
     for size in ROOFLINE_BATCHES:
         if size <= options.max_batch_size:
             try:
                 shares += measure_shares(engine, machine, size, min(ROOFLINE_PROMPT_LEN, options.max_prompt_len))
-            except ValueError as error:  # a small pool is no reason to lose the other figures
+            except ValueError as error:  # this batch does not fit; measure the other sizes
                 console.print(f"no roofline at batch size {size}: {error}")
     table = Table("step", "batch", "tokens/s", "share of the limit")
     table.title = f"limits: {machine.copy_bandwidth / 1e9:,.0f} GB/s, {machine.matmul_rate / 1e9:,.0f} GFLOP/s"
@@ -382,7 +404,7 @@ def finished_request(output: RequestOutput) -> FinishedRequest:
 
 
 def num_graphs() -> int:
-    """Graphs that torch.compile has made in this process."""
+    """Return the number of graphs that torch.compile has compiled in this process."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 

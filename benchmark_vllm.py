@@ -2,11 +2,11 @@
 # requires-python = ">=3.10"
 # dependencies = ["vllm", "accelerate", "pandas", "psutil", "rich", "tqdm"]
 # ///
-"""The benchmark's workload on vLLM: `uv run benchmark_vllm.py` where CUDA is; for a CPU see the README.
+"""Run the benchmark's workload on vLLM: `uv run benchmark_vllm.py` on a machine with CUDA; for a CPU see the README.
 
-The same requests, table and JSON line as `benchmark.py`, and the same columns under `ENABLE_PROFILING=1`;
-`benchmark.py --compare FILE...` puts the two side by side. Where vLLM cannot run, one line says why, and the exit
-status is 2.
+The requests, the table, the JSON line and the CSV columns of `ENABLE_PROFILING=1` are those of `benchmark.py`;
+`benchmark.py --compare FILE...` compares the runs of both. If vLLM cannot run, one line on stderr gives the reason, and
+the exit status is 2.
 """
 
 import os
@@ -27,8 +27,8 @@ from flex_nano_vllm.random_models import SHAPES, random_model
 from flex_nano_vllm.report import FinishedRequest, device_name, json_line, print_results, summarize
 from flex_nano_vllm.workload import DEFAULT_MODELS, RunOptions, WorkloadRequest, digest
 
-# Read by vLLM when it is imported: its scheduler in this process, where its steps can be counted; threads as torch has
-# them, not bound to cores; no statistics sent home.
+# vLLM reads these variables when it is imported. Its scheduler runs in this process, so that its steps can be counted.
+# Its threads are those of torch, not bound to cores. It sends no usage statistics.
 SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -39,7 +39,9 @@ SETTINGS = {
 
 @dataclass
 class Options(RunOptions):
-    csv: str = field(default="profile_vllm.csv", metadata={"help": "where ENABLE_PROFILING=1 writes its steps"})
+    csv: str = field(
+        default="profile_vllm.csv", metadata={"help": "CSV file for the steps, written if ENABLE_PROFILING=1"}
+    )
 
 
 def main() -> int:
@@ -57,9 +59,9 @@ def main() -> int:
         llm = load(vllm, options)
     except (ImportError, RuntimeError, ValueError, OSError) as error:
         reason = (str(error) or repr(error)).splitlines()[0]
-        print(f"vLLM cannot run here (README says how to install it): {reason}", file=sys.stderr)
+        print(f"vLLM cannot run here (the README describes the installation): {reason}", file=sys.stderr)
         return 2
-    generate(vllm, llm, requests[:1])  # the first call of all kernels
+    generate(vllm, llm, requests[:1])  # warm-up: calls all kernels for the first time
     warmup_seconds = time.perf_counter() - started
     mode = "compiled" if options.compile else "eager"
     console.print(f"vLLM {vllm.__version__}, {mode}, {options.model}, {options.dtype}, on {device_name(device)}")
@@ -99,7 +101,10 @@ def load(vllm: ModuleType, options: Options) -> object:
 
 
 def kv_bytes(path: str, options: Options) -> int:
-    """What `benchmark.py`'s pool takes with the same options; one page more, since vLLM reserves one, too."""
+    """Return the bytes of as many pages as `benchmark.py` has with the same options, in all layers.
+
+    One of these pages is reserved, in vLLM too.
+    """
     config = AutoConfig.from_pretrained(path)
     n_pages = options.n_pages or 1 + options.max_batch_size * -(-options.max_seq_length // options.page_size)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -110,7 +115,10 @@ def kv_bytes(path: str, options: Options) -> int:
 def generate(
     vllm: ModuleType, llm: object, requests: list[WorkloadRequest]
 ) -> tuple[list[FinishedRequest], float, list[StepMetrics]]:
-    """Run the requests by hand, step by step, on `benchmark.py`'s clock."""
+    """Run the requests step by step, timed by the same clock as in `benchmark.py`.
+
+    Returns the finished requests, the seconds of the run, and the metrics of each step.
+    """
     engine = llm.llm_engine
     scheduler = engine.engine_core.engine_core.scheduler
     schedule, scheduled, num_preemptions = scheduler.schedule, {}, 0

@@ -1,10 +1,10 @@
-"""Train a little Gemma-2 that answers questions: `uv run examples/train_tiny_gemma2.py --output_dir DIR`.
+"""Train a small Gemma-2 that answers questions: `uv run examples/train_tiny_gemma2.py --output_dir DIR`.
 
-A byte-level BPE tokenizer and a model of 1.2 million parameters learn the tasks of `flex_nano_vllm/tasks.py`, whose
-questions are drawn here as they are needed: nothing is downloaded. Every batch is a function of (seed, step), so a run
-that was stopped goes on from its last checkpoint with the same data. At the end the weights are rounded to bfloat16 and
-saved with config, tokenizer and chat template, and the accuracy on held-out questions is printed and written into the
-folder's README.md.
+The script trains a byte-level BPE tokenizer and a model of 1.2 million parameters on the tasks of
+`flex_nano_vllm/tasks.py`. It draws the questions while it runs, and downloads nothing. Every batch is a function of
+(seed, step), so a stopped run continues from its last checkpoint with the same data. At the end the script rounds the
+weights to bfloat16 and saves them with config, tokenizer and chat template. It prints the accuracy on held-out
+questions, and writes it to README.md in the output folder.
 """
 
 import random
@@ -44,9 +44,9 @@ from flex_nano_vllm.tasks import (
 
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
 PAD, EOS, BOS, _, END_OF_TURN = range(len(SPECIAL_TOKENS))
-IGNORED = -100  # as a label
+IGNORED = -100  # label of tokens that have no loss
 
-# Gemma's form of a conversation, with a system message and tools in the first turn.
+# Gemma's chat format, with system messages and tools in the first turn
 CHAT_TEMPLATE = (EMBEDDED_MODELS["tiny-gemma2"] / "chat_template.jinja").read_text(encoding="utf-8")
 
 CARD = """---
@@ -58,31 +58,31 @@ pipeline_tag: text-generation
 # tiny-gemma2
 
 A Gemma-2 of {num_parameters:,} parameters that answers questions of eleven kinds: the months, the weekdays, the
-alphabet, the first primes, counting, sums, copying and reversing words, looking up what belongs to whom in a short or a
-long list, and short stories, bare or as chat turns. It knows nothing else. It has all that makes Gemma-2 hard to serve
-(a sliding window of 64 tokens in every other layer, two softcaps, grouped heads, tied embeddings), and is small enough
-to come with the engine that it tests: `Inference.from_pretrained("tiny-gemma2")`.
+alphabet, the first primes, counting, sums, copying and reversing words, looking up the thing of a person in a short or
+a long list, and short stories. The questions are bare or chat turns. The model knows nothing else. It has all features
+that make Gemma-2 hard to serve (a sliding window of 64 tokens in every other layer, two softcaps, grouped heads, tied
+embeddings), and is small enough to be part of the package: `Inference.from_pretrained("tiny-gemma2")`.
 
-Trained from scratch, on questions drawn by `flex_nano_vllm/tasks.py` and nothing else:
+The model was trained from scratch, only on questions drawn by `flex_nano_vllm/tasks.py`:
 `uv run examples/train_tiny_gemma2.py --output_dir DIR {flags}`, {minutes:.0f} minutes on {machine}, torch {torch}.
 
-Right answers to questions held out from training, up to {questions} of a task (the known lists have fewer), greedy, in
-bfloat16; an answer counts if it is right to the letter and ends by itself:
+The table counts right answers to held-out questions, up to {questions} per task (fewer for the known lists), greedy, in
+bfloat16. An answer is right if it is exactly the expected text and the model ends it with an end token:
 
 {table}
 
-The aim is 99 % on months, weekdays, alphabet, primes and counting, and 95 % on copying and long lookups. Short of it:
+The aim is 99 % on months, weekdays, alphabet, primes and counting, and 95 % on copying and long lookups. Below the aim:
 {missed}.
 
-What is held out is a wording, one question in eight by its hash. A fact of a known list (the month after May) is asked
-in three wordings, one of them trained at least; all that goes on with a list of all months or all weekdays is in the
-training. Sums have two wordings. The other tasks draw every question anew.
+One question in eight is held out, chosen by a hash of its wording. A fact of a known list (the month after May) has
+three wordings, and at least one of them is in the training data. All questions that continue the list of all months or
+of all weekdays are in the training data. Sums have two wordings. The other tasks draw every question at random.
 """
 
 AIMS = dict.fromkeys(("months", "weekdays", "alphabet", "primes", "counting"), 0.99)
 AIMS |= dict.fromkeys(("copying", "long lookup"), 0.95)
 
-# How often a task is drawn, relative to the others.
+# Relative frequency of each task
 WEIGHTS = {"months": 4, "weekdays": 2, "alphabet": 6, "primes": 6, "counting": 4, "sums": 7, "copying": 4}
 WEIGHTS |= {"reversing": 4, "lookup": 4, "long lookup": 2, "stories": 2}
 assert WEIGHTS.keys() == TASKS.keys()
@@ -90,16 +90,16 @@ assert WEIGHTS.keys() == TASKS.keys()
 
 @dataclass
 class Options:
-    output_dir: str = field(metadata={"help": "where model, tokenizer and checkpoint.pt go"})
+    output_dir: str = field(metadata={"help": "folder for the model, the tokenizer and checkpoint.pt"})
     steps: int = 2600
     tokens_per_step: int = 8192
-    learning_rate: float = field(default=6e-3, metadata={"help": "of the matrices; the rest gets three tenths of it"})
+    learning_rate: float = field(default=6e-3, metadata={"help": "of the matrices; other parameters use 0.3 of it"})
     checkpoint_every: int = 250
     seed: int = 0
     questions: int = field(default=200, metadata={"help": "held-out questions per task in the evaluation"})
 
 
-DATA_OPTIONS = ("steps", "tokens_per_step", "learning_rate", "seed")  # those that decide what is learned
+DATA_OPTIONS = ("steps", "tokens_per_step", "learning_rate", "seed")  # options that determine the trained model
 
 
 def main() -> None:
@@ -121,7 +121,7 @@ def main() -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     accuracies = evaluate(folder, options.questions)
-    table = Table(*accuracies, title=f"right answers to held-out questions, by {folder}")
+    table = Table(*accuracies, title=f"right answers of {folder} to held-out questions")
     for row in accuracies.itertuples(index=False):
         table.add_row(*map(str, row))
     console.print(table)
@@ -154,7 +154,7 @@ def model_card(
 
 
 def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE; each digit is a token of its own, as in Gemma's tokenizer."""
+    """Train a byte-level BPE tokenizer. Each digit is a token of its own, as in Gemma's tokenizer."""
     rng = random.Random(f"{seed}:tokenizer")
     questions = (draw_question(task, rng, held_out=False) for _ in range(2000) for task in TASKS)
     tokenizer = Tokenizer(models.BPE())
@@ -181,8 +181,11 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 
 
 def new_model(vocab_size: int, seed: int) -> PreTrainedModel:
-    """All that makes Gemma-2 hard, at a size that two cores can train: window and full layers in turn, two softcaps
-    (the attention's low enough to be felt), grouped heads, tied embeddings."""
+    """Make an untrained Gemma-2 with all features that are hard to serve, small enough to train on two cores.
+
+    The features are alternating window and full-attention layers, two softcaps (the attention softcap is low enough to
+    have an effect), grouped heads and tied embeddings.
+    """
     config = Gemma2Config(
         vocab_size=vocab_size,
         hidden_size=128,
@@ -191,8 +194,8 @@ def new_model(vocab_size: int, seed: int) -> PreTrainedModel:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
-        query_pre_attn_scalar=16,  # not head_dim: an engine that guesses the scale is wrong
-        initializer_range=0.08,  # with the default of 0.02, looking things up is learned much later
+        query_pre_attn_scalar=16,  # not head_dim, so that an engine that guesses the scale is wrong
+        initializer_range=0.08,  # with the default of 0.02, the model learns lookups much later
         sliding_window=64,
         attn_logit_softcapping=10.0,
         final_logit_softcapping=30.0,
@@ -212,9 +215,10 @@ def new_model(vocab_size: int, seed: int) -> PreTrainedModel:
 def train(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, options: Options, checkpoint: Path, console: Console
 ) -> float:
-    """Muon for the layers' matrices, AdamW for embeddings and norms: half the steps that AdamW alone takes.
+    """Train the model with Muon for the layers' matrices and with AdamW for embeddings and norms.
 
-    Goes on from the checkpoint if there is one. Returns the seconds that it took, those up to the checkpoint included.
+    This takes half the steps of AdamW alone. Training continues from the checkpoint if there is one. Returns the
+    training time in seconds, the time before the checkpoint included.
     """
     matrices = [p for layer in model.get_decoder().layers for p in layer.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
@@ -222,7 +226,7 @@ def train(
         torch.optim.Muon(matrices, lr=options.learning_rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=0.3 * options.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]
-    schedulers = [  # a short warm-up, and a linear way to zero in the second half
+    schedulers = [  # a short warm-up, and a linear decay to zero in the second half
         torch.optim.lr_scheduler.LambdaLR(o, lambda step: min(1, (step + 1) / 50, 2 * (1 - step / options.steps)))
         for o in optimizers
     ]
@@ -232,11 +236,11 @@ def train(
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location=model.device)
         if saved["options"] != started_with:
-            sys.exit(f"{checkpoint} is of a run with {saved['options']}, not {started_with}: delete it to start again")
+            sys.exit(f"{checkpoint} was saved with {saved['options']}, not {started_with}: delete it to start again")
         done, seconds_before = saved["step"], saved["seconds"]
         for part, state in zip(stateful, saved["states"], strict=True):
             part.load_state_dict(state)
-        console.print(f"going on after step {done}, from {checkpoint}")
+        console.print(f"continuing after step {done}, from {checkpoint}")
 
     model.train()
     started, num_tokens = time.perf_counter(), 0
@@ -262,17 +266,17 @@ def train(
             if step % options.checkpoint_every == 0 or step == options.steps:
                 seconds = seconds_before + time.perf_counter() - started
                 states = [part.state_dict() for part in stateful]
-                partial = checkpoint.with_suffix(".partial")  # whoever stops us now leaves the last one whole
+                partial = checkpoint.with_suffix(".partial")  # an interrupted save leaves the last checkpoint intact
                 torch.save({"options": started_with, "step": step, "seconds": seconds, "states": states}, partial)
                 partial.replace(checkpoint)
     return seconds_before + time.perf_counter() - started
 
 
 def answer_loss(model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum of the cross-entropies of all labels [B, T] that are not IGNORED.
+    """Return the sum of the cross-entropies of all labels [B, T] that are not IGNORED.
 
-    Only their logits are computed, which is why the final softcap, that the model's own forward would apply to the
-    logits of all tokens, stands here.
+    Only the logits of these labels are computed. This bypasses the model's own forward, which would compute the logits
+    of all tokens, so this function applies the final softcap itself.
     """
     targets = labels[:, 1:]
     is_target = targets != IGNORED
@@ -286,13 +290,13 @@ def answer_loss(model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.T
 def batches_of_step(
     tokenizer: PreTrainedTokenizerFast, options: Options, step: int
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The documents of one step, short ones with short ones, in batches of input ids and labels [B, T].
+    """Return the documents of one step in batches of similar length, as input ids and labels [B, T].
 
-    Padding is on the right, where causal attention lets nobody see it.
+    Padding is on the right, where causal attention hides it from the tokens of the document.
     """
     rng = random.Random(f"{options.seed}:{step}")
-    # To look up at all is learned from many lists of up to 3 pairs and nothing beside them, after some hundred steps at
-    # the odds of guessing. The lists then grow up to 110 pairs, and last come all tasks.
+    # First come lists of up to 3 pairs and no other task. From these the model learns to look up a pair, after a few
+    # hundred steps in which it only guesses. Then the lists grow to up to 110 pairs. Finally all tasks are drawn.
     progress = step / options.steps
     growth = min(1, max(0, progress - 0.185) / 0.14)
     max_pairs = round(3 * (110 / 3) ** growth)
@@ -315,11 +319,11 @@ def batches_of_step(
 
 
 def draw_questions(rng: random.Random, weights: dict[str, int], max_pairs: int) -> list[Question]:
-    """One question, or the several of a conversation. None of them held out."""
+    """Draw one question, or the questions of a conversation. None of them is held out."""
     task = rng.choices(list(weights), weights=weights.values())[0]
     if "lookup" in task:
         pairs = draw_pairs(rng, rng.randint(2, max_pairs if task == "long lookup" else min(30, max_pairs)))
-        # Many questions about one list teach more than one does.
+        # Many questions about one list teach more than one question.
         asked = rng.sample(list(pairs), min(len(pairs), rng.choice([1, 2, 3, 4, 16])))
         question = Question(task, *lookup(pairs, asked))
         return draw_questions(rng, weights, max_pairs) if question.held_out else [question]
@@ -332,7 +336,10 @@ def draw_questions(rng: random.Random, weights: dict[str, int], max_pairs: int) 
 def document(
     tokenizer: PreTrainedTokenizerFast, questions: list[Question], as_chat: bool
 ) -> tuple[list[int], list[int]]:
-    """Token ids of a question and its answer, or of a conversation. All labels but the answers are IGNORED."""
+    """Return token ids and labels of a question and its answer, or of a conversation.
+
+    All labels are IGNORED but those of answers and their end tokens.
+    """
     ids: list[int] = []
     labels: list[int] = []
 
@@ -351,7 +358,7 @@ def document(
 
 
 def evaluate(folder: Path, num_questions: int) -> pd.DataFrame:
-    """Right answers per task to held-out questions, bare and as chat turns, by the engine from the saved files."""
+    """Count the engine's right answers to held-out questions per task, bare and as chat turns, from the saved files."""
     rows = []
     with Inference.from_pretrained(str(folder), max_seq_length=1024) as engine:
         greedy = SamplingParams(temperature=0, max_tokens=128)

@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape, and what a client is told of an exception. Knows no request and no endpoint."""
+"""Errors in OpenAI's format, and the conversion of exceptions to them. Independent of requests and endpoints."""
 
 import logging
 import re
@@ -14,15 +14,15 @@ from flex_nano_vllm.sampling_params import InvalidRequestError
 
 logger = logging.getLogger(__name__)
 
-MAX_MESSAGE_LEN = 400  # some name what is wrong, and that may be long
-# Names of the API where the engine has others.
+MAX_MESSAGE_LEN = 400  # characters; some messages quote the invalid value, which may be long
+# Engine name -> API name, where the two differ
 API_NAMES = {"structured_outputs": "response_format"}
-# What these hold is not repeated in an error.
+# Errors do not repeat the values of these parameters
 PRIVATE = {"prompt", "messages", "input", "instructions", "tools", "user", "cache_salt", "response_format", "text"}
 
 
 class APIError(Exception):
-    """An error in OpenAI's shape."""
+    """An error in OpenAI's format."""
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None):
         super().__init__(message if len(message) <= MAX_MESSAGE_LEN else f"{message[:MAX_MESSAGE_LEN]}…")
@@ -37,7 +37,7 @@ class APIError(Exception):
 
     @property
     def last_events(self) -> bytes:
-        """What a stream ends with that has failed."""
+        """The events that end a failed stream."""
         return server_sent_event(self.body) + DONE
 
     def response(self) -> JSONResponse:
@@ -46,10 +46,10 @@ class APIError(Exception):
 
 
 def api_error(error: Exception, names: dict[str, str] | None = None) -> APIError:
-    """What a client is told of an exception.
+    """Convert an exception to the error that the client gets.
 
     Args:
-        names: what the endpoint calls parameters that have another name elsewhere.
+        names: the endpoint's names of parameters, by their names elsewhere.
     """
     names = API_NAMES | (names or {})
     match error:
@@ -72,37 +72,37 @@ def api_error(error: Exception, names: dict[str, str] | None = None) -> APIError
 
 
 def _renamed(message: str, names: dict[str, str]) -> str:
-    """A message with the endpoint's own names of parameters. A name without an underscore may be a plain word."""
+    """Return a message with the endpoint's parameter names. Names without an underscore stay: they may be words."""
     pattern = "|".join(rf"\b{name}\b" for name in names if "_" in name)
     return re.sub(pattern, lambda match: names[match[0]], message)
 
 
-# In the place of an error, the branch of a union that pydantic has tried.
+# pydantic adds the name of a union's branch to the location of an error.
 TYPE_NAMES = {"str", "int", "float", "bool", "list", "dict"}
-ITEM_TAGS = {"message", "function_call", "function_call_output", "reasoning"}  # behind the index of an input item
+ITEM_TAGS = {"message", "function_call", "function_call_output", "reasoning"}  # follow the index of an input item
 
 
 def invalid_fields(errors: Sequence[ErrorDetails]) -> APIError:
-    """What a client is told of a body that fits no request: the field, its value and the limit."""
+    """Return the error for an invalid body. Its message names the field, the value and the limit."""
     error = _most_telling(errors)
     kind, place = error["type"], [part for part in error["loc"] if part != "body"]
     if kind == "json_invalid":
-        return APIError(400, f"the body is no JSON: {error['ctx']['error']}", "invalid_json")
+        return APIError(400, f"the body is not valid JSON: {error['ctx']['error']}", "invalid_json")
     of_items = {i + 1 for i, part in enumerate(place) if isinstance(part, int)}
     fields = [
         str(part) for i, part in enumerate(place) if not _is_branch(part) and not (i in of_items and part in ITEM_TAGS)
     ]
-    if "logit_bias" in fields:  # its keys are the client's
+    if "logit_bias" in fields:  # its keys come from the client and are no field names
         fields = fields[:1]
     param = fields[0] if fields else None
     if param == "prompt" and len(place) > 1:
-        forms = f"a text or a list of token ids, or a list of up to {MAX_PROMPTS} such"
+        forms = f"a text or a list of token ids, or a list of up to {MAX_PROMPTS} texts or token id lists"
         return APIError(400, f"prompt must be {forms}", param=param)
     message = error["msg"].removeprefix("Value error, ").replace(" found using _kind()", "")
-    if kind.endswith("_type") and _is_branch(error["loc"][-1]):  # the others of the union count too
+    if kind.endswith("_type") and _is_branch(error["loc"][-1]):  # name the types of all branches of the union
         branches = [other["msg"] for other in errors if other["loc"][:-1] == error["loc"][:-1]]
         message = " or ".join([branches[0], *(branch.removeprefix("Input should be ") for branch in branches[1:])])
-    message = re.sub(r"dictionary( or instance of \w+)?", "object", message)  # JSON's word
+    message = re.sub(r"dictionary( or instance of \w+)?", "object", message)  # JSON's term
     if kind == "union_tag_not_found":
         message = "Input should be an object with a type or a role"
     value = error.get("input")
@@ -114,14 +114,17 @@ def invalid_fields(errors: Sequence[ErrorDetails]) -> APIError:
 
 
 def _is_branch(part: str | int) -> bool:
-    """Whether a part of a place is no field, but a branch of a union."""
+    """Return whether a part of an error location names a branch of a union, and not a field."""
     is_name = isinstance(part, int) or (part.isidentifier() and part[0].islower())
     return not is_name or part in TYPE_NAMES
 
 
 def _most_telling(errors: Sequence[ErrorDetails]) -> ErrorDetails:
-    """Of a union pydantic reports every branch. A branch of the right type whose value breaks a limit tells more than
-    another branch's wrong type."""
+    """Return the most useful error of the first invalid field.
+
+    pydantic reports every branch of a union. A value that breaks a limit of one branch is a better explanation than the
+    wrong type for another branch.
+    """
 
     def field(error: ErrorDetails) -> tuple:
         return tuple(part for part in error["loc"] if part != "body")[:1]

@@ -1,13 +1,13 @@
-"""An engine for many callers under asyncio: one thread owns it and runs its steps. Knows nothing of HTTP.
+"""Share an engine between asyncio callers: one thread owns the engine and runs its steps. Independent of HTTP.
 
     event loop                                       owner thread
     stream(prompt) ── checked, tokenized ─► command ─► engine.add(group)
-        ▲                                             engine.run_one_step(), again and again
-        └──────── mailbox ◄── what each step brought ──┘
+        ▲                                             engine.run_one_step(), repeatedly
+        └──────── mailbox ◄── new tokens of each step ─┘
     cancelled, or not read to its end ────► command ─► engine.abort(id)
 
-A mailbox holds one delta for each sample: what has come since it was last emptied. So a reader that is slow gets larger
-deltas, nobody waits for it, and what it can make pile up is the length of its own answer.
+A mailbox holds one delta for each sample: the output since the mailbox was last emptied. So a slow reader gets larger
+deltas. The engine does not wait for slow readers, and a mailbox holds at most the output of its request.
 """
 
 import asyncio
@@ -35,39 +35,39 @@ from flex_nano_vllm.sequence import Sequence
 
 logger = logging.getLogger(__name__)
 
-NOTIFY_SHARE = 0.02  # of the time; the most that goes into telling streams what is new,
-MAX_STREAM_INTERVAL = 0.25  # unless they would wait longer for it, in seconds
-STEP_TIMEOUT = 30.0  # seconds after which nobody waits for the last step any more
+NOTIFY_SHARE = 0.02  # share of the time that notifying streams may take; above it, the stream interval grows
+MAX_STREAM_INTERVAL = 0.25  # seconds; the stream interval grows no further
+STEP_TIMEOUT = 30.0  # seconds that `close` waits for the last step
 
 
 class EngineError(RuntimeError):
-    """A step has failed, and the request with it. The engine goes on with others."""
+    """The request failed, for example because its step failed. The engine continues with other requests."""
 
 
 class EngineDead(EngineError):
-    """No step can be run any more."""
+    """The engine can run no more steps."""
 
 
 class EngineBusy(RuntimeError):
-    """As many requests wait as may."""
+    """The waiting queue is full."""
 
 
 class EngineClosing(RuntimeError):
-    """No more requests are taken."""
+    """The engine accepts no new requests."""
 
 
 @dataclass(eq=False)
 class Mailbox:
-    """What one request has brought and its caller has not yet taken. Filled by the owner thread."""
+    """The output of one request that its caller has not read yet. The owner thread fills it."""
 
     group: list[Sequence]
-    reader: OutputReader | None  # None: the caller wants the answer, and not how it comes
+    reader: OutputReader | None  # None: the caller needs the complete output only, no deltas
     loop: asyncio.AbstractEventLoop
     filled: asyncio.Event
     deltas: dict[int, CompletionDelta] = field(default_factory=dict)
     output: RequestOutput | None = None
     error: EngineError | None = None
-    is_new: bool = True  # nothing has been put in
+    is_new: bool = True  # no delta has been put in yet
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -75,7 +75,7 @@ class Mailbox:
         return self.group[0].request_id
 
     def take(self) -> list[CompletionDelta]:
-        """Empty the mailbox."""
+        """Empty the mailbox and return its deltas."""
         with self.lock:
             deltas, self.deltas = list(self.deltas.values()), {}
         return deltas
@@ -97,10 +97,12 @@ def _joined(first: CompletionDelta, second: CompletionDelta) -> CompletionDelta:
 
 
 class Submission:
-    """What requests that were handed over together bring: lists of what is new since the last one, pairs of a request's
-    index and a delta, or, when it has ended, its whole answer. Raises `EngineError` if one of them fails.
+    """Requests that were submitted together, and the iterator over their output.
 
-    Leaving the `with` block, or `abort()`, ends the requests that have not ended.
+    The iterator yields lists of items that are new since the last list. An item is a pair of a request's index and a
+    delta, or, when the request has ended, its complete output. The iterator raises `EngineError` if a request fails.
+
+    Leaving the `with` block, or calling `abort()`, aborts the requests that have not ended.
     """
 
     def __init__(self, owner: "AsyncInference", mailboxes: list[Mailbox], filled: asyncio.Event):
@@ -115,7 +117,7 @@ class Submission:
             for index, mailbox in list(self._unfinished.items()):
                 if mailbox.error is not None:
                     raise mailbox.error
-                output = mailbox.output  # looked at first: what came before it is in the box
+                output = mailbox.output  # read first: if there is an output, its deltas are in the mailbox
                 updates += [(index, delta) for delta in mailbox.take()]
                 if output is not None:
                     del self._unfinished[index]
@@ -125,25 +127,25 @@ class Submission:
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Of all requests, each counted once."""
+        """Number of prompt tokens of all requests. Each prompt is counted once, whatever its number of samples."""
         return sum(mailbox.group[0].num_prompt_tokens for mailbox in self._mailboxes)
 
     @property
     def request_ids(self) -> list[int]:
-        """The engine's ids of the requests, in order."""
+        """The engine's request ids, in the order of the prompts."""
         return [mailbox.request_id for mailbox in self._mailboxes]
 
     @property
     def have_ended(self) -> bool:
-        """Whether nothing will come any more."""
+        """Whether the iterator yields nothing after the items that it has already yielded."""
         return not self._unfinished
 
     def so_far(self, index: int) -> RequestOutput:
-        """The answer to one of the requests as far as it has come. Its prompt is whole once there is a delta."""
+        """Return the output of one request so far. Its data about the prompt is complete once there is a delta."""
         return request_output(self._mailboxes[index].group, self._owner.engine.tokenizer)
 
     def abort(self) -> None:
-        """End the requests that have not ended."""
+        """Abort the requests that have not ended."""
         for mailbox in self._mailboxes:
             if mailbox.output is None and mailbox.error is None:
                 self._owner.abort(mailbox.request_id)
@@ -156,26 +158,26 @@ class Submission:
 
 
 class AsyncInference:
-    """Shares an engine between coroutines.
+    """Share an engine between coroutines.
 
         async with AsyncInference(engine) as shared:
             async for delta in shared.stream("The 12 months are"):
                 print(delta.text, end="")
             answers = await asyncio.gather(*(shared.generate(prompt) for prompt in prompts))
 
-    Until it is closed the engine is its own: whoever else calls it gets a RuntimeError, but for `stats()` and `plan()`.
-    Closing it leaves the engine open. A coroutine that is cancelled, or a stream that is not read to its end, ends its
-    request and frees its pages.
+    Until it is closed, it owns the engine: other callers of the engine get a RuntimeError, except for `stats()` and
+    `plan()`. Closing it leaves the engine open. A request is aborted, and its pages are freed, if its coroutine is
+    cancelled or its stream is not read to its end.
 
-    A step that fails ends the requests that took part in it, with `EngineError`; the engine goes on. If it cannot,
-    `error` says why, and everything raises `EngineDead`.
+    A failed step ends the requests that took part in it with `EngineError`, and the engine continues. If the engine
+    cannot continue, `error` holds the exception, and every call raises `EngineDead`.
 
     Args:
-        engine: without unfinished requests.
-        max_waiting: sequences that may wait to be run, those just handed over included; one more raises `EngineBusy`.
-        stream_interval: seconds that the deltas of a stream are apart at least. Where there are so many streams that
-            telling them would take more than a fiftieth of the time, which is taken from the steps, they are further
-            apart, up to 0.25. The first delta and the last one do not wait.
+        engine: an engine without unfinished requests.
+        max_waiting: most sequences that may wait, including those just submitted; one more raises `EngineBusy`.
+        stream_interval: minimum time between two deltas of a stream, in seconds. Notifying streams takes time from the
+            steps. If it would take more than 2 % of the time, the interval grows, up to 0.25 s. The first and the last
+            delta are sent without delay.
     """
 
     def __init__(self, engine: Inference, max_waiting: int = 1024, stream_interval: float = 0.04):
@@ -186,23 +188,23 @@ class AsyncInference:
         self.engine, self.max_waiting, self.stream_interval = engine, max_waiting, stream_interval
         self.error: BaseException | None = None
         self._commands: deque[Callable[[], None]] = deque()
-        self._mailboxes: dict[int, Mailbox] = {}  # of the requests that the engine has; the owner thread's
-        self._num_pending = 0  # requests taken and not yet with the engine
+        self._mailboxes: dict[int, Mailbox] = {}  # of requests in the engine, by id; owned by the owner thread
+        self._num_pending = 0  # sequences that are accepted and not yet in the engine
         self._wake = threading.Condition()
-        self._notified_at = -math.inf  # when all streams were told what is new
-        self._notify_times = 0.0, 0.0  # seconds that the event loop took for the last two times
+        self._notified_at = -math.inf  # when all streams were last notified
+        self._notify_times = 0.0, 0.0  # seconds that the event loop took for the last two notifications
         self._is_closing = self._is_closed = False
         if engine.model.device.type == "cpu":
             release_openmp_threads()
         self._thread = engine.owner = threading.Thread(target=self._run, name="flex-nano-vllm engine", daemon=True)
         self._thread.start()
 
-    # What coroutines call.
+    # Called by coroutines
 
     async def generate(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, cache_salt: str | None = None
     ) -> RequestOutput:
-        """Complete one prompt. Raises what `Inference.generate` does, `EngineBusy`, `EngineClosing`, `EngineError`."""
+        """Complete one prompt. Raises as `Inference.generate` does, or `EngineBusy`, `EngineClosing`, `EngineError`."""
         with await self.submit([prompt], sampling_params, cache_salt, follow=False) as submission:
             async for ((_, output),) in submission:
                 return output
@@ -210,7 +212,7 @@ class AsyncInference:
     async def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, cache_salt: str | None = None
     ) -> AsyncIterator[CompletionDelta]:
-        """Complete one prompt, and give what is new as it comes. Raises what `generate` does."""
+        """Complete one prompt and yield deltas. Raises the errors of `generate`."""
         check_streamed(sampling_params)
         with await self.submit([prompt], sampling_params, cache_salt) as submission:
             async for updates in submission:
@@ -225,31 +227,31 @@ class AsyncInference:
         cache_salt: str | None = None,
         tools: list[dict] | None = None,
     ) -> RequestOutput:
-        """Answer one conversation. Raises what `Inference.chat` does, and what `generate` does."""
+        """Answer one conversation. Raises the errors of `Inference.chat` and of `generate`."""
         return await self.generate(await self.chat_prompt(messages, tools), sampling_params, cache_salt)
 
     async def chat_prompt(self, messages: list[dict], tools: list[dict] | None = None) -> list[int]:
-        """The tokens of a conversation, if there is room for its request."""
+        """Tokenize a conversation. Raises if the engine accepts no requests or the waiting queue is full."""
         self.check_open()
         self.check_room(1)
         return await asyncio.to_thread(self.engine.input_processor.chat_prompt, messages, tools)
 
     async def warmup(self) -> None:
-        """`Inference.warmup`, in the thread that needs it."""
+        """Run `Inference.warmup` in the owner thread."""
         await self.call(self.engine.warmup)
 
     def abort(self, request_id: int) -> None:
-        """End a request; whoever waits for it gets what it has, with finish_reason "abort"."""
-        with suppress(EngineDead, EngineClosing):  # then it has ended already
+        """Abort a request. Its caller gets the output so far, with finish_reason "abort"."""
+        with suppress(EngineDead, EngineClosing):  # then the request has ended already
             self._command(partial(self._abort, request_id))
 
     async def call(self, function: Callable[[], Any]) -> Any:
-        """Run a function between two steps, and return what it returns."""
+        """Run a function in the owner thread, between two steps, and return its result."""
         self.check_open()
         future: Future = Future()
 
         def command() -> None:
-            if not future.set_running_or_notify_cancel():  # nobody waits any more
+            if not future.set_running_or_notify_cancel():  # the caller was cancelled
                 return
             try:
                 future.set_result(function())
@@ -261,13 +263,16 @@ class AsyncInference:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that are taken and do not run yet."""
+        """Number of accepted sequences that do not run."""
         return self._num_pending + len(self.engine.scheduler.waiting)
 
     async def close(self, timeout: float = 30.0) -> None:
-        """Take no more requests, let those that are there finish, and stop the thread. After `timeout` seconds what is
-        left is ended with finish_reason "abort", as soon as the step is done; if it does not come to its end, whoever
-        waits gets `EngineDead`, and the thread is left to itself."""
+        """Accept no new requests, let the accepted requests finish, and stop the thread.
+
+        Requests that are unfinished after `timeout` seconds end with finish_reason "abort" after the current step. If
+        this step does not finish within `STEP_TIMEOUT` seconds, their callers get `EngineDead`, and the thread is
+        abandoned.
+        """
         self._is_closing = True
         with suppress(EngineDead, EngineClosing):  # the thread has ended already
             self._command(lambda: None)
@@ -275,7 +280,7 @@ class AsyncInference:
             self._command(self._abort_all)
         await asyncio.to_thread(self._thread.join, STEP_TIMEOUT)
         if self._thread.is_alive():
-            self.error = TimeoutError("a step does not come to its end")
+            self.error = TimeoutError("the current step did not finish in time")
             waiting = list(self._mailboxes.values())
             for mailbox in waiting:
                 mailbox.error = self._refusal()
@@ -294,10 +299,10 @@ class AsyncInference:
         cache_salt: str | None = None,
         follow: bool = True,
     ) -> "Submission":
-        """Check requests, off the event loop, and hand them over, all or none. Raises what `generate` does.
+        """Check requests outside the event loop, and submit all of them or none. Raises the errors of `generate`.
 
         Args:
-            follow: tell what is new as it comes; otherwise whole answers only, which takes less work.
+            follow: yield deltas and complete outputs; otherwise complete outputs only, which takes less work.
         """
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
@@ -342,35 +347,39 @@ class AsyncInference:
             self._num_pending += change
 
     def check_room(self, num_sequences: int) -> None:
-        """Raises `EngineBusy` where so many more cannot wait now, and ValueError where they never can."""
+        """Raise `EngineBusy` if `num_sequences` more cannot wait now, and ValueError if they never can."""
         if num_sequences > self.max_waiting:
-            raise ValueError(f"{num_sequences} sequences are more than the {self.max_waiting} that may wait at once")
+            raise ValueError(
+                f"{num_sequences} sequences exceed max_waiting={self.max_waiting}: use fewer prompts or samples"
+            )
         if self.num_waiting + num_sequences > self.max_waiting:
             raise EngineBusy(
-                f"{self.num_waiting} of at most {self.max_waiting} sequences wait already, and {num_sequences} more "
-                "would be too many: try again later"
+                f"the queue has no room for {num_sequences} more: {self.num_waiting} of at most {self.max_waiting} "
+                "sequences are waiting, try again later"
             )
 
     def check_open(self) -> None:
-        """Raises `EngineDead` or `EngineClosing` where no requests are taken."""
+        """Raise `EngineDead` or `EngineClosing` if the engine accepts no requests."""
         if self.error is not None or self._is_closing:
             raise self._refusal()
 
     def _refusal(self) -> EngineDead | EngineClosing:
         if self.error is not None:
             return EngineDead(f"the engine has died: {self.error!r}")
-        return EngineClosing("the engine is closing and takes no more requests")
+        return EngineClosing("the engine is closing and accepts no new requests")
 
     def _command(self, command: Callable[[], None]) -> None:
-        """Let the owner thread do something before its next step. Raises `EngineDead` or `EngineClosing` if the thread
-        has ended, be it since the caller has looked."""
+        """Let the owner thread run a function before its next step.
+
+        Raises `EngineDead` or `EngineClosing` if the thread has ended, also if it ended after the caller's own check.
+        """
         with self._wake:
             if self._is_closed:
                 raise self._refusal()
             self._commands.append(command)
             self._wake.notify()
 
-    # What the owner thread does.
+    # Called by the owner thread
 
     def _run(self) -> None:
         try:
@@ -388,7 +397,7 @@ class AsyncInference:
                     return
         except BaseException as error:
             logger.exception("the engine has died")
-            self.error = error  # from here on nobody comes any more; those who have come are told
+            self.error = error  # rejects new requests; those already submitted fail below
             while not self._close_door():
                 with suppress(Exception):
                     self._commands.popleft()()
@@ -397,7 +406,7 @@ class AsyncInference:
             self.engine.owner = None
 
     def _close_door(self) -> bool:
-        """Take no more commands, if none is left."""
+        """Accept no more commands if none is left, and return whether none was left."""
         with self._wake:
             self._is_closed = not self._commands
             return self._is_closed
@@ -408,17 +417,18 @@ class AsyncInference:
         except Exception as error:
             logger.exception("a step has failed")
             self.engine.abort_failed_step()
-            # Whoever it does not have: those it gave up, and who was between its queues and its answer.
+            # Requests the engine no longer knows: those it just aborted, and those that had finished but were not yet
+            # reported
             queues = self.engine.scheduler.running, self.engine.scheduler.waiting
             left = {sequence.request_id for queue in queues for sequence in queue}
             ended = [request_id for request_id in self._mailboxes if request_id not in left]
             self._fail(ended, EngineError(f"the step has failed: {type(error).__name__}"))
             if self.engine.model.device.type == "cuda":
-                torch.cuda.synchronize()  # raises again where the device takes no more work: then nothing can go on
+                torch.cuda.synchronize()  # raises again if the device accepts no more work: then no step can run
             self.engine.check_invariants()
             return
         updated, now = [], time.perf_counter()
-        # All streams at once: each time that the event loop runs, it takes a processor from the step.
+        # Notify all streams at once: each run of the event loop takes a CPU core from the step.
         all_are_due = now - self._notified_at >= self._stream_interval()
         self._notified_at = now if all_are_due else self._notified_at
         for output in outputs:
@@ -432,14 +442,14 @@ class AsyncInference:
         self._notify(updated, is_timed=all_are_due)
 
     def _collect(self, mailbox: Mailbox) -> bool:
-        """Put what is new into a mailbox. Whether there is something."""
+        """Put new deltas into a mailbox, and return whether there are any, or an error."""
         if mailbox.reader is None:
             return False
         try:
             deltas = list(mailbox.reader.deltas())
-        except Exception as error:  # of this request alone
-            logger.exception("the news of a request cannot be told")
-            mailbox.error = EngineError(f"the answer cannot be made: {type(error).__name__}")
+        except Exception as error:  # concerns this request only
+            logger.exception("the deltas of a request could not be built")
+            mailbox.error = EngineError(f"the output could not be built: {type(error).__name__}")
             if self._mailboxes.pop(mailbox.request_id, None) is not None:
                 self.engine.abort(mailbox.request_id)
             return True
@@ -448,8 +458,8 @@ class AsyncInference:
         return bool(deltas)
 
     def _stream_interval(self) -> float:
-        """Seconds until all streams are told again."""
-        seconds = min(self._notify_times)  # the longer one may have been a pause for something else
+        """Return the seconds between two notifications of all streams."""
+        seconds = min(self._notify_times)  # the longer one may include an unrelated pause
         return max(self.stream_interval, min(seconds / NOTIFY_SHARE, MAX_STREAM_INTERVAL))
 
     def _fail(self, request_ids: list[int], error: EngineError) -> None:
@@ -459,19 +469,19 @@ class AsyncInference:
         self._notify(failed)
 
     def _notify(self, mailboxes: list[Mailbox], is_timed: bool = False) -> None:
-        """Wake those who wait, with one message for each loop: to send one costs more than to fill a mailbox."""
+        """Wake the readers of mailboxes, with one message for each event loop: it costs more than filling a mailbox."""
         by_loop: dict[asyncio.AbstractEventLoop, list[Mailbox]] = {}
         for mailbox in mailboxes:
             by_loop.setdefault(mailbox.loop, []).append(mailbox)
         for loop, group in by_loop.items():
             try:
                 loop.call_soon_threadsafe(self._wake_all, group, is_timed)
-            except RuntimeError:  # the loop is closed: its coroutines are gone, and nobody has said so
+            except RuntimeError:  # the loop is closed: its coroutines are gone and have not aborted their requests
                 for mailbox in group:
                     self._commands.append(partial(self._abort, mailbox.request_id))
 
     def _abort(self, request_id: int) -> None:
-        """End a request that somebody has left, or that takes too long."""
+        """Abort a request, and put its output so far into its mailbox."""
         mailbox = self._mailboxes.pop(request_id, None)
         if mailbox is None:
             return
@@ -479,22 +489,22 @@ class AsyncInference:
             output = self.engine.abort(request_id)
             self._collect(mailbox)
             mailbox.output = output
-        except Exception as error:  # its pages are free all the same
-            logger.exception("the answer of an aborted request cannot be made")
-            mailbox.error = EngineError(f"the answer cannot be made: {type(error).__name__}")
+        except Exception as error:  # the pages of the request are free nevertheless
+            logger.exception("the output of an aborted request could not be built")
+            mailbox.error = EngineError(f"the output could not be built: {type(error).__name__}")
         self._notify([mailbox])
 
     def _abort_all(self) -> None:
         for request_id in list(self._mailboxes):
             self._abort(request_id)
 
-    # What an event loop does for it.
+    # Called by event loops
 
     def _wake_all(self, mailboxes: list[Mailbox], is_timed: bool) -> None:
         started = time.perf_counter()
         for mailbox in mailboxes:
             mailbox.filled.set()
-        if is_timed:  # behind those who wait, who read and send before they wait again
+        if is_timed:  # runs after the woken readers, which read and send before they wait again
             mailboxes[0].loop.call_soon(self._note_notifying, started)
 
     def _note_notifying(self, started: float) -> None:

@@ -1,18 +1,18 @@
-"""Attention of a Hugging Face model over the paged pool: all that calls FlexAttention. Knows no queues, no budgets.
+"""Attention of a Hugging Face model over the paged pool, computed by FlexAttention. Independent of queues and budgets.
 
-The model keeps its own code. transformers lets a model's attention function be chosen by name (`AttentionInterface`)
-and hands it query, key and value after projection, norms and RoPE. That is the whole seam: `patching.patch_model` gives
-every attention layer a `PagedKVCache` and chooses `paged_flex_attention`.
+The code of the model is not changed. transformers selects a model's attention function by name (`AttentionInterface`)
+and passes it query, key and value after projection, norms and RoPE. The engine uses only this interface:
+`patching.patch_model` gives every attention layer a `PagedKVCache` and selects `paged_flex_attention`.
 
-A step in which every chunk is one token is compiled with its attention, as one graph of static shapes: the step is an
-argument of the model, and is handed on to every layer. Any other step has a length of its own, and is served by a graph
-for any number of tokens. What depends on the step (which slots, which tiles, which masks) stays out of that one, in two
-operators that it calls without looking inside:
+In a compiled engine, a step in which every chunk is one token runs one graph of static shapes, attention included. The
+step is an argument of the model, which passes it to every layer. Every other step runs one graph for any number of
+tokens. The slots, tiles and masks of the step are not part of that graph. They are used in two operators, which are
+opaque to the compiler:
 
     model, compiled       norm ─ q k v ─ RoPE ─┐                      ┌─ o ─ residual ─ norm ─ MLP ─ residual
     operators                                  └─ write_kv ─ attend ──┘
                                                      ▲         ▲
-    the step in progress   with step_in_progress(StepBatch, flex_attention): model(...)
+    step in progress       with step_in_progress(StepBatch, flex_attention): model(...)
 """
 
 import functools
@@ -28,7 +28,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from flex_nano_vllm.masks import softcap as softcap_mod
 from flex_nano_vllm.step import StepBatch, TiledQueries
 
-# Must not contain the name of one of transformers' own implementations: it tests names by prefix and substring.
+# Must not contain the name of an implementation in transformers, which tests names by prefix and substring.
 ATTN_IMPLEMENTATION = "paged_flex"
 
 _in_progress: ContextVar["StepInProgress | None"] = ContextVar("step_in_progress", default=None)
@@ -36,26 +36,27 @@ _in_progress: ContextVar["StepInProgress | None"] = ContextVar("step_in_progress
 
 @torch.compiler.nested_compile_region
 def flex_in_graph(window: int | None, *args: object, **kwargs: object) -> Tensor:
-    """FlexAttention in a graph of the whole model: one kernel for all layers of the same window.
+    """FlexAttention within the graph of the whole model: one kernel for all layers of the same window.
 
-    Inductor would make one for each, since what it generates differs in the names of variables. `window` tells the
-    regions apart: by their masks alone torch 2.15 does not.
+    Without the region, Inductor generates one kernel per layer, because the kernels differ in the names of variables.
+    The argument `window` separates the regions of different windows: torch 2.15 does not separate regions that differ
+    only in their masks.
     """
     return flex_attention(*args, **kwargs)
 
 
 @dataclass(frozen=True)
 class StepInProgress:
-    """What the operators work on while the model is called."""
+    """Inputs of the two operators during a call of the model."""
 
     step: StepBatch
     flex: Callable[..., Tensor]  # a compiled `flex_attention`
-    finite: Tensor  # [T] bool, cleared by the operators where a token's keys or values are not
+    finite: Tensor  # [T] bool; an operator clears the tokens whose keys or values are not finite
 
 
 @contextmanager
 def step_in_progress(step: StepBatch, flex: Callable[..., Tensor]) -> Iterator[Tensor]:
-    """Let the operators work on `step`. Gives `finite`, which is complete when the model has returned."""
+    """Make `step` the input of the operators. Yields `finite`, which is complete after the model has returned."""
     finite = torch.ones_like(step.input_ids[0], dtype=torch.bool)
     token = _in_progress.set(StepInProgress(step, flex, finite))
     try:
@@ -69,7 +70,7 @@ def _current(num_tokens: int, ends: bool) -> StepInProgress:
     if current is None or num_tokens != (len(current.step.logits_indices) if ends else current.step.num_tokens):
         raise RuntimeError(
             "this model is patched for paged attention and belongs to an Inference engine: it cannot be called "
-            "directly. Use the engine, or give the model back first with engine.close()"
+            "directly. Use the engine, or restore the model first with engine.close()"
         )
     return current
 
@@ -84,7 +85,7 @@ def attend(
     scale: float,
     cap: float | None,
 ) -> Tensor:
-    """Attention of queries, [1, H, T, D], over the pool. Returns [1, T, H, D]."""
+    """Compute attention of queries [1, H, T, D] over the pool. Returns [1, T, H, D]."""
     head_dim = query.shape[-1]
     rows = query.transpose(1, 2).reshape(-1, head_dim)  # [T * H, D]
     outputs = []
@@ -93,7 +94,7 @@ def attend(
         kv_len = block_mask.seq_lengths[1]
         output = flex(
             rows[tiles.query_rows],  # [tiles, K, L * G, D]
-            k_cache[:, :, :kv_len],  # for all tiles: a batch of 1 is broadcast
+            k_cache[:, :, :kv_len],  # shared by all tiles: the batch of 1 is broadcast
             v_cache[:, :, :kv_len],
             score_mod=None if cap is None else softcap_mod(cap),
             block_mask=block_mask,
@@ -106,7 +107,7 @@ def attend(
 
 
 def write_kv(slots: Tensor, key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
-    """Put a step's keys and values, [1, K, T, D], into their slots of the pool, [1, K, slots, D]."""
+    """Write keys and values of a step, [1, K, T, D], into their slots of the pool, [1, K, slots, D]."""
     k_cache.index_copy_(2, slots, key)
     v_cache.index_copy_(2, slots, value)
 
@@ -114,7 +115,7 @@ def write_kv(slots: Tensor, key: Tensor, value: Tensor, k_cache: Tensor, v_cache
 def write_kv_op(
     key: Tensor, value: Tensor, finite: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None
 ) -> None:
-    """`finite` [T] says which tokens had finite keys and values."""
+    """Operator form of `write_kv`. `finite` [T] marks the tokens with finite keys and values."""
     current = _current(num_tokens=key.shape[2], ends=False)
     current.finite.logical_and_(finite)
     write_kv(current.step.slots[window], key, value, k_cache, v_cache)
@@ -123,7 +124,7 @@ def write_kv_op(
 def attend_op(
     query: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None, scale: float, cap: float | None, ends: bool
 ) -> Tensor:
-    """`ends`: the queries are those of the chunks' ends only (see `patching.pruned_forward`)."""
+    """Operator form of `attend`. `ends`: only logits indices have queries (see `patching.pruned_forward`)."""
     current = _current(query.shape[2], ends)
     queries = current.step.end_queries if ends else current.step.queries[window]
     return attend(queries, current.flex, query, k_cache, v_cache, window, scale, cap)
@@ -132,7 +133,7 @@ def attend_op(
 OPS = torch.library.Library("flex_nano_vllm", "DEF")
 OPS.define("write_kv" + torch.library.infer_schema(write_kv_op, mutates_args=("k_cache", "v_cache")))
 OPS.define("attend" + torch.library.infer_schema(attend_op, mutates_args=()))
-for _dispatch_key in ("CPU", "CUDA", "MPS", "XPU"):  # not for all at once, that would include fake tensors
+for _dispatch_key in ("CPU", "CUDA", "MPS", "XPU"):  # not for all keys at once, which would include fake tensors
     OPS.impl("write_kv", write_kv_op, _dispatch_key)
     OPS.impl("attend", attend_op, _dispatch_key)
 
@@ -149,11 +150,11 @@ def _(query: Tensor, *args: object) -> Tensor:
 
 
 class PagedKVCache(nn.Module):
-    """The KV pool of one attention layer, whose queries see `window` tokens (None: all before them).
+    """The KV pool of one attention layer, whose queries see `window` tokens (None: all previous tokens).
 
-    `k_cache` and `v_cache` are two separate buffers [1, K, P * page_size, D]: heads outermost, so that a page of one
-    head is contiguous; two buffers, because the CPU template copies a buffer that K and V share (and torch 2.11
-    refuses it). They start as zeros, and are finite at all times.
+    `k_cache` and `v_cache` are two separate buffers [1, K, P * page_size, D]. The heads are outermost, so that a page
+    of one head is contiguous. The buffers are separate, because the CPU template copies a buffer that K and V share
+    (and torch 2.11 rejects it). They start as zeros and always contain finite numbers.
     """
 
     def __init__(
@@ -172,17 +173,19 @@ class PagedKVCache(nn.Module):
         self.register_buffer("v_cache", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
 
     def update(self, key: Tensor, value: Tensor) -> None:
-        """Write keys and values of the step in progress, [1, K, T, D], into their slots."""
+        """Write keys and values [1, K, T, D] of the step in progress into their slots."""
         key, value, finite = _only_finite(key, value)
         torch.ops.flex_nano_vllm.write_kv(key, value, finite, self.k_cache, self.v_cache, self.window)
 
     def attend(self, query: Tensor, scale: float, cap: float | None, ends: bool = False) -> Tensor:
-        """Attention of the queries of the step in progress, [1, H, T, D], over the pool; of the chunks' `ends` only,
-        if so (see `patching.pruned_forward`). Returns [1, T, H, D]."""
+        """Compute attention of the step in progress over the pool, for queries [1, H, T, D].
+
+        `ends`: the queries are those at the logits indices only (see `patching.pruned_forward`). Returns [1, T, H, D].
+        """
         return torch.ops.flex_nano_vllm.attend(query, self.k_cache, self.v_cache, self.window, scale, cap, ends)
 
     def copy_pages(self, sources: Tensor, targets: Tensor, page_size: int) -> None:
-        """Copy whole pages, given by their numbers, on the device."""
+        """Copy whole pages on the device. `sources` and `targets` are physical page numbers."""
         for pool in (self.k_cache, self.v_cache):
             pages = pool.unflatten(2, (-1, page_size))  # [1, K, P, page_size, D]
             pages[:, :, targets] = pages[:, :, sources]
@@ -190,8 +193,11 @@ class PagedKVCache(nn.Module):
     def update_and_attend(
         self, decodes: StepBatch, query: Tensor, key: Tensor, value: Tensor, scale: float, cap: float | None
     ) -> Tensor:
-        """Both for a step of decodes, compiled into the graph of the model. Where keys or values are not finite, the
-        output is NaN, and so are then the logits: each token is the end of its chunk."""
+        """Run `update` and `attend` for a step of decodes, compiled into the graph of the model.
+
+        The output of a token with non-finite keys or values is NaN. Its logits then are NaN too, because each token is
+        the end of its chunk.
+        """
         key, value, finite = _only_finite(key, value)
         write_kv(decodes.slots[self.window], key, value, self.k_cache, self.v_cache)
         flex = functools.partial(flex_in_graph, self.window)
@@ -200,29 +206,34 @@ class PagedKVCache(nn.Module):
 
 
 def _only_finite(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values, [1, K, T, D], as they may enter the pool, and which tokens had only finite ones, [T] bool.
+    """Replace non-finite keys and values by zeros.
 
-    A NaN in the pool would reach every query whose kernel passes by, since a masked slot still counts as 0 * V, and the
-    CPU kernel's running maximum may lose one that should be seen. So a token whose numbers are not finite is written as
-    zeros: its request fails, alone and at once, and its pages can be used again by anybody.
+    A NaN in the pool would reach every query whose kernel visits its page, because a masked slot still contributes
+    0 * V. Conversely, the running maximum of the CPU kernel may drop a NaN that a query sees. So a token with
+    non-finite keys or values is written as zeros. Only its request fails, immediately, and any request can reuse its
+    pages.
+
+    Returns:
+        Keys and values [1, K, T, D] for the pool, and a mask [T] bool of the tokens that were finite.
     """
     finite = (key.isfinite() & value.isfinite()).all(dim=-1, keepdim=True).all(dim=1, keepdim=True)  # [1, 1, T, 1]
     return torch.where(finite, key, 0), torch.where(finite, value, 0), finite.flatten()
 
 
 def kernel_options(device: torch.device, q_block: int, page_size: int) -> dict[str, object] | None:
-    """The Triton kernel's own tile must divide the mask's blocks; before torch 2.14 nobody else sees to it.
+    """Return kernel options with which the tile sizes of the Triton kernel divide the blocks of the mask.
 
-    Its defaults are tuned for the device and the head dim, and divide blocks of 128. Where a block is no multiple of
-    128, the tile is made small, so that it takes no more shared memory than the default would.
-    "TRITON" is the main kernel. Whether the flex-decoding kernel, which "AUTO" would pick for few query rows, is faster
-    on small tiles has not been measured.
+    Torch before 2.14 does not ensure this. The default sizes are tuned for the device and the head dim, and divide
+    blocks of 128. If a block is not a multiple of 128, the options set a small size, which does not need more shared
+    memory than the default.
+    "TRITON" is the main kernel. "AUTO" would select the flex-decoding kernel for few query rows. It has not been
+    measured whether that kernel is faster on small tiles.
     """
     if device.type != "cuda":
         return None
     options: dict[str, object] = {"BACKEND": "TRITON"}
     if q_block % 128:
-        options["BLOCK_M"] = min(32, q_block & -q_block)  # the largest power of two that divides it
+        options["BLOCK_M"] = min(32, q_block & -q_block)  # the largest power of two that divides q_block
     if page_size % 128:
         options["BLOCK_N"] = 16
     return options
@@ -240,13 +251,19 @@ def paged_flex_attention(
     step: StepBatch | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """The attention function that transformers calls in every layer: query [1, H, T, D], key and value [1, K, T, D],
-    after RoPE. Returns [1, T, H, D] and no weights.
+    """The attention function that transformers calls in every layer.
 
-    `part`, see `patching.pruned_forward`: "keys" writes keys and values and returns nothing of interest, "ends"
-    attends only.
-    `step`: given for a step of decodes, which is compiled with its attention; else it is the one in progress.
-    Raises RuntimeError when the model was called by anybody but the engine, whose step says where and what.
+    Args:
+        query: [1, H, T, D], after RoPE.
+        key: [1, K, T, D], after RoPE.
+        value: [1, K, T, D].
+        part: see `patching.pruned_forward`. "keys" only writes keys and values, and the output is not used. "ends" only
+            computes attention. None does both.
+        step: the step, if it is a step of decodes that is compiled with its attention. None: the step in progress.
+    Returns:
+        The output [1, T, H, D], and None instead of attention weights.
+    Raises:
+        RuntimeError: the model was not called by the engine, so that no step provides slots and masks.
     """
     cache = module.kv_cache
     if step is not None:

@@ -1,4 +1,4 @@
-"""The benchmark's workload on Hugging Face transformers alone, to measure against. Knows nothing of the engine."""
+"""The benchmark's workload on Hugging Face transformers alone, as a baseline. Does not use the engine."""
 
 import time
 
@@ -10,11 +10,11 @@ from flex_nano_vllm.generation_defaults import plain_generation
 from flex_nano_vllm.report import FinishedRequest
 from flex_nano_vllm.workload import WorkloadRequest
 
-NUM_CHECKED = 4  # answers of continuous batching, held to the model's own choices
+NUM_CHECKED = 4  # outputs of continuous batching that are compared with the model's own choices
 
 
 class _Clock(StoppingCriteria):
-    """Notes when each token of a batch was there; stops nothing."""
+    """Records the time of each token of a batch. Never stops generation."""
 
     def __init__(self):
         self.times: list[float] = []
@@ -27,10 +27,10 @@ class _Clock(StoppingCriteria):
 def padded_batches(
     model: PreTrainedModel, requests: list[WorkloadRequest], batch_size: int
 ) -> tuple[list[FinishedRequest], float]:
-    """`generate` on batches in the order of the requests, prompts padded on the left, each batch until its longest
-    answer is done: what one writes without an engine. Returns the requests and the seconds of the whole run.
+    """Call `generate` on batches in the order of the requests, with prompts padded on the left.
 
-    A request's tokens after its own last one are not counted.
+    A batch runs until its longest output is complete, as in a script without an engine. Tokens of a request beyond its
+    `max_tokens` are not counted. Returns the requests and the seconds of the whole run.
     """
     finished = []
     started = time.perf_counter()
@@ -60,10 +60,10 @@ def padded_batches(
 def continuous_batching(
     model: PreTrainedModel, requests: list[WorkloadRequest], batch_size: int
 ) -> tuple[list[FinishedRequest], float]:
-    """transformers' own continuous batching. Returns the requests and the seconds.
+    """Run the requests with transformers' own continuous batching. Returns the requests and the seconds.
 
-    Raises RuntimeError when its first answers are not what the model itself would choose: off CUDA it drops a model's
-    attention softcap (transformers 5.17 to 5.23), and how fast wrong tokens come is nothing to compare with.
+    Raises RuntimeError if its first outputs differ from the model's own choices. Without CUDA, it ignores the attention
+    softcap of a model (transformers 5.17 to 5.23), and the throughput of wrong tokens is no baseline.
     """
     batching = ContinuousBatchingConfig(max_requests_per_batch=batch_size, allow_block_sharing=False)
     greedy = GenerationConfig(do_sample=False, pad_token_id=0, eos_token_id=-1)
@@ -86,21 +86,21 @@ def continuous_batching(
             if result is not None and result.is_finished():
                 results[result.request_id] = result
             elif result is None and not manager.is_running():
-                raise RuntimeError("transformers' continuous batching ended before its requests did")
+                raise RuntimeError("transformers' continuous batching stopped before all requests were finished")
         seconds = time.perf_counter() - started
     answers = [results[id_].generated_tokens for id_ in ids]
     prompts, checked = [list(request.prompt_token_ids) for request in requests[:NUM_CHECKED]], answers[:NUM_CHECKED]
     mismatches = compare(model, prompts, checked, checked).mismatches
     if mismatches:
         raise RuntimeError(
-            f"no figures: of {sum(map(len, checked))} tokens of transformers' continuous batching, {mismatches} are "
-            "not those that the model itself would choose"
+            f"no figures: {mismatches} of {sum(map(len, checked))} tokens of transformers' continuous batching differ "
+            "from the model's own choices"
         )
     return [_finished(r, [t - started for t in results[i].timestamps]) for r, i in zip(requests, ids)], seconds
 
 
 def _finished(request: WorkloadRequest, token_times: list[float]) -> FinishedRequest:
-    """`token_times` in seconds since the start of the run, when all requests came."""
+    """Return counts and latencies of a request. `token_times` are seconds since the start, when all requests arrive."""
     assert len(token_times) == request.max_tokens
     first, last = token_times[0], token_times[-1]
     tpot = (last - first) / (len(token_times) - 1) if len(token_times) > 1 else None

@@ -1,8 +1,7 @@
-"""The server under load, beside the same engine offline: in one run, in turns. Knows the API only, not the engine's
-parts.
+"""Load test of the server, and of the same engine offline, in turns. Uses only the public API of both.
 
-The clients are a few lines of their own, because they share the processors with the server: a client library would take
-more of them than the server does.
+The HTTP client is written out here, because clients share the processors with the server: a client library would use
+more processor time than the server does.
 """
 
 import asyncio
@@ -35,25 +34,28 @@ PROMPT_LENS, OUTPUT_LENS = (32, 512), (32, 128)
 
 @dataclass(frozen=True)
 class Answer:
-    """What one request got over HTTP. Times in seconds."""
+    """Response to one HTTP request. Times are in seconds."""
 
-    status: int  # 0: the client broke off
+    status: int  # 0: the client closed the connection early
     num_events: int
     ttft: float | None  # to the first event of a stream
     seconds: float
-    head: bytes  # in small letters
-    body: bytes  # as it came, chunk marks included
+    head: bytes  # in lower case
+    body: bytes  # as received: a chunked body still has its chunk sizes
 
 
 class Client:
-    """Asks one thing after another, on one connection for as long as it lasts. Use it in an `async with` block."""
+    """HTTP client for one request at a time, on one connection while it stays open. Use it in an `async with` block."""
 
     def __init__(self, host: str, port: int):
         self.host, self.port = host, port
         self._connection: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def ask(self, request: dict, path: str = "/v1/completions", breaks_off_after: int | None = None) -> Answer:
-        """Send one request and read the answer: to its end, or up to so many events."""
+        """Send one request and read the response, to its end or up to `breaks_off_after` events.
+
+        Raises ConnectionError if the server closes the connection before the end of a stream.
+        """
         payload = json.dumps(request).encode()
         head = f"POST {path} HTTP/1.1\r\nHost: {self.host}\r\nContent-Type: application/json\r\n"
         started = time.perf_counter()
@@ -70,7 +72,7 @@ class Client:
                 break
             part = await reader.read(65_536)
             if not part:
-                raise ConnectionError("the server has broken off")
+                raise ConnectionError("the server closed the connection before the end of the response")
             body += part
             num_events += part.count(b"data: ")
             if num_events and ttft is None:
@@ -102,7 +104,10 @@ async def ask_all(
     requests: list[WorkloadRequest],
     ask_one: Callable[[Client, WorkloadRequest], Awaitable[Any]],
 ) -> list[Any]:
-    """Let so many clients work through the requests, each asking the next one as soon as it has its answer."""
+    """Send the requests from `num_clients` clients. Each client sends its next request when it has its response.
+
+    Returns the results of `ask_one`, in the order of completion.
+    """
     todo, answers = iter(requests), []
 
     async def work() -> None:
@@ -116,7 +121,7 @@ async def ask_all(
 
 @contextmanager
 def server(*arguments: str) -> Iterator[int]:
-    """A server on the local machine, ready and compiled. Gives its port."""
+    """Start a server on the local machine, and yield its port when it is compiled and ready."""
     command = [sys.executable, "-m", "flex_nano_vllm.server", "--port", "0", *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8")
     try:
@@ -126,8 +131,8 @@ def server(*arguments: str) -> Iterator[int]:
             if "Uvicorn running on" in line:
                 break
         else:
-            raise RuntimeError("the server has not started:\n" + "".join(lines))
-        threading.Thread(target=process.stderr.read, daemon=True).start()  # a full pipe would stop it
+            raise RuntimeError("the server did not start:\n" + "".join(lines))
+        threading.Thread(target=process.stderr.read, daemon=True).start()  # a full pipe would block the server
         yield int(line.split("http://")[1].split()[0].rsplit(":", 1)[1])
     finally:
         process.terminate()
@@ -136,7 +141,7 @@ def server(*arguments: str) -> Iterator[int]:
 
 @contextmanager
 def loadable(model: str) -> Iterator[str]:
-    """What both can load: of a shape with random weights a folder, while it is needed."""
+    """Yield a model that server and engine can load: for a shape with random weights, a temporary folder."""
     if model not in SHAPES:
         yield model
         return
@@ -147,10 +152,10 @@ def loadable(model: str) -> Iterator[str]:
 
 
 def bench(model: str, num_requests: int, num_clients: int, repeats: int, console: Console) -> dict:
-    """Ask a server for whole answers and for streams, and an engine of the same sizes offline, in turns."""
+    """Measure a server, with whole responses and with streams, and an offline engine of the same sizes, in turns."""
     requests = make_workload(num_requests, PROMPT_LENS, OUTPUT_LENS, TOKEN_IDS, seed=0)
     longest = PROMPT_LENS[1] + OUTPUT_LENS[1]
-    console.print("starting the server and compiling, which takes minutes the first time")
+    console.print("starting the server and compiling (takes minutes on the first run)")
     with (
         loadable(model) as path,
         server("--model", path, "--served-model-name", model, "--max-seq-length", str(longest)) as port,
@@ -169,7 +174,7 @@ def bench(model: str, num_requests: int, num_clients: int, repeats: int, console
 
         def served(stream: bool) -> list[FinishedRequest]:
             async def ask_one(client: Client, request: WorkloadRequest) -> FinishedRequest:
-                salt = str(random.random())  # nothing is found computed
+                salt = str(random.random())  # no request is a cache hit of another
                 body = dict(model=model, prompt=request.prompt_token_ids, max_tokens=request.max_tokens, temperature=0)
                 answer = await client.ask(body | dict(ignore_eos=True, stream=stream, cache_salt=salt))
                 if answer.status != 200 or (stream and b"data: [DONE]" not in answer.body[-40:]):
@@ -187,9 +192,9 @@ def bench(model: str, num_requests: int, num_clients: int, repeats: int, console
             for name, run in kinds.items():
                 started = time.perf_counter()
                 results = summarize(run(), time.perf_counter() - started, torch.device("cpu"))
-                if turn:  # the first one warms up
+                if turn:  # turn 0 is the warm-up
                     runs[name].append(strict(results))
-    table = Table("", "output tok/s", "of offline", "TTFT p50 / p99, ms", "TPOT p50 / p99, ms")
+    table = Table("", "output tok/s", "share of offline", "TTFT p50 / p99, ms", "TPOT p50 / p99, ms")
     rates = {name: statistics.median(run["output_tokens_per_s"] for run in of_kind) for name, of_kind in runs.items()}
     for name, of_kind in runs.items():
         last = of_kind[-1]

@@ -1,16 +1,18 @@
-"""Decodes that share pages read them together: cascade attention, in one call. Knows no queues and no text.
+"""Cascade attention in one call: decodes that share pages read them together. Independent of queues and text.
 
-Requests that begin alike hold the same pages (`prefix_cache.py`). Cut as usual, every decode is a tile of its own and
-reads all of its pages. Here several decodes ride in one tile, which reads a page once for all of them:
+Sequences with a common prefix share pages (`prefix_cache.py`). Without packing, every decode has a tile of its own,
+which reads all pages of the decode. Here one packed tile holds several decodes, and reads each page once for all of
+them:
 
     row 1   [ 3 1 | 7 ]
-    row 2   [ 3 1 | 4 5 ]         a tile of all three:  sees whole [ 1 3 ], some of [ 2 4 5 7 ]
+    row 2   [ 3 1 | 4 5 ]         a tile of all three:  full pages [ 1 3 ], partial pages [ 2 4 5 7 ]
     row 3   [ 3 1 | 2 ]
 
-The pages that all of a tile's sequences see whole need no mask; on the others `mask_mod` masks what is not of the
-query's own row, as ever. So there is one softmax over everything that a query sees, and nothing to merge. (Hydragen,
-arXiv:2402.05099, and FlashInfer compute prefix and rest apart and merge them by their log-sum-exp, which FlexAttention
-does not return on a CPU.) The price: what is not shared is read with all rows of the tile. `pack` weighs both.
+Full pages, which all sequences of a tile see completely, need no mask. On partial pages, `mask_mod` masks the slots of
+pages that the query's own row does not use, as in all tiles. Therefore each query has one softmax over all of its keys,
+and there are no partial results to merge. (Hydragen, arXiv:2402.05099, and FlashInfer compute prefix and rest
+separately, and merge them by their log-sum-exp, which FlexAttention does not return on a CPU.) The cost: pages that are
+not shared are read with all query rows of the tile. `pack` compares the saving with this cost.
 """
 
 from dataclasses import dataclass
@@ -24,48 +26,51 @@ from flex_nano_vllm.masks import layer_mask, of_queries
 from flex_nano_vllm.page_table import PageTable, visible_pages, widen
 from flex_nano_vllm.transfer import upload
 
-# What must be saved, counted in visits of a page by one kv head of one decode: the host's work for it.
+# Decodes are packed if that saves at least this many visits of a page by one kv head of one decode. The host's work for
+# packing costs about as much.
 LEAST_SAVING = 200
 
 
 @dataclass(frozen=True)
 class CascadeRule:
-    """When to pack decodes, and how. The costs are measured: docs/log.md."""
+    """When and how to pack decodes. The costs are measured: docs/log.md."""
 
-    tile_len: int  # decodes in a tile
-    num_tiles: int  # that a step is padded to
-    least_decodes: int  # in a step: few of them have little to save
-    full_cost: float  # of a packed tile's visit of a page that it sees whole; one of a decode alone costs 1
-    partial_cost: float  # where a mask decides
-    heads_per_processor: float  # kv heads
+    tile_len: int  # decodes per packed tile, at most
+    num_tiles: int  # number of packed tiles that a step is padded to
+    least_decodes: int  # fewest decodes of a step that are packed: fewer have little to save
+    full_cost: float  # cost of one visit of a full page by a packed tile; a visit by a decode's own tile costs 1
+    partial_cost: float  # cost of one visit of a partial page by a packed tile
+    heads_per_processor: float  # kv heads per processor
 
     def cost(self, visits: np.ndarray) -> float:
-        """Of tiles with so many visits each. Tiles and heads are shared out among the processors, but one head of one
-        tile is the work of one processor."""
+        """Return the cost of tiles, given the visits (or their costs) of each tile.
+
+        Tiles and heads are divided among the processors, but one head of one tile runs on one processor.
+        """
         return max(visits.sum() * self.heads_per_processor, visits.max())
 
     def can_pay(self, num_decodes: int, num_pages: int) -> bool:
-        """Whether it would if all of the pages were shared by all."""
+        """Return whether packing pays if all decodes share all pages."""
         together = np.full(cdiv(num_decodes, self.tile_len), self.full_cost * num_pages)
         return self.cost(np.full(num_decodes, num_pages)) - self.cost(together) >= LEAST_SAVING
 
 
 @dataclass(frozen=True)
 class PackedDecodes:
-    """Decodes of a step in tiles that read every page once."""
+    """Decodes of a step in packed tiles, which read every page once."""
 
-    members: np.ndarray  # [tiles, L] which of the decodes, -1 where there is none
-    partial: np.ndarray  # [tiles, P] bool, the pages of which the tile's sequences see something,
-    full: np.ndarray  # [tiles, P] bool, and those that all of them see whole
+    members: np.ndarray  # [tiles, L] index of each decode in the step, -1 for padding
+    partial: np.ndarray  # [tiles, P] bool, partial pages: seen, but not completely by all sequences of the tile
+    full: np.ndarray  # [tiles, P] bool, full pages: all sequences of the tile see them completely
 
     @classmethod
     def empty(cls, tile_len: int, n_pages: int) -> "PackedDecodes":
-        """A tile with nobody in it."""
+        """Return one tile without decodes."""
         nothing = np.zeros((1, n_pages), dtype=bool)
         return cls(np.full((1, tile_len), -1), nothing, nothing)
 
     def padded(self, num_tiles: int) -> "PackedDecodes":
-        """As many tiles, the last ones empty."""
+        """Return the tiles padded to `num_tiles` with empty ones."""
         more = ((0, num_tiles - len(self.members)), (0, 0))
         members = np.pad(self.members, more, constant_values=-1)
         return PackedDecodes(members, np.pad(self.partial, more), np.pad(self.full, more))
@@ -74,22 +79,22 @@ class PackedDecodes:
 def pack(
     rows: np.ndarray, positions: np.ndarray, window: int | None, table: PageTable, rule: CascadeRule
 ) -> PackedDecodes | None:
-    """Put decodes that share pages side by side; None where that does not pay.
+    """Pack decodes that share pages into common tiles; returns None if that does not pay.
 
     Args:
-        rows: [C], of the page table, of a step in which every chunk is one token.
-        positions: [C], of these.
-        window: of the layers, None for full attention.
+        rows: [C], page-table rows of a step in which every chunk is one token.
+        positions: [C], positions of these tokens.
+        window: the window of the layers, None for full attention.
     """
-    most = table.num_repeated_pages * max(1, rule.heads_per_processor)  # that can be saved
+    most = table.num_repeated_pages * max(1, rule.heads_per_processor)  # upper bound of the saving
     if len(rows) < rule.least_decodes or most < LEAST_SAVING:
         return None
-    # Rows that begin alike are the same bytes, and lie side by side when these are sorted.
+    # Sort the page-table rows as strings of bytes, which puts rows with a common prefix side by side.
     order = np.argsort(table.host_table[rows].view(f"V{4 * table.max_pages_per_row}")[:, 0], kind="stable")
     members = np.full((cdiv(len(rows), rule.tile_len), rule.tile_len), -1)
     members.ravel()[: len(rows)] = order
     is_member = members >= 0
-    position = np.where(is_member, positions[members], -1)[..., None]  # [tiles, L, 1], of nobody -1: sees nothing
+    position = np.where(is_member, positions[members], -1)[..., None]  # [tiles, L, 1]; -1: padding, sees nothing
     first, end, first_full, end_full = visible_pages(position, position, window, table.page_size)
     logical = np.arange(table.max_pages_per_row)
     pages = table.host_table[rows[members]]  # [tiles, L, N]
@@ -111,15 +116,15 @@ def packed_block_mask(
     table: PageTable,
     kv_len: int,
 ) -> BlockMask:
-    """The physical mask of packed decodes, in tiles of L * G rows.
+    """Return the physical block mask of packed decodes, in tiles of L * G query rows.
 
     Args:
-        rows: [tiles, L] int32, of each decode in the page table; 0 where there is none.
-        q_pos: [tiles, L], its position; -1 where there is none.
-        kv_len: slots of the pool that attention is handed.
+        rows: [tiles, L] int32, page-table row of each decode; 0 for padding.
+        q_pos: [tiles, L], position of each decode; -1 for padding.
+        kv_len: slots of the pool that attention receives.
     """
     page_size, num_members = table.page_size, q_pos.shape[1]
-    most = min(table.n_pages, num_members * table.max_pages_per_row)  # pages that a tile can need
+    most = min(table.n_pages, num_members * table.max_pages_per_row)  # the most pages that a tile can need
     arrays = [*_lists(packed.partial, most), *_lists(packed.full, most), q_pos]
     num_partial, partial, num_full, full, q_pos = upload(arrays, table.table.device, np.int32)
     partial, full = (widen(pages, cdiv(kv_len, page_size)) for pages in (partial, full))
@@ -141,13 +146,13 @@ def packed_block_mask(
 
 
 def _count(pages: np.ndarray, chosen: np.ndarray, n_pages: int) -> np.ndarray:
-    """How many of a tile's sequences have chosen each page of the pool: [tiles, L, N] to [tiles, P]."""
+    """Count how many sequences of a tile have chosen each page of the pool: [tiles, L, N] to [tiles, P]."""
     tiles = np.arange(len(pages))[:, None, None]
     return np.bincount((tiles * n_pages + pages)[chosen], minlength=len(pages) * n_pages).reshape(-1, n_pages)
 
 
 def _lists(chosen: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """The columns chosen in each line: how many, [tiles, 1], and which, [tiles, width] with 0 past the end."""
+    """Return the chosen pages of each tile: their number, [tiles, 1], and their list, [tiles, width], padded with 0."""
     counts = chosen.sum(axis=1, keepdims=True)
     tiles, pages = np.nonzero(chosen)
     lists = np.zeros((len(chosen), width), dtype=np.int32)

@@ -1,4 +1,4 @@
-"""Conversations to prompts, through the tokenizer's own template. Knows no engine."""
+"""Converts conversations to prompt tokens with the tokenizer's chat template. Independent of the engine."""
 
 import json
 import re
@@ -11,37 +11,37 @@ from transformers import PreTrainedTokenizerBase
 from flex_nano_vllm.detokenizer import special_token_names
 
 ROLES = ("system", "user", "assistant", "tool")
-# Around numbers, these stand for control tokens in messages until the template is through; and for the first of the two
-# itself, so that a message cannot forge them.
+# A number between these characters replaces a control token of a message while the template is rendered. The first
+# character itself is replaced in the same way, so that a message cannot forge such a placeholder.
 _OPEN, _CLOSE = "\ue000", "\ue001"
 
 
 def chat_token_ids(
     tokenizer: PreTrainedTokenizerBase | None, messages: list[dict], tools: list[dict] | None = None
 ) -> list[int]:
-    """The tokens of a conversation, up to where the model is to answer.
+    """Return the tokens of a conversation, up to the point where the model answers.
 
-    A message cannot end its turn or open another one: a control token in what it says is read as the characters it is
-    written with. A template is a program that came with the tokenizer: transformers runs it in a sandbox, and it gets
-    nothing of a request but messages and tools.
+    A message cannot end its turn or open another turn: a control token in its content is tokenized as plain characters.
+    A template is a program that comes with the tokenizer. transformers runs it in a sandbox, and it receives only the
+    messages and tools of a request.
 
     Args:
-        messages: `{"role": ..., "content": ...}`, the content a text or a list of `{"type": "text", "text": ...}`. An
-            assistant's message may have `tool_calls`, and a tool's message the `tool_call_id` that it answers.
+        messages: `{"role": ..., "content": ...}`, the content a string or a list of `{"type": "text", "text": ...}`. An
+            assistant message may have `tool_calls`. A tool message may have the `tool_call_id` of the call it answers.
         tools: in OpenAI's form, `{"type": "function", "function": {"name": ..., "parameters": {...}}}`.
     Raises:
-        ValueError: for messages of another form, for tools where the template has no place for them, without a
-            template, or what the template refuses.
+        ValueError: messages have another form, the template does not support the given tools, there is no tokenizer or
+            no template, or the template raises an error.
     """
     if tokenizer is None:
-        raise ValueError("a chat needs a tokenizer, and the engine has none")
+        raise ValueError("a chat needs a tokenizer, but the engine has none")
     if not tokenizer.chat_template:
-        raise ValueError("the tokenizer has no chat template: use a completion, or a model that was made to chat")
+        raise ValueError("the tokenizer has no chat template: use completions, or a chat model")
     if not isinstance(messages, list | tuple) or not messages:
         got = f"an empty {type(messages).__name__}" if messages in ([], ()) else f"a {type(messages).__name__}"
         raise ValueError(f"messages must be a non-empty list of dicts with role and content, not {got}")
     if tools and "tools" not in template_of(tokenizer):
-        raise ValueError("tools: the model's chat template has no place for them, so the model would not know them")
+        raise ValueError("tools: the model's chat template does not support them, so the model would not see them")
     control_tokens = sorted({_OPEN, *special_token_names(tokenizer)}, key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, control_tokens)))
     spoken: list[str] = []
@@ -61,9 +61,9 @@ def chat_token_ids(
     try:
         text = tokenizer.apply_chat_template(given[0], tools=given[1], tokenize=False, add_generation_prompt=True)
     except (TemplateError, ArithmeticError, LookupError, TypeError) as error:
-        raise ValueError(f"the chat template refuses the messages: {error}") from error
+        raise ValueError(f"the chat template raises an error for the messages: {error}") from error
     parts = re.split(f"{_OPEN}([0-9]+){_CLOSE}", text)
-    # Many at once, since to call a tokenizer costs more than what it does.
+    # One call for all parts, because a call of the tokenizer has more overhead than work.
     written = tokenizer(parts[::2], add_special_tokens=False).input_ids
     token_ids = list(written[0])
     if len(parts) > 1:
@@ -75,7 +75,7 @@ def chat_token_ids(
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template that a conversation with tools gets; "" if there is none."""
+    """Return the chat template for conversations with tools; "" if there is none."""
     templates = tokenizer.chat_template
     if isinstance(templates, dict):  # a tokenizer may have several
         return templates.get("tool_use") or templates.get("default") or ""
@@ -83,7 +83,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
-    """A structure with all of its texts changed, keys included."""
+    """Return a nested structure with `change` applied to all of its strings, including dict keys."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, list | tuple):
@@ -94,7 +94,7 @@ def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _message(message: dict, index: int) -> dict:
-    """A message as templates know it."""
+    """Check a message and return it in the form that templates expect."""
     name = f"message {index}"
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         raise ValueError(f"{name} must be a dict with content and one of the roles {', '.join(ROLES)}")
@@ -108,10 +108,10 @@ def _message(message: dict, index: int) -> dict:
             if kind != "text":
                 raise ValueError(f"{name}: only content parts of type text are supported, got {kind!r}")
             if not isinstance(part.get("text"), str):
-                raise ValueError(f"{name}: a content part of type text has no text")
+                raise ValueError(f"{name}: a content part of type text has no text, which must be a string")
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
-        raise ValueError(f"{name}: content must be a text or a list of text parts, got {type(content).__name__}")
+        raise ValueError(f"{name}: content must be a string or a list of text parts, got {type(content).__name__}")
     known = {"role": role, "content": content}
     if calls:
         known["tool_calls"] = [_call(call, f"{name}: tool call {i}") for i, call in enumerate(calls)]
@@ -125,7 +125,7 @@ def _message(message: dict, index: int) -> dict:
 
 
 def _call(call: dict, name: str) -> dict:
-    """A call with its arguments parsed: templates write JSON themselves."""
+    """Check a tool call and return it with its arguments parsed, because templates write the JSON themselves."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError(f"{name} must be a dict with a function that has a name")
@@ -134,7 +134,7 @@ def _call(call: dict, name: str) -> dict:
         try:
             arguments = json.loads(arguments)
         except ValueError:
-            raise ValueError(f"{name}: arguments must be the text of a JSON object") from None
+            raise ValueError(f"{name}: arguments must be a string that contains a JSON object") from None
     if not isinstance(arguments, dict):
         raise ValueError(f"{name}: arguments must be a JSON object")
     function = {"name": function["name"], "arguments": arguments}

@@ -1,4 +1,4 @@
-"""What chats and responses have in common: messages and tools become a request, its output text and calls. Knows no
+"""The common part of chats and responses: tools become a grammar, and the output becomes text and calls. Independent of
 HTTP.
 """
 
@@ -26,7 +26,7 @@ from flex_nano_vllm.tools import (
 def with_tools(
     params: SamplingParams, body: ChatCompletionRequest, form: CallForm, input_processor: InputProcessor
 ) -> SamplingParams:
-    """Parameters with the grammar of valid calls, where the request or the form of the calls wants one."""
+    """Return the parameters, with the grammar of valid calls if the request or the form of the calls needs one."""
     response_format, limit = body.response_format, string_limit(input_processor.geometry.max_request_tokens)
     otherwise = None
     if response_format is not None and response_format.type != "text" and not body.needs_call:
@@ -40,7 +40,7 @@ def with_tools(
             )
         except ValueError as error:
             raise InvalidRequestError(str(error), "response_format") from error
-    if not (body.needs_call or otherwise or find_spec("llguidance")):  # calls are found without a grammar too
+    if not (body.needs_call or otherwise or find_spec("llguidance")):  # calls can be parsed without a grammar
         return params
     try:
         grammar = tools_grammar(form, body.callable_tools, body.needs_call, body.max_calls, otherwise, limit)
@@ -56,7 +56,7 @@ def with_tools(
 
 
 def _check(grammar: str, form: CallForm, body: ChatCompletionRequest, input_processor: InputProcessor) -> None:
-    """Compile the grammar; the engine finds it compiled then. If that fails, name the tool that is the reason."""
+    """Compile the grammar, so that the engine finds it compiled. If that fails, name the tool that causes the error."""
     try:
         input_processor.check_grammar(grammar)
     except ValueError as error:
@@ -68,14 +68,14 @@ def _check(grammar: str, form: CallForm, body: ChatCompletionRequest, input_proc
 
 
 class ChatTurn:
-    """The answer to a chat, as it comes."""
+    """The request of a chat, and the parsers of its output."""
 
     def __init__(self, submission: Submission, body: ChatCompletionRequest, form: CallForm):
         self.submission, self.body, self.form = submission, body, form
         self._parsers: dict[int, CallParser] = {}  # by choice
 
     def pieces(self, index: int, text: str, is_complete: bool) -> list[Piece]:
-        """Text and calls in what has come to a choice."""
+        """Return the text and the calls in new text of a choice."""
         if not self.body.known_tools:
             return [TextPiece(text)] if text else []
         if index not in self._parsers:
@@ -83,11 +83,11 @@ class ChatTurn:
         return self._parsers[index].feed(text, is_complete)
 
     def num_calls(self, index: int) -> int:
-        """How many calls a choice has begun so far."""
+        """Return the number of calls that a choice has begun so far."""
         return self._parsers[index].num_calls if index in self._parsers else 0
 
     def message(self, index: int, text: str) -> dict:
-        """The whole message of a choice."""
+        """Return the complete message of a choice."""
         said, calls = "", []
         for piece in self.pieces(index, text, is_complete=True):
             match piece:

@@ -1,4 +1,4 @@
-"""Completions and chats as their streams have them: chunk by chunk. Knows no engine and no HTTP."""
+"""The chunks of streamed completions and chats. A chunk is one event of a stream here. Independent of HTTP."""
 
 from dataclasses import replace
 from typing import Protocol
@@ -28,23 +28,23 @@ from flex_nano_vllm.vocabulary import OffsetCounter, TextWriter, echo, token_byt
 
 
 class EventWriter(Protocol):
-    """Turns what a request brings into the events of its stream."""
+    """Converts the output of requests to the events of their stream."""
 
     def begin(self) -> bytes:
-        """The events before anything has come."""
+        """Return the events before the first delta."""
 
     def delta(self, index: int, delta: CompletionDelta) -> bytes:
-        """The events of what is new in the answer to prompt number `index`."""
+        """Return the events of a delta of the request number `index`."""
 
     def end(self, outputs: list[RequestOutput]) -> bytes:
-        """The events after the last delta."""
+        """Return the events after the last delta."""
 
     def fail(self, error: APIError) -> bytes:
-        """The events that end a stream whose request has failed."""
+        """Return the events that end a stream after a request has failed."""
 
 
 class ChunkWriter:
-    """A stream of chunks, each of one choice, then usage if the client wants it."""
+    """Writes a stream of chunks with one choice each, then the usage if the client requests it."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class ChunkWriter:
         return b"".join(map(server_sent_event, chunks))
 
     def choices(self, index: int, delta: CompletionDelta) -> list[dict]:
-        """The choice of each chunk that a delta makes."""
+        """Return the choices of a delta, one for each chunk."""
         raise NotImplementedError
 
     def end(self, outputs: list[RequestOutput]) -> bytes:
@@ -83,22 +83,24 @@ class ChunkWriter:
 
 
 def shown(body: CompletionRequest, output: RequestOutput) -> RequestOutput:
-    """What of an output the answer has: nothing if the request was for no tokens."""
+    """Return the part of an output that the response contains: no tokens if `max_tokens` is 0."""
     if body.max_tokens != 0:
         return output
     return replace(output, outputs=[without_tokens(completion) for completion in output.outputs])
 
 
 def without_tokens(item: CompletionDelta | CompletionOutput) -> CompletionDelta | CompletionOutput:
-    """What has come, without the one token that the engine generates at least."""
+    """Return an output without the one token that the engine generates at least."""
     logprobs = None if item.logprobs is None else []
     reason = item.finish_reason and "length"
     return replace(item, text="", token_ids=[], logprobs=logprobs, finish_reason=reason, stop_reason=None)
 
 
 class CompletionTexts:
-    """The choices of one prompt of a completion, whole or as they come: texts and log-probabilities, with the
-    prompt's."""
+    """Builds the text and logprobs of the choices of one prompt, complete or delta by delta.
+
+    The first part of each choice includes the text and logprobs of the prompt if the request has `echo`.
+    """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, body: CompletionRequest, params: SamplingParams, output: RequestOutput
@@ -108,10 +110,10 @@ class CompletionTexts:
         self._echo, self._offsets = echo(tokenizer, output.prompt, prompt, skip) if body.echo else ("", [])
         first = token_bytes(tokenizer, prompt[0], skip_special_tokens=False, begins_text=True)
         self._first_name = token_name(first)
-        self._counters: dict[int, OffsetCounter] = {}  # by choice, once it has begun
+        self._counters: dict[int, OffsetCounter] = {}  # by choice, from its first tokens on
 
     def choice(self, new: CompletionOutput | CompletionDelta) -> dict:
-        """Text and log-probabilities of what is new."""
+        """Return the text, logprobs and finish_reason of a delta or of a complete output."""
         text, token_ids, rated = new.text, new.token_ids, new.logprobs
         is_first = new.index not in self._counters
         if is_first:

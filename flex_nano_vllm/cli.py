@@ -1,4 +1,4 @@
-"""`flex-nano-vllm chat | serve | bench`: the engine in a terminal. Knows nothing of what is behind its commands."""
+"""`flex-nano-vllm chat | serve | bench`: the command line of the engine."""
 
 import json
 import sys
@@ -18,20 +18,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-HELP = "/new begins another conversation, /exit or Ctrl-D ends; Ctrl-C breaks an answer off"
+HELP = "/new starts a new conversation, /exit or Ctrl-D quits, Ctrl-C interrupts an answer"
 
 
 @app.command()
 def chat(
     model: Annotated[str, typer.Option(help="Folder, hub id, or tiny-gemma2.")] = "tiny-gemma2",
-    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Draw from the most likely tokens of this probability.")] = 1.0,
-    max_tokens: Annotated[int | None, typer.Option(help="Of each answer.")] = None,
-    max_seq_length: Annotated[int | None, typer.Option(help="Of the conversation, in tokens.")] = None,
-    compile: Annotated[bool, typer.Option(help="Compile the model: minutes the first time, faster then.")] = False,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the most likely tokens that together have this probability.")
+    ] = 1.0,
+    max_tokens: Annotated[int | None, typer.Option(help="Maximum number of tokens of an answer.")] = None,
+    max_seq_length: Annotated[int | None, typer.Option(help="Maximum number of tokens of the conversation.")] = None,
+    compile: Annotated[
+        bool, typer.Option(help="Compile the model: takes minutes the first time, then it runs faster.")
+    ] = False,
 ) -> None:
-    """Talk to a model in the terminal. Lines of a pipe are answered one after another."""
+    """Chat with a model in the terminal. Lines of piped input are answered one after another."""
     console = Console(highlight=False)
     with console.status("loading"):
         sizes = dict(max_batch_size=1, max_seq_length=max_seq_length, compile=None if compile else False)
@@ -59,15 +63,16 @@ def chat(
 
 
 def answer(engine: Inference, messages: list[dict], params: SamplingParams, console: Console) -> list[dict]:
-    """Print what the model says, as it comes. Returns the conversation with it; without the last turn if it cannot be
-    answered."""
+    """Print the model's answer while it is generated. Return the conversation with the answer, or without its last turn
+    if the request is invalid.
+    """
     said = []
     try:
         for delta in engine.stream_chat(messages, params):
             said.append(delta.text)
             console.print(delta.text, end="", markup=False, soft_wrap=True)
     except KeyboardInterrupt:
-        console.print(" [dim](broken off)[/]", end="")
+        console.print(" [dim](interrupted)[/]", end="")
     except ValueError as error:
         console.print(f"[red]{escape(str(error))}[/]")
         return messages[:-1]
@@ -80,11 +85,11 @@ def bench(
     model: Annotated[
         str, typer.Option(help="Folder, hub id, tiny-gemma2, or a shape with random weights: gemma2-tiny, ...")
     ] = "tiny-gemma2",
-    num_requests: Annotated[int, typer.Option(help="Of each run.")] = 256,
-    num_clients: Annotated[int, typer.Option(help="That ask at the same time.")] = 64,
-    repeats: Annotated[int, typer.Option(help="Runs of each kind, in turns.")] = 3,
+    num_requests: Annotated[int, typer.Option(help="Number of requests of each run.")] = 256,
+    num_clients: Annotated[int, typer.Option(help="Number of concurrent clients.")] = 64,
+    repeats: Annotated[int, typer.Option(help="Number of runs of each kind; the kinds alternate.")] = 3,
 ) -> None:
-    """Measure the server under load beside the same engine offline. The last line is JSON."""
+    """Compare the server under load with the same engine offline. The last line of the output is JSON."""
     needs_serve()
     from flex_nano_vllm.bench import bench as run
 
@@ -92,18 +97,18 @@ def bench(
 
 
 def needs_serve() -> None:
-    """Exit with the remedy where the extra is missing."""
+    """Exit with installation instructions if the extra `serve` is missing."""
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise SystemExit(f"{error}: the server is an extra, pip install 'flex-nano-vllm[serve]'") from None
+        raise SystemExit(f"{error}: the server needs an extra: pip install 'flex-nano-vllm[serve]'") from None
 
 
 def main() -> None:
-    """The console script. `serve` is there with its options if the extra is."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal may not know every character that a model writes
+    """Run the console script. `serve` has its options only if the extra is installed."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal may not support every character that a model writes
         stream.reconfigure(errors="replace")
     try:
         from flex_nano_vllm.server import serve

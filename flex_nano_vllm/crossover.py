@@ -1,7 +1,7 @@
-"""Where reading pages in place beats copying them together first: time and memory over length, batch and page size.
+"""Compare attention on pages in place with attention on gathered pages: time and memory over length, batch, page size.
 
-Three ways to attend from a paged cache, on the same numbers: the engine's FlexAttention, which reads pages where they
-lie; `scaled_dot_product_attention` on keys and values gathered into [B, K, S, D]; and the same written out naively.
+There are three ways to attend, all on the same keys and values: the engine's FlexAttention, which reads pages in place;
+`scaled_dot_product_attention` on keys and values gathered into [B, K, S, D]; and naive attention on the gathered ones.
 """
 
 import itertools
@@ -27,7 +27,7 @@ from flex_nano_vllm.runner import compile_flex_attention, decode_buckets, paddin
 from flex_nano_vllm.scheduler import Chunk
 from flex_nano_vllm.step import StepBatch, TileKind, TileLayout
 
-NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 4, 128  # as gemma2-small
+NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 4, 128  # as in gemma2-small
 KV_LENS, BATCH_SIZES, PAGE_SIZES = [128, 512, 2048], [1, 8, 32], [16, 64, 128]
 REPETITIONS = 7
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}
@@ -35,30 +35,30 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}
 
 @dataclass(frozen=True)
 class Measurement:
-    """One way to attend, at one size."""
+    """Time and memory of one way to attend, at one size."""
 
-    phase: str  # "decode": one query for each sequence; "prefill": one for each of its tokens
+    phase: str  # "decode": one query per sequence; "prefill": one query per token
     kv_len: int  # tokens of each sequence
     batch_size: int
     page_size: int
     way: str
     seconds: float  # median
-    peak_bytes: int  # of temporaries and the output
+    peak_bytes: int  # temporaries and the output
 
 
 def measure_crossover(
     device: torch.device, dtype: torch.dtype, kv_lens: list[int], batch_sizes: list[int], page_sizes: list[int]
 ) -> Iterator[Measurement]:
-    """Decodes of all combinations, and the prefills that have no more tokens than the longest length.
+    """Measure decodes of all combinations, and those prefills that have at most `max(kv_lens)` tokens in all.
 
-    Raises RuntimeError if two ways disagree, ValueError where FlexAttention cannot be compiled.
+    Raises RuntimeError if two ways give different outputs, and ValueError if FlexAttention cannot be compiled.
     """
     if obstacle := next(filter(None, (why_not_compiled(device, dtype, page_size) for page_size in page_sizes)), None):
-        raise ValueError(f"attention is timed compiled, but {obstacle}")
+        raise ValueError(f"cannot time compiled attention: {obstacle}")
     longest, largest, group_size = max(kv_lens), max(batch_sizes), NUM_HEADS // NUM_KV_HEADS
     flex = compile_flex_attention(device.type, compiled=True)
     for page_size in page_sizes:
-        torch.compiler.reset()  # another pool, other graphs
+        torch.compiler.reset()  # a pool of another size needs other graphs
         max_pages = cdiv(longest, page_size)
         n_pages = 1 + largest * max_pages
         cache = PagedKVCache(None, n_pages * page_size, NUM_KV_HEADS, HEAD_DIM, dtype, device)
@@ -70,7 +70,8 @@ def measure_crossover(
         for kv_len, batch_size in itertools.product(kv_lens, batch_sizes):
             kv = KVManager(Geometry(n_pages, page_size, largest, longest, longest), device, prefix_caching=False)
             rows = [kv.allocate([]) for _ in range(batch_size)]
-            for num_tokens in range(page_size, kv_len + page_size, page_size):  # each row's pages lie scattered
+            # One page for each row in turn, so that the pages of a row are scattered
+            for num_tokens in range(page_size, kv_len + page_size, page_size):
                 for row in rows:
                     kv.reserve(row, min(num_tokens, kv_len))
             for phase, num_queries in (("decode", 1), ("prefill", kv_len)):
@@ -83,7 +84,7 @@ def measure_crossover(
                 outputs = {way: attend() for way, attend in ways.items()}
                 for way, output in outputs.items():
                     difference = (output - outputs["gather + naive"]).abs().max()
-                    if not difference <= TOLERANCE[dtype]:  # a NaN is off, too
+                    if not difference <= TOLERANCE[dtype]:  # also true of a NaN
                         raise RuntimeError(f"{way} is off by {difference:.2g}: {phase}, {batch_size} x {kv_len} tokens")
                 for way, seconds in _median_seconds(ways, device).items():
                     peak = _peak_bytes(ways[way], device)
@@ -99,9 +100,10 @@ def _ways(
     step: StepBatch,
     flex: Callable[..., Tensor],
 ) -> dict[str, Callable[[], Tensor]]:
-    """Each way to attend with the last `num_queries` tokens of each row, to [1, T, H, D].
+    """Return a function for each way to attend with the last `num_queries` tokens of each row.
 
-    Where the tokens lie, as masks or as slots, is worked out before: a step does it once for all of its layers.
+    Each function returns [1, T, H, D]. The functions do not compute block masks or slots, because a step computes these
+    once for all of its layers.
     """
     pool = cache.k_cache
     positions = torch.arange(kv_len, device=pool.device)
@@ -123,19 +125,19 @@ def _ways(
 
 
 def _gather(cache: PagedKVCache, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of the sequences, copied together: [B, K, S, D]."""
+    """Copy keys and values of the sequences into two tensors [B, K, S, D]."""
     return tuple(pool[0, :, slots].transpose(0, 1) for pool in (cache.k_cache, cache.v_cache))
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Queries [1, H, T, D], T = B * Q, keys and values [B, K, S, D]. Returns [1, T, H, D]."""
+    """Attend with queries [1, H, T, D], T = B * Q, to keys and values [B, K, S, D]. Returns [1, T, H, D]."""
     dense = query[0].unflatten(1, (len(key), -1)).transpose(0, 1)  # [B, H, Q, D]
     output = scaled_dot_product_attention(dense, key, value, is_causal=dense.shape[2] > 1, enable_gqa=True)
     return output.transpose(1, 2).flatten(0, 1)[None]
 
 
 def _naive(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The same, every score held."""
+    """Compute the result of `_sdpa` with all scores in memory."""
     dense = query[0].unflatten(1, (len(key), -1)).transpose(0, 1)
     key, value = (x.repeat_interleave(NUM_HEADS // NUM_KV_HEADS, dim=1) for x in (key, value))
     scores = dense @ key.transpose(-1, -2) * HEAD_DIM**-0.5
@@ -147,7 +149,7 @@ def _naive(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def _median_seconds(ways: dict[str, Callable[[], Tensor]], device: torch.device) -> dict[str, float]:
-    """In turns, so that a machine that is busy for a while is so for all."""
+    """Return the median time of each way. The ways run in turns, so that other load on the machine affects all."""
     seconds = {way: [] for way in ways}
     for _ in range(REPETITIONS):
         for way, attend in ways.items():
@@ -160,7 +162,7 @@ def _median_seconds(ways: dict[str, Callable[[], Tensor]], device: torch.device)
 
 
 def _peak_bytes(attend: Callable[[], Tensor], device: torch.device) -> int:
-    """The most that a call has allocated at any one time."""
+    """Return the peak of the bytes that a call has allocated."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -177,10 +179,8 @@ def _peak_bytes(attend: Callable[[], Tensor], device: torch.device) -> int:
 
 
 def report_crossover(device: torch.device, dtype: str, console: Console) -> None:
-    """Paged FlexAttention beside gathering pages: time and peak memory, and who is fastest where."""
-    console.print(
-        f"attention over pages, {NUM_HEADS}/{NUM_KV_HEADS} heads of {HEAD_DIM}, {dtype}, {device_name(device)}"
-    )
+    """Print time and peak memory of paged FlexAttention and of attention on gathered pages, and the ratio of times."""
+    console.print(f"attention on pages, {NUM_HEADS}/{NUM_KV_HEADS} heads of {HEAD_DIM}, {dtype}, {device_name(device)}")
     measurements = list(measure_crossover(device, getattr(torch, dtype), KV_LENS, BATCH_SIZES, PAGE_SIZES))
     size = ["phase", "page_size", "batch_size", "kv_len"]
     frame = pd.DataFrame(map(asdict, measurements))

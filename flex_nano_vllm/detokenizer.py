@@ -1,7 +1,8 @@
-"""Token ids to text, as they come, up to the first stop string. Knows nothing of requests or of other ends.
+"""Converts token ids to text incrementally, up to the first stop string. Independent of requests and of other stop
+conditions.
 
-Two things hold text back. A token may be a part of a character, and the latest characters may become a stop string,
-which must not be shown:
+Text is held back for two reasons. A token may be a part of a character, and the latest characters may become a stop
+string, which must not be shown:
 
     stop "END"    tokens    "the E"      "N"       "emy E"      "ND of"
                   shown     "the "       ""        "ENemy "     ""       and the output ends before "END"
@@ -17,7 +18,10 @@ from flex_nano_vllm.vocabulary import TextWriter, decode, token_bytes
 
 
 class StopMatcher:
-    """How much of a stop string the latest characters are (Knuth, Morris and Pratt, https://doi.org/10.1137/0206024)."""
+    """Tracks how many characters of a stop string the latest characters match.
+
+    The algorithm is that of Knuth, Morris and Pratt (https://doi.org/10.1137/0206024).
+    """
 
     def __init__(self, stop: str):
         self.stop = stop
@@ -25,16 +29,19 @@ class StopMatcher:
         self._shorter = _shorter_matches(stop)
 
     def feed(self, char: str) -> bool:
-        """Whether the stop string ends with this character."""
-        if self.num_matched == len(self.stop):  # it was not to end the output
+        """Take one character. Return whether it completes the stop string."""
+        if self.num_matched == len(self.stop):  # the complete match did not end the output
             self.num_matched = self._shorter[-1]
         self.num_matched = _next_match(self.stop, self._shorter, self.num_matched, char)
         return self.num_matched == len(self.stop)
 
 
-@functools.lru_cache(1024)  # the samples of a request, thousands perhaps, share them
+@functools.lru_cache(1024)  # all samples of a request, which may be thousands, share the result
 def _shorter_matches(stop: str) -> list[int]:
-    """By number of matched characters - 1: the longest match that is left without its first."""
+    """Return the failure function of a stop string.
+
+    Entry i is the length of the longest proper suffix of `stop[: i + 1]` that is also a prefix of `stop`.
+    """
     shorter = [0]
     for char in stop[1:]:
         shorter.append(_next_match(stop, shorter, shorter[-1], char))
@@ -48,19 +55,20 @@ def _next_match(stop: str, shorter: list[int], num_matched: int, char: str) -> i
 
 
 class Detokenizer:
-    """The text of one output, token by token.
+    """Decodes the text of one output token by token.
 
     Args:
-        tokenizer: a fast one.
-        prompt_token_ids: what the output continues.
-        hidden_token_ids: tokens without text: EOS and stop tokens, unless the text is to end with them.
-        stops: the output ends where one of these begins. If several end with the same character, the longest counts.
-            One that names a special token is looked for in the text with special tokens, even if the output skips them.
-        include_stop: let the text end with the stop string.
-        min_tokens: stop strings that end within so many tokens do not count.
+        tokenizer: a fast tokenizer.
+        prompt_token_ids: the tokens before the output.
+        hidden_token_ids: tokens that add no text: EOS and stop tokens, unless the text should end with them.
+        stops: stop strings; the output ends where one begins. If several end with the same character, the longest
+            counts. A stop string that contains the name of a special token is searched in the text with special tokens,
+            even if the output skips them.
+        include_stop: keep the stop string at the end of the text.
+        min_tokens: stop strings that end within the first `min_tokens` tokens do not count.
         has_own_start: see `TextWriter`.
     Raises:
-        ValueError: for a tokenizer whose tokens have no bytes of their own.
+        ValueError: the tokenizer is not a fast one, so its tokens may have no bytes of their own.
     """
 
     def __init__(
@@ -82,11 +90,12 @@ class Detokenizer:
             skip_special_tokens,
         )
         self.include_stop, self.min_tokens = include_stop, min_tokens
-        self.text = ""  # everything decoded, with what is held back; up to the stop string
+        self.text = ""  # all decoded text, held-back characters included, up to the stop string
         self.stop_reason: str | None = None
         names = special_token_names(tokenizer) if stops and skip_special_tokens else ()
         self._matchers = [StopMatcher(stop) for stop in stops if not any(name in stop for name in names)]
-        # These see special tokens too. Of the latest characters that they saw, which ones are part of the text?
+        # These matchers also take the names of skipped special tokens. `_is_in_text` holds, for each of the latest
+        # characters that they took, whether it is part of the text.
         self._matchers_of_all = [StopMatcher(stop) for stop in stops if any(name in stop for name in names)]
         self._is_in_text: deque[bool] = deque(maxlen=max(map(len, stops), default=0))
         self._writer = TextWriter(tokenizer, skip_special_tokens, prompt_token_ids or (), has_own_start)
@@ -94,8 +103,10 @@ class Detokenizer:
         self._is_complete = False
 
     def update(self, token_ids: list[int], is_complete: bool = False) -> bool:
-        """Take what is new in an output's tokens. `is_complete`: no more will come, so nothing is held back. Returns
-        whether a stop string has been met; what comes after it has no text."""
+        """Decode the new tokens of an output, given all of its tokens. Return whether a stop string was found.
+
+        Tokens after the stop string add no text. `is_complete`: no more tokens follow, so no text is held back.
+        """
         while self._num_tokens < len(token_ids) and self.stop_reason is None:
             token_id = token_ids[self._num_tokens]
             self._num_tokens += 1
@@ -110,7 +121,7 @@ class Detokenizer:
         return self.stop_reason is not None
 
     def _take(self, new: str) -> None:
-        """Add characters to the text, up to the end of a stop string."""
+        """Append characters to the text, up to the end of a stop string."""
         if not (self._matchers or self._matchers_of_all):
             self.text += new
             return
@@ -121,7 +132,7 @@ class Detokenizer:
                 return
 
     def _take_hidden(self, name: str) -> None:
-        """Let those stop strings that name a special token see one that the text does not show."""
+        """Feed the name of a special token that the text skips to the stop strings that contain such names."""
         for char in name:
             self._is_in_text.append(False)
             if self._ends_with(char, self._matchers_of_all):
@@ -139,14 +150,14 @@ class Detokenizer:
         return True
 
     def _num_in_text(self, matcher: "StopMatcher") -> int:
-        """Characters of the text that are part of what a matcher has matched."""
+        """Return how many of the characters that a matcher has matched are part of the text."""
         if matcher in self._matchers:
             return matcher.num_matched
         return sum(self._is_in_text[-i] for i in range(1, matcher.num_matched + 1))
 
     @property
     def num_shown(self) -> int:
-        """Characters of `text` that will stay, whatever comes."""
+        """Number of characters of `text` that no later token can remove."""
         if self._is_complete or self.stop_reason is not None:
             return len(self.text)
         matchers = self._matchers + self._matchers_of_all
@@ -154,7 +165,7 @@ class Detokenizer:
 
 
 def special_token_names(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The contents of all special tokens. Remembered until tokens are added: of thousands it takes milliseconds."""
+    """Return the names of all special tokens, cached until tokens are added. Thousands of tokens take milliseconds."""
     size, names = _special_names.get(tokenizer, (None, []))
     if size != len(tokenizer):
         added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -163,7 +174,7 @@ def special_token_names(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return names
 
 
-# By tokenizer: the number of its tokens, and the names of the special ones.
+# By tokenizer: the number of its tokens, and the names of its special tokens
 _special_names: "weakref.WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, list[str]]]"
 _special_names = weakref.WeakKeyDictionary()
 
@@ -176,7 +187,7 @@ def text_of(
     skip_special_tokens: bool,
     has_own_start: bool,
 ) -> str:
-    """The text of an output that was not decoded token by token: what a `Detokenizer` shows in the end."""
+    """Return the text of an output that was not decoded token by token. A `Detokenizer` gives the same text."""
     if not tokenizer.is_fast:  # its tokens may have no bytes of their own
         output = [token_id for token_id in token_ids if token_id not in hidden_token_ids]
         before = decode(tokenizer, prompt_token_ids, skip_special_tokens)

@@ -1,5 +1,5 @@
-"""What a model's `generation_config` says about sampling: what `SamplingParams` can express, and what it cannot.
-Knows no engine.
+"""The sampling settings in a model's `generation_config`: those that `SamplingParams` can express, and the others.
+Independent of the engine.
 """
 
 from collections.abc import Iterator
@@ -10,8 +10,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from flex_nano_vllm.sampling_params import SamplingParams
 
-# Fields of GenerationConfig by their names in SamplingParams, and the values that change nothing. `max_length`, which
-# counts the prompt too, is in no table: how long an output may be is the request's choice and the engine's limit.
+# Fields of GenerationConfig, their names in SamplingParams, and the values that have no effect. No table contains
+# `max_length`, which also counts the prompt: the request and the engine's limit determine the length of an output.
 EXPRESSED = {
     "temperature": ("temperature", 1.0),
     "top_k": ("top_k", 0),
@@ -21,8 +21,8 @@ EXPRESSED = {
     "min_new_tokens": ("min_tokens", 0),
     "max_new_tokens": ("max_tokens", None),
 }
-OF_DRAWS = ("temperature", "top_k", "top_p", "min_p")  # they matter only where tokens are drawn
-# What changes the tokens of `generate` and has no counterpart here, and the values that change nothing.
+OF_DRAWS = ("temperature", "top_k", "top_p", "min_p")  # no effect on greedy decoding
+# Fields that change the tokens of `generate` and have no counterpart here, with the values that have no effect
 NOT_EXPRESSED = {
     "no_repeat_ngram_size": 0,
     "encoder_repetition_penalty": 1.0,
@@ -50,11 +50,12 @@ NOT_EXPRESSED = {
 
 
 def sampling_defaults(config: GenerationConfig) -> dict[str, Any]:
-    """The arguments of `SamplingParams` that a model's config states. `do_sample=False` is temperature 0, if it is
-    stated.
+    """Return the arguments of `SamplingParams` that a model's config sets.
+
+    An explicit `do_sample=False` becomes temperature 0.
 
     Raises:
-        ValueError: for a value that `SamplingParams` refuses.
+        ValueError: `SamplingParams` rejects a value.
     """
     stated = {ours: getattr(config, theirs, None) for theirs, (ours, _) in EXPRESSED.items()}
     defaults = {name: value for name, value in stated.items() if value is not None}
@@ -65,18 +66,18 @@ def sampling_defaults(config: GenerationConfig) -> dict[str, Any]:
 
 
 def not_expressed(config: GenerationConfig) -> dict[str, Any]:
-    """What a model's config states that no parameter here can do."""
+    """Return the settings of a model's config that no parameter here can express."""
     stated = {name: getattr(config, name, None) for name in NOT_EXPRESSED}
     return {name: value for name, value in stated.items() if value not in (None, [], NOT_EXPRESSED[name])}
 
 
 def not_applied(config: GenerationConfig, params: SamplingParams) -> dict[str, Any]:
-    """What `model.generate` does and a request with these parameters does not: names and values in the config."""
+    """Return the settings that `model.generate` applies and a request with these parameters does not, by name."""
     missing = not_expressed(config)
     of_draws = OF_DRAWS if params.greedy or config.do_sample is False else ()
     for theirs, (ours, neutral) in EXPRESSED.items():
         value = getattr(config, theirs, None)
-        is_chosen = getattr(params, ours) != neutral  # by the request
+        is_chosen = getattr(params, ours) != neutral  # the request sets its own value
         if theirs not in ("max_new_tokens", *of_draws) and value not in (None, neutral) and not is_chosen:
             missing[theirs] = value
     return missing
@@ -84,7 +85,7 @@ def not_applied(config: GenerationConfig, params: SamplingParams) -> dict[str, A
 
 @contextmanager
 def plain_generation(model: PreTrainedModel) -> Iterator[None]:
-    """Let `model.generate` choose tokens by the model alone: its EOS, and nothing else of its generation config."""
+    """Make `model.generate` ignore the model's generation config in this context, except for its special token ids."""
     config = model.generation_config
     names = ("eos_token_id", "bos_token_id", "pad_token_id")
     model.generation_config = GenerationConfig(**{name: getattr(config, name) for name in names})

@@ -1,4 +1,4 @@
-"""How long a row may be and how many pages the layers of each window need: arithmetic, done once for an engine."""
+"""Sizes of the KV memory: the longest row, and the pages of each pool. Computed once per engine."""
 
 import math
 from dataclasses import dataclass
@@ -13,18 +13,18 @@ def cdiv(a: int, b: int) -> int:
 class Geometry:
     """The sizes of an engine's KV memory.
 
-    Layers with a sliding window need few pages of a long sequence, so the layers of each window have a pool of their
-    own. The widest window leads: its pool is what the user sizes, and only that one can run out. The others are as
-    large as `max_batch_size` rows and one step can make necessary.
+    Layers with a sliding window need few pages of a long sequence. Therefore the layers of each window have a pool of
+    their own. The pool of the widest window is the primary pool: the user sets its size, and only this pool can run
+    out. The secondary pools have enough pages for `max_batch_size` rows and one step.
 
     Args:
-        n_pages: pages of the primary pool, the reserved page 0 included.
+        n_pages: pages of the primary pool, including the reserved page 0.
         page_size: tokens per page.
-        max_batch_size: rows, that is sequences that hold pages at once.
-        max_seq_length: tokens of a sequence.
-        max_num_batched_tokens: tokens of a step.
+        max_batch_size: rows, the number of sequences that can hold pages at once.
+        max_seq_length: the most tokens of a sequence.
+        max_num_batched_tokens: the token budget of a step.
         windows: the sliding window of each layer, None for full attention.
-        window_release: give pages back that are out of the window; otherwise one pool serves all layers.
+        window_release: release pages that are out of the window; if False, all layers use one pool.
     """
 
     n_pages: int
@@ -37,7 +37,7 @@ class Geometry:
 
     @cached_property
     def max_pages_per_row(self) -> int:
-        """Logical pages of the longest row. One that gives pages back may be longer than its pool."""
+        """Logical pages of the longest row. A row that releases pages may have more of them than the pool has pages."""
         longest = cdiv(self.max_seq_length, self.page_size)
         if self.window_release and None not in self.windows and self._most_pages(max(self.windows)) < self.n_pages:
             return longest
@@ -45,59 +45,68 @@ class Geometry:
 
     @property
     def max_request_tokens(self) -> int:
-        """Prompt and output of one request, at most."""
+        """The most tokens of one request, prompt and output together."""
         return min(self.max_seq_length, self.max_pages_per_row * self.page_size)
 
     def refusal(self, prompt_len: int) -> str | None:
-        """Why a prompt of so many tokens is refused, None if it is not."""
+        """Return why a prompt of `prompt_len` tokens is rejected, None if it is accepted."""
         if prompt_len < self.max_request_tokens:
             return None
         pool = f"{self.n_pages - 1} usable pages x {self.page_size}"
         to_raise = "max_seq_length" if self.max_request_tokens == self.max_seq_length else "n_pages"
         return (
             f"has {prompt_len} tokens, but the maximum context length is {self.max_request_tokens} tokens, prompt and "
-            f"output together (max_seq_length={self.max_seq_length}; the pool holds {pool}): shorten it or raise "
-            f"{to_raise}"
+            f"output together (max_seq_length={self.max_seq_length}; the pool has {pool} tokens): shorten the prompt "
+            f"or raise {to_raise}"
         )
 
     @cached_property
     def layer_windows(self) -> tuple[int | None, ...]:
-        """The window of each layer, None where no row is long enough to notice it."""
+        """The window of each layer, None for full attention or if no row is longer than the window."""
         noticed = self.max_pages_per_row * self.page_size
         return tuple(None if window is None or window >= noticed else window for window in self.windows)
 
     @cached_property
     def pools(self) -> dict[int | None, int]:
-        """Pages of the pool of each window, page 0 included, the primary one first."""
+        """Number of pages of the pool of each window, including page 0; the primary pool is first."""
         if not self.window_release:
             return {None: self.n_pages}
         primary, *others = sorted(set(self.layer_windows), key=lambda window: -(window or math.inf))
         return {primary: self.n_pages} | {window: self._secondary_pool(window) for window in others}
 
     def pool_of(self, window: int | None) -> int | None:
-        """Which of `pools` serves the layers of a window."""
+        """Return the key in `pools` of the pool for the layers of a window."""
         return window if self.window_release else None
 
     def pages_held(self, window: int | None, num_tokens: int) -> int:
-        """Pages of a row while the last of so many tokens is computed, in the pool of the layers of a window."""
+        """Return how many pages a row of `num_tokens` tokens holds while its last token is computed.
+
+        The pages are those in the pool for the layers of `window`.
+        """
         retained = self.pool_of(window)
         first = 0 if retained is None else max(0, num_tokens - 1 - retained) // self.page_size
         return cdiv(num_tokens, self.page_size) - first
 
     def most_pages(self, num_tokens: int) -> int:
-        """The most pages of the primary pool that a row of so many tokens holds at once."""
+        """Return the most pages of the primary pool that a row of `num_tokens` tokens holds at once."""
         primary = next(iter(self.pools))
         needed = cdiv(num_tokens, self.page_size)
         return needed if primary is None else min(needed, self._most_pages(primary))
 
     def _most_pages(self, window: int) -> int:
-        """Those with tokens that the first query of a step sees, or that are computed in it."""
+        """Return the most pages that a row with a sliding window holds at once.
+
+        They contain the tokens that the first query of a step sees, and the tokens computed in the step.
+        """
         return cdiv(window - 1 + self.max_num_batched_tokens, self.page_size) + 1
 
     def _secondary_pool(self, window: int) -> int:
-        """The sum over all rows of a step, whose tokens are shared out among them, and for each row the end of another
-        sequence, which may be taken up again; never more than the primary pool, since whoever holds a page here holds
-        one there."""
+        """Return the number of pages of a secondary pool, including page 0.
+
+        It is an upper bound: the pages that all rows need in one step (the tokens of the step are divided among them),
+        plus one window per row for cached prefixes. The pool is never larger than the primary pool, because each page
+        here has a counterpart there.
+        """
         end = cdiv(window - 1, self.page_size) + 1
         of_step = self.max_batch_size * (end + 1) + cdiv(self.max_num_batched_tokens, self.page_size)
         return min(self.n_pages, 1 + of_step + self.max_batch_size * end)

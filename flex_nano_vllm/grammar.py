@@ -1,8 +1,8 @@
-"""Which tokens may come next so that the output fits a regular expression or a JSON schema. Knows no model, no sampling
-and no requests.
+"""Computes which tokens may come next so that the output fits a regular expression or a JSON schema. Independent of the
+model, sampling and requests.
 
-The work is done by llguidance, an optional dependency, which follows the grammar byte by byte; a character may be split
-over tokens. What is ours are the limits: a grammar comes from outside, and must cost neither minutes nor gigabytes.
+llguidance, an optional dependency, does the work. It follows the grammar byte by byte, so a character may be split over
+several tokens. This module adds limits: clients send grammars, and a grammar must cost neither minutes nor gigabytes.
 """
 
 import json
@@ -18,16 +18,18 @@ MAX_SCHEMA_BYTES = 64 * 1024
 MAX_REGEX_BYTES = 4 * 1024
 MAX_WHITESPACE_BYTES = 128
 MAX_GRAMMAR_BYTES = 256 * 1024
-MAX_INTEGER = 9 * 10**18  # llguidance 1.9.1 fails at the largest of 64 bits
-MAX_LIMITED_STRING = 8192  # characters: each takes a state of the lexer
-MAX_DEPTH = 64  # of the schema's JSON text
+MAX_INTEGER = 9 * 10**18  # llguidance 1.9.1 fails at the largest 64-bit integer
+MAX_LIMITED_STRING = 8192  # characters: each needs one state of the lexer
+MAX_DEPTH = 64  # nesting of the schema's JSON
 MAX_CACHED_GRAMMARS = 32
 
-# llguidance gives up by itself where a regular expression or a grammar unfolds into too much. Not so in 1.9.1: the time
-# for an object grows with the square of its properties (6,000 take 3 s); a chain of 1,000 references overflows the
-# stack, which ends the process; a divisor takes up to 40 ms; the patterns of `patternProperties` are compared with one
-# another (200 take 0.4 s); and for a string that has to match several patterns, each of them multiplies the time (10
-# take 25 ms, 12 0.3 s, 14 6 s and 0.7 GB).
+# llguidance rejects a regular expression or a grammar that expands too much. llguidance 1.9.1 does not limit these:
+# - The time for an object grows with the square of the number of its properties (6,000 take 3 s).
+# - A chain of 1,000 references overflows the stack, which ends the process.
+# - A divisor (`multipleOf`) takes up to 40 ms.
+# - The patterns of `patternProperties` are compared with each other (200 take 0.4 s).
+# - Each pattern that the same string has to match multiplies the time (10 take 25 ms, 12 take 0.3 s, 14 take 6 s and
+#   0.7 GB).
 MAX_OBJECTS = 2000
 MAX_USES = {"$ref": 256, "multipleOf": 16}
 MAX_PATTERNS = 64
@@ -36,24 +38,24 @@ JOINING = {"$ref", "allOf", "anyOf", "oneOf"}
 JOINED = {"pattern", "format", "properties", "patternProperties", "additionalProperties", "items", "prefixItems"}
 
 LIMITS = dict(
-    max_lexer_states=20_000,  # about 1 KB each, kept for as long as the grammar is
+    max_lexer_states=20_000,  # about 1 KB each, kept as long as the grammar
     max_grammar_size=100_000,
-    verbose_errors=False,  # or messages would hold the output and the grammar
+    verbose_errors=False,  # verbose messages contain the output and the grammar
 )
-# `no_forcing`: where the text is certain, llguidance would else allow but the first token of its tokenization, and that
-# takes text such as "<eos>" for the special token.
+# Without `no_forcing`, llguidance allows a single token where the grammar leaves only one text: the first token of that
+# text's tokenization. That tokenization turns text such as "<eos>" into the special token.
 OPTIONS = '%llguidance {"no_forcing": true}\n'
 GRAMMAR = f"{OPTIONS}start: "
-# Between two symbols of JSON: nothing or one space. Where more is allowed, a weak model writes little else.
+# Whitespace between two symbols of JSON: nothing or one space. If more is allowed, a weak model writes little else.
 WHITESPACE_PATTERN = " "
 
 
 class GrammarCompiler:
-    """Turns sources into grammars over the tokens of one tokenizer; any thread may ask.
+    """Compiles sources to grammars over the tokens of one tokenizer. Thread-safe.
 
     Args:
-        vocab_size: how many logits the model has. Ids that the tokenizer does not know are never allowed.
-        eos_token_ids: allowed where the text may end, and nothing else once it has to.
+        vocab_size: number of logits of the model. Ids that the tokenizer does not contain are never allowed.
+        eos_token_ids: allowed where the text may end; the only allowed tokens where the text has to end.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_token_ids: frozenset[int]):
@@ -66,8 +68,8 @@ class GrammarCompiler:
 
         if not eos_token_ids or not all(0 <= token < min(vocab_size, len(tokenizer)) for token in eos_token_ids):
             raise ValueError(
-                f"eos_token_ids={sorted(eos_token_ids)}: a text that fits a grammar ends with an EOS token, "
-                f"which has to be one of the {len(tokenizer)} tokens and the {vocab_size} logits"
+                f"eos_token_ids={sorted(eos_token_ids)}: structured output needs at least one EOS token, and each must "
+                f"be one of the {len(tokenizer)} tokens of the tokenizer and have one of the {vocab_size} logits"
             )
         self._llguidance = llguidance
         width = max(vocab_size, len(tokenizer))
@@ -85,17 +87,17 @@ class GrammarCompiler:
         whitespace_pattern: str = WHITESPACE_PATTERN,
         max_string_len: int | None = None,
     ) -> "Grammar":
-        """The grammar of a source, from the cache if it is there.
+        """Compile a source to a grammar, or return the cached grammar.
 
         Args:
-            kind: "json_object", "json_schema", "regex" (as of Rust's regex, matched as a whole, with digits and word
-                characters of ASCII, as in the patterns of a schema), "choice", or "grammar" (llguidance's Lark:
-                https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md).
+            kind: "json_object", "json_schema", "regex" (the syntax of Rust's regex; it has to match the whole text, and
+                its digits and word characters are ASCII, as in the patterns of a schema), "choice", or "grammar"
+                (llguidance's Lark: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md).
             source: the schema as text or parsed, the regular expression, the strings to choose from, or the grammar.
-            whitespace_pattern: a regular expression for what may stand between two symbols of JSON.
-            max_string_len: characters of a string of a JSON schema that states no limit, see `bounded`.
+            whitespace_pattern: a regular expression for the whitespace between two symbols of JSON.
+            max_string_len: maximum number of characters of a string that the JSON schema does not limit, see `bounded`.
         Raises:
-            ValueError: the source is malformed, uses what is not supported, or is too large.
+            ValueError: the source is malformed, uses an unsupported feature, or is too large.
         """
         if kind == "json_object":
             text = schema_grammar({"type": "object"}, whitespace_pattern)
@@ -105,30 +107,32 @@ class GrammarCompiler:
             text = self._regex_grammar(source, MAX_REGEX_BYTES)
         elif kind == "choice":
             if not (isinstance(source, list) and source and all(isinstance(choice, str) for choice in source)):
-                raise ValueError("a choice has to be a list of strings, one at least")
+                raise ValueError("a choice must be a non-empty list of strings")
             text = self._regex_grammar("|".join(map(re.escape, source)), MAX_SCHEMA_BYTES)
         elif kind == "grammar":
             if not isinstance(source, str):
-                raise ValueError(f"a grammar has to be a string, not {type(source).__name__}")
+                raise ValueError(f"a grammar must be a string, not {type(source).__name__}")
             check_size(source, MAX_GRAMMAR_BYTES)
             text = f"{OPTIONS}{source}"
         else:
-            raise ValueError(f"unknown kind of grammar {kind!r}: json_object, json_schema, regex, choice or grammar")
+            raise ValueError(
+                f"unknown kind of grammar {kind!r}: use json_object, json_schema, regex, choice or grammar"
+            )
         return self._cached(text)
 
     def _regex_grammar(self, source: str, max_bytes: int) -> str:
         if not isinstance(source, str):
-            raise ValueError(f"a regular expression has to be a string, not {type(source).__name__}")
+            raise ValueError(f"a regular expression must be a string, not {type(source).__name__}")
         check_size(source, max_bytes)
-        if (len(source) - len(source.rstrip("\\"))) % 2:  # llguidance 1.9.1 would drop it
-            raise ValueError("the regular expression ends in a single backslash")
+        if (len(source) - len(source.rstrip("\\"))) % 2:  # llguidance 1.9.1 would drop the backslash
+            raise ValueError("the regular expression ends with an unpaired backslash")
         return f"{GRAMMAR}/{self._llguidance.regex_to_lark(source, 'dw')}/"
 
     def _matcher(self, text: str):
         return self._llguidance.LLMatcher(self._tokenizer, text, limits=self._limits, log_level=0)
 
     def _mask(self, matcher) -> np.ndarray:
-        """A matcher that fails, here or before, allows EOS; it has to be asked for its error."""
+        """Return the mask of a matcher. A failed matcher allows EOS, so its error has to be checked explicitly."""
         mask = np.frombuffer(matcher.compute_bitmask(), dtype="<i4")[: self.num_words] & self._has_logit
         if matcher.is_error() or not mask.any():
             raise ValueError(reason_of(matcher))
@@ -136,16 +140,16 @@ class GrammarCompiler:
 
 
 class Grammar:
-    """What an output has to fit. Requests share it, and what has been found out about it while following it."""
+    """A compiled grammar. Requests share it, together with the lexer states that are computed while they follow it."""
 
     def __init__(self, compiler: GrammarCompiler, text: str):
         self.compiler = compiler
         self.text = text
         self._start = self.new_matcher()
-        compiler._mask(self._start)  # a mistake shows here, or in the first mask
+        compiler._mask(self._start)  # raises ValueError if the grammar is invalid
 
     def new_matcher(self):
-        """A matcher at the beginning that shares nothing."""
+        """Return a matcher at the start of the grammar that shares no state with other matchers."""
         return self.compiler._matcher(self.text)
 
     def follow(self) -> "Follower":
@@ -153,7 +157,7 @@ class Grammar:
 
 
 class Follower:
-    """How far the output of one sample has come in its grammar."""
+    """The position of one sample's output in its grammar."""
 
     def __init__(self, grammar: Grammar, matcher):
         self._grammar = grammar
@@ -163,24 +167,24 @@ class Follower:
 
     @property
     def num_words(self) -> int:
-        """Of the bits that `allowed` gives."""
+        """Number of words of the bit mask that `allowed` returns."""
         return self._grammar.compiler.num_words
 
     def allowed(self, output_token_ids: list[int]) -> np.ndarray:
-        """The tokens that may follow the output: int32 [ceil(V / 32)], bit i % 32 of word i // 32 for token i.
+        """Return the tokens that may follow the output: int32 [ceil(V / 32)], bit i % 32 of word i // 32 for token i.
 
-        Each call is given all of the output, which begins with that of the call before.
+        Every call takes the whole output, which begins with the output of the previous call.
 
         Raises:
-            ValueError: the output does not fit, or the next mask would cost more than the limits allow.
+            ValueError: the output does not fit the grammar, or computing the next mask exceeds a limit.
         """
         try:
             return self._allowed(output_token_ids)
         except ValueError:
             if not self._is_shared:
                 raise
-        # A copy shares its lexer with the other samples, and so a limit that any of them has run into. Alone it counts
-        # what this sample costs.
+        # A copied matcher shares its lexer with the other samples, so it also fails at a limit that another sample has
+        # exceeded. A new matcher counts the cost of this sample only.
         self._matcher, self._is_shared, self._num_consumed = self._grammar.new_matcher(), False, 0
         return self._allowed(output_token_ids)
 
@@ -198,7 +202,7 @@ def schema_grammar(
     whitespace_pattern: str = WHITESPACE_PATTERN,
     max_string_len: int | None = None,
 ) -> str:
-    """The grammar of JSON that fits a schema."""
+    """Return the grammar of JSON that fits a schema."""
     return f"{GRAMMAR}{json_rule(source, whitespace_pattern, max_string_len)}"
 
 
@@ -208,12 +212,12 @@ def json_rule(
     max_string_len: int | None = None,
     is_for_tools: bool = False,
 ) -> str:
-    """The right side of a rule of a grammar: JSON that fits a schema, within the limits of `bounded`.
+    """Return the right side of a grammar rule: JSON that fits a schema, within the limits of `bounded`.
 
     Args:
-        is_for_tools: keywords that llguidance does not know are ignored: the schemas of tools have many.
+        is_for_tools: ignore keywords that llguidance does not support, because the schemas of tools have many of them.
     Raises:
-        ValueError: for a schema that is malformed or too large.
+        ValueError: the schema is malformed or too large.
     """
     try:
         check_size(whitespace_pattern, MAX_WHITESPACE_BYTES)
@@ -222,31 +226,37 @@ def json_rule(
         schema = json.loads(text)
         schema = {} if schema is True else schema
         if not isinstance(schema, dict):
-            raise ValueError("it has to be an object or true")
+            raise ValueError("the schema must be an object or true")
         check_schema(schema)
-        # Not sorted: the order of properties is the order in which they are written.
+        # json.dumps must not sort the keys: the output has the properties in the order of the schema.
         options = {"whitespace_pattern": whitespace_pattern, "lenient": is_for_tools}
-        # A part of a conjunction has to admit the properties of the other parts.
+        # If schemas are joined, each part has to allow the properties of the other parts.
         schema = bounded(schema, max_string_len, closes_objects=not _joins_objects(schema))
         text = json.dumps(schema | {"x-guidance": options}, ensure_ascii=False, allow_nan=False)
-        text.encode()  # a surrogate may have been escaped
+        text.encode()  # raises ValueError for lone surrogates, which the source may contain escaped
         return f"%json {text}"
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"bad JSON schema: {error}") from error
 
 
 def string_limit(context_len: int) -> int | None:
-    """Characters of a string without a limit of its own: half of the tokens of the context, so that JSON can end before
-    the context does. None in long contexts, whose models end their strings, and where the limit would cost memory."""
+    """Return the maximum length, in characters, of strings that the schema does not limit.
+
+    It is half of the context length in tokens, so that the JSON can end before the context does. None for long
+    contexts: their models end strings by themselves, and the limit would cost memory.
+    """
     return context_len // 2 if context_len <= 2 * MAX_LIMITED_STRING else None
 
 
 def bounded(schema: Any, max_string_len: int | None, closes_objects: bool = False) -> Any:
-    """A schema that a weak model cannot follow for ever: integers have at most 19 digits, strings at most
-    `max_string_len` characters, unless the schema limits them itself.
+    """Return a schema with limits that stop a weak model from writing one value forever.
+
+    Integers have at most 19 digits and strings at most `max_string_len` characters, unless the schema limits them
+    itself.
 
     Args:
-        closes_objects: an object whose properties the schema lists gets no others, unless the schema says otherwise.
+        closes_objects: forbid additional properties in objects that list their properties, unless `required` contains
+            other properties or the schema sets `additionalProperties`.
     """
     if not isinstance(schema, dict):
         return schema
@@ -273,7 +283,7 @@ def bounded(schema: Any, max_string_len: int | None, closes_objects: bool = Fals
 
 
 def _joins_objects(node: Any) -> bool:
-    """Whether a schema anywhere joins an object's properties with those of another schema."""
+    """Return whether any part of a schema joins an object's properties with those of another schema."""
     if isinstance(node, dict):
         joins = "allOf" in node or ("properties" in node and node.keys() & {"anyOf", "oneOf", "$ref"})
         return bool(joins) or any(map(_joins_objects, node.values()))
@@ -281,15 +291,18 @@ def _joins_objects(node: Any) -> bool:
 
 
 def check_size(text: str, max_bytes: int) -> None:
-    num_bytes = len(text.encode())  # a ValueError where there are lone surrogates
+    num_bytes = len(text.encode())  # raises ValueError for lone surrogates
     if num_bytes > max_bytes:
-        raise ValueError(f"{num_bytes} bytes are more than the {max_bytes} that are allowed")
+        raise ValueError(f"{num_bytes} bytes exceed the limit of {max_bytes}")
 
 
 def check_schema(schema: dict) -> None:
-    """Refuses what llguidance has no limit for. Property names and data count as if they were keywords."""
+    """Raise ValueError if a schema exceeds one of the limits that llguidance lacks.
+
+    Property names and data are counted as if they were keywords.
+    """
     if "x-guidance" in schema:
-        raise ValueError("x-guidance is not supported")  # could make the output something else than JSON
+        raise ValueError("x-guidance is not supported")  # its options could allow output that is not JSON
     level, objects, depth = [schema], [], 0
     while level:
         objects += [node for node in level if isinstance(node, dict)]
@@ -301,7 +314,7 @@ def check_schema(schema: dict) -> None:
         ]
         depth += 1
         if depth > MAX_DEPTH:
-            raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
+            raise ValueError(f"the schema is nested more than {MAX_DEPTH} levels deep")
 
     uses = Counter(key for node in objects for key in node)
     pattern_properties = [node["patternProperties"] for node in objects if "patternProperties" in node]
@@ -313,16 +326,20 @@ def check_schema(schema: dict) -> None:
     for what, num, max_num in [
         ("objects", len(objects), MAX_OBJECTS),
         *((f"uses of {key}", uses[key], limit) for key, limit in MAX_USES.items()),
-        (f"patterns and formats{' and joins schemas' * is_conjunction}", num_patterns, max_patterns),
+        (
+            f"patterns and formats{' (with schemas joined by allOf, anyOf, oneOf or $ref)' * is_conjunction}",
+            num_patterns,
+            max_patterns,
+        ),
     ]:
         if num > max_num:
-            raise ValueError(f"it has {num} {what}; more than {max_num} would take too long")
+            raise ValueError(f"the schema has {num} {what}, but compiling more than {max_num} would take too long")
 
 
 def reason_of(matcher) -> str:
     message = matcher.get_error()
     if not message or message.startswith("NoExtension"):
-        return "no text fits"
-    message = re.split(r"\n +\d+ \| |\n<", message)[0]  # without the grammar and the state
+        return "no text fits the grammar"
+    message = re.split(r"\n +\d+ \| |\n<", message)[0]  # drop the excerpts of the grammar and of the state
     message = re.sub(r"^at \d+\(\d+\): ", "", message)
     return message if len(message) <= 400 else f"{message[:200]} ... {message[-200:]}"

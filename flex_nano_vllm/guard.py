@@ -1,5 +1,5 @@
-"""What stands before a server: the API key, and how large a request may be and how long it may take. Knows no endpoint
-but those that are public.
+"""Checks before all endpoints: the API key, the size of a request and the time it takes. Depends on no endpoints except
+the public paths.
 """
 
 import asyncio
@@ -21,21 +21,23 @@ from flex_nano_vllm.api_errors import APIError, api_error
 logger = logging.getLogger(__name__)
 
 PUBLIC_PATHS = {"/", "/health"}
-ERROR_EVENT_TIMEOUT = 1.0  # seconds for a client to take the error at the end of its stream
-HEAD_TIMEOUT = 30.0  # seconds from the connection, or the first byte of a further request, to the end of its headers
+ERROR_EVENT_TIMEOUT = 1.0  # seconds for a client to read the error at the end of its stream
+HEAD_TIMEOUT = 30.0  # seconds from the connection, or the first byte of a later request, to the end of the headers
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may take."""
+    """Limits of one request."""
 
     max_body_bytes: int = 2 * 2**20
-    request_timeout: float = 600.0  # seconds, from the headers of the request to the last byte of the answer
+    request_timeout: float = 600.0  # seconds, from the request's headers to the last byte of the response
 
 
 class Guard:
-    """Stands before everything else: the key, the kind and the size of the body, the time that a request may take. It
-    gives each request an id, and logs each refusal."""
+    """Middleware that checks the API key, the type and size of the body, and the time that a request takes.
+
+    It also adds a request id to each response, and logs each error response.
+    """
 
     def __init__(self, app: ASGIApp, api_key: str | None, limits: Limits):
         self.app, self.limits = app, limits
@@ -49,7 +51,7 @@ class Guard:
         if scope["path"] not in PUBLIC_PATHS and not self.is_allowed(headers):
             error = APIError(401, "the API key is missing or wrong: send Authorization: Bearer KEY", "invalid_api_key")
             return await error.response()(scope, receive, answer.send)
-        if scope["method"] == "HEAD":  # what GET answers, without its body, which uvicorn leaves out
+        if scope["method"] == "HEAD":  # the same as GET; uvicorn omits the body
             scope = scope | {"method": "GET"}
         try:
             check_media(headers)
@@ -59,11 +61,11 @@ class Guard:
         except APIError as error:
             await error.response()(scope, receive, answer.send)
         except TimeoutError:
-            error = APIError(503, f"the answer takes more than {self.limits.request_timeout} s", "timeout")
+            error = APIError(503, f"the request took more than the limit of {self.limits.request_timeout} s", "timeout")
             if not answer.has_started:
                 await error.response()(scope, receive, answer.send)
             elif answer.is_stream:
-                with anyio.move_on_after(ERROR_EVENT_TIMEOUT):  # a client that does not read would keep us for ever
+                with anyio.move_on_after(ERROR_EVENT_TIMEOUT):  # a client that does not read would block forever
                     await answer.send({"type": "http.response.body", "body": error.last_events})
         except Exception as error:
             if answer.has_started:
@@ -74,11 +76,11 @@ class Guard:
         if self.key_digest is None:
             return True
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-        is_same = hmac.compare_digest(hashlib.sha256(key).digest(), self.key_digest)  # in a time that tells nothing
+        is_same = hmac.compare_digest(hashlib.sha256(key).digest(), self.key_digest)  # in constant time
         return is_same and scheme.lower() == b"bearer"
 
     async def body(self, receive: Receive, headers: dict[bytes, bytes]) -> bytes:
-        """The whole body. One that is too large is thrown away as it comes, so that the client gets to read why."""
+        """Return the whole body. Read and discard a body that is too large, so that the client can read the error."""
         most, parts, num_bytes = self.limits.max_body_bytes, [], 0
         length = headers.get(b"content-length", b"0")
         is_too_large = not length.isdigit() or int(length) > most
@@ -95,12 +97,12 @@ class Guard:
                 parts.append(message.get("body", b""))
             more = message.get("more_body", False) and num_bytes <= 64 * most
         if is_too_large:
-            raise APIError(413, f"the body has more than the {most} bytes that are allowed", "body_too_large")
+            raise APIError(413, f"the body is larger than the limit of {most} bytes", "body_too_large")
         return b"".join(parts)
 
 
 class _Answer:
-    """The answer on its way out: it gets the request's id, and is logged if it is a refusal."""
+    """Sends a response: adds the request id to its headers, and logs it if it is an error."""
 
     def __init__(self, scope: Scope, request_id: str, send: Send):
         self._scope, self._request_id, self._send = scope, request_id, send
@@ -115,13 +117,13 @@ class _Answer:
             message = message | {"headers": headers}
         elif self._status >= 400:
             self._log(message.get("body", b""))
-            self._status = 0  # once
+            self._status = 0  # log once
         await self._send(message)
 
     def _log(self, body: bytes) -> None:
-        """One line. Errors hold no prompt (see `api_errors`)."""
+        """Log one line. Error messages contain no prompt (see `api_errors`)."""
         try:
-            reason = " ".join(json.loads(body)["error"]["message"].split())  # one line
+            reason = " ".join(json.loads(body)["error"]["message"].split())  # on one line
         except (ValueError, LookupError, TypeError):
             reason = ""
         level = logging.WARNING if self._status >= 500 else logging.INFO
@@ -130,21 +132,21 @@ class _Answer:
 
 
 def _request_id(headers: dict[bytes, bytes]) -> str:
-    """The client's own id of its request, if it is of at most 128 printable ASCII characters, else a new one."""
+    """Return the client's own request id if it has 1 to 128 printable ASCII characters, else a new one."""
     given = headers.get(b"x-request-id", b"").decode("latin-1")
     return given if re.fullmatch("[!-~]{1,128}", given) else f"req_{uuid.uuid4().hex}"
 
 
 def check_media(headers: dict[bytes, bytes]) -> None:
-    """Raises APIError for a body that is no JSON by its own word, or that is compressed."""
+    """Raise APIError if the headers declare a body that is not JSON, or that is compressed."""
     has_body = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
     kind = headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
     if has_body and not re.fullmatch(r"application/([a-z0-9.+-]+\+)?json", kind):
-        got = f"got {kind[:100]!r}" if kind else "there is none"
+        got = f"got {kind[:100]!r}" if kind else "but it is missing"
         raise APIError(415, f"Content-Type must be application/json, {got}", "unsupported_media_type")
     encoding = headers.get(b"content-encoding", b"identity").decode("latin-1").strip().lower()
     if encoding not in ("identity", ""):
-        message = f"Content-Encoding {encoding[:100]!r} is not supported: send the body as it is"
+        message = f"Content-Encoding {encoding[:100]!r} is not supported: send the body uncompressed"
         raise APIError(415, message, "unsupported_media_type")
 
 
@@ -158,8 +160,10 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
 
 
 class HeaderTimeoutH11(H11Protocol):
-    """Uvicorn's HTTP, for connections that bring a request: others are closed. In pure Python, since httptools, its
-    other parser, takes headers of 50 MB."""
+    """Uvicorn's HTTP protocol, which here closes a connection that does not send the headers of a request in time.
+
+    It uses the parser in pure Python, because uvicorn's other parser, httptools, accepts headers of 50 MB.
+    """
 
     _head_timer: asyncio.TimerHandle | None = None
 

@@ -1,4 +1,4 @@
-"""The engine as its user sees it: prompts in, texts out. Knows nothing of page arithmetic or masks."""
+"""The engine's public interface: prompts in, texts out. Independent of page arithmetic and masks."""
 
 import functools
 import logging
@@ -36,7 +36,7 @@ from flex_nano_vllm.weights import WeightsWatch
 
 logger = logging.getLogger(__name__)
 
-# The engine that a model is patched for. A notebook runs its constructor cell again while the old engine still lives.
+# The engine that each model is patched for. A notebook may build a new engine while the old one still exists.
 _engine_of_model: "weakref.WeakKeyDictionary[PreTrainedModel, weakref.ref[Inference]]" = weakref.WeakKeyDictionary()
 
 
@@ -47,29 +47,29 @@ class Inference:
         outputs = engine.generate(["The 12 months are"], SamplingParams(temperature=0, max_tokens=64))
         print(outputs[0].outputs[0].text)
 
-    While the engine lives, the model belongs to it (see `patching.patch_model`); `close()`, leaving a `with` block, or
-    deleting the engine gives it back as it was, and so does building another engine on the model, if this one has no
-    unfinished requests. One thread at a time may call it; another one gets a RuntimeError.
+    The engine patches the model (see `patching.patch_model`). `close()`, the end of a `with` block, or deletion of the
+    engine restores the model. Building another engine on the model does too, if this engine has no unfinished requests.
+    Only one thread at a time may call the engine. Calls from a second thread raise RuntimeError.
 
     Args:
         model: of a supported architecture, in eval mode, on one device; its dtype is the pool's dtype.
         tokenizer: None if all prompts are token ids; outputs then have no text.
-        max_batch_size: sequences that run at once, and no more than there are pages. More may wait.
-        max_seq_length: prompt and output of one request, in tokens. Default: what the model was made for.
-        n_pages: pages of the KV pool, the reserved page 0 included. Default: what `max_batch_size` sequences of
-            `max_seq_length` need, but at most half of the free memory (nine tenths on a GPU).
+        max_batch_size: the most sequences that run at once, limited to the number of usable pages. Others wait.
+        max_seq_length: most tokens of one request, prompt and output together. Default: the positions of the model.
+        n_pages: pages of the KV pool, including the reserved page 0. Default: enough for `max_batch_size` sequences of
+            `max_seq_length`, but at most half of the free memory (nine tenths on a GPU).
         page_size: tokens per page. Default: 64 on a CPU, 128 on a GPU.
         max_num_batched_tokens: token budget of a step. Default: 1,024 on a CPU, 2,048 on a GPU.
-        watermark: tokens by which every running request can still grow when another one is admitted.
-        enable_prefix_caching: compute of a request only what no other one with the same beginning has computed.
-        enable_window_release: give pages back that are out of a layer's sliding window.
-        enable_cascade: let decodes that share many pages read them together.
-        compile: whether to compile the model and FlexAttention. Default: where that is possible; otherwise the reason
-            is logged once.
-        record_steps: keep a `StepMetrics` of every step in `engine.steps`.
+        watermark: tokens by which every running sequence must still be able to grow when another one is admitted.
+        enable_prefix_caching: share cached pages of a common prefix instead of computing them again.
+        enable_window_release: release pages that are out of a layer's sliding window.
+        enable_cascade: put decodes that share many pages into packed tiles, which read each page once.
+        compile: whether to compile the model and FlexAttention. Default: True if possible; otherwise the reason is
+            logged once.
+        record_steps: append a `StepMetrics` for every step to `engine.steps`.
     Raises:
-        ValueError: for a model that is not supported, a size that is out of range or does not fit into memory, or
-            `compile=True` where FlexAttention cannot be compiled. The model is left as it was.
+        ValueError: for an unsupported model, for a size that is out of range or does not fit into memory, or for
+            `compile=True` if FlexAttention cannot be compiled. The model is not changed.
     """
 
     def __init__(
@@ -98,20 +98,20 @@ class Inference:
         if max_num_batched_tokens is None:
             max_num_batched_tokens = 1024 if on_cpu else 2048
         _check_size("max_batch_size", max_batch_size, 1)
-        _check_size("max_seq_length", max_seq_length, 2, "a prompt token and a generated one")
+        _check_size("max_seq_length", max_seq_length, 2, "a prompt token and a generated token")
         _check_size("page_size", page_size, 1)
         _check_size("max_num_batched_tokens", max_num_batched_tokens, 1)
         _check_size("watermark", watermark, 0)
         if n_pages is not None:
             _check_size("n_pages", n_pages, 2, "page 0 is reserved")
         if max_seq_length > model_max:
-            raise ValueError(f"max_seq_length={max_seq_length} is more than the {model_max} positions the model has")
+            raise ValueError(f"max_seq_length={max_seq_length} is more than the {model_max} positions of the model")
         obstacle = why_not_compiled(model.device, model.dtype, page_size)
         if compile and obstacle:
             raise ValueError(f"compile=True, but {obstacle}")
         if compile is None and obstacle:
             _warn_uncompiled(obstacle)
-        _release_model(model)  # before memory is looked at
+        _release_model(model)  # before free memory is measured
         geometry = Geometry(
             1 + max_batch_size * cdiv(max_seq_length, page_size) if n_pages is None else n_pages,
             page_size,
@@ -123,40 +123,42 @@ class Inference:
         )
         if n_pages is None:
             n_pages = pool_size(model, geometry)
-        # Whoever runs holds a page.
+        # Every running sequence holds a page.
         geometry = replace(geometry, n_pages=n_pages, max_batch_size=min(max_batch_size, n_pages - 1))
         check_pool_fits(model, geometry)
 
         self.model, self.tokenizer = model, tokenizer
-        with torch.inference_mode(False):  # buffers of that mode could not be written outside of it
+        with torch.inference_mode(False):  # buffers made in that mode cannot be written outside of it
             self.kv = KVManager(geometry, model.device, enable_prefix_caching)
         self.max_seq_length, self.max_request_tokens = max_seq_length, geometry.max_request_tokens
         if self.max_request_tokens < 2:
-            raise ValueError(f"n_pages={n_pages} of page_size={page_size} hold no prompt token and a generated one")
+            raise ValueError(
+                f"n_pages={n_pages} of page_size={page_size} cannot hold a prompt token and a generated token"
+            )
         self.scheduler = Scheduler(self.kv, max_num_batched_tokens, watermark)
         self.input_processor = InputProcessor(model, tokenizer, geometry, num_logits(model))
-        self.warns_of_defaults = bool(not_applied(model.generation_config, SamplingParams()))  # until it has, once
+        self.warns_of_defaults = bool(not_applied(model.generation_config, SamplingParams()))  # until the first warning
         self.steps: list[StepMetrics] = []
         self._record_steps = record_steps
         self._start_time = time.perf_counter()
         self._num_finished = self._num_steps = 0
         self._finish_reasons = Counter()
         self._num_computed_tokens = self._num_generated_tokens = 0
-        self._unreported: dict[int, list[Sequence]] = {}  # requests that have ended and were not yet returned
-        self._abandoned: deque[int] = deque()  # requests of streams that were thrown away while the engine was in use
+        self._unreported: dict[int, list[Sequence]] = {}  # finished requests, not yet returned
+        self._abandoned: deque[int] = deque()  # requests of closed streams, aborted by the next call
         self._in_use = threading.Lock()
-        self.owner: threading.Thread | None = None  # the only one that may call, if there is one (`AsyncInference`)
+        self.owner: threading.Thread | None = None  # set by `AsyncInference`: the only thread that may call
         compiled = obstacle is None if compile is None else compile
         with torch.inference_mode(False):
             self.runner = ModelRunner(model, self.kv, compiled, enable_cascade)
-        self._weights = WeightsWatch(model)  # as it is now, with its caches
+        self._weights = WeightsWatch(model)  # of the patched model
         self._give_back = weakref.finalize(self, unpatch_model, model)
         logger.info("KV memory for %s", self.plan(self.max_request_tokens - 1, 1))
         _engine_of_model[model] = weakref.ref(self)
 
     @property
     def page_table(self) -> PageTable:
-        """Of the layers with the widest window, the one whose pool can run out; `kv` has those of the others."""
+        """The page table of the primary pool. `kv` has the page tables of the secondary pools too."""
         return self.kv.primary
 
     @classmethod
@@ -170,9 +172,9 @@ class Inference:
     ) -> "Inference":
         """Load model and tokenizer from a folder or a hub id, and build an engine with the given options.
 
-        "tiny-gemma2" is the little trained model in this package, and needs no network. `device` defaults to the GPU
-        where there is one. Weights are read from safetensors only, and no code that comes with a model is run: a
-        repository that asks for it is refused with a ValueError.
+        "tiny-gemma2" is the small trained model in this package, which needs no network. `device` defaults to the GPU
+        if there is one. Weights are read from safetensors only. Code in a model repository is never run: a repository
+        that needs it raises ValueError.
         """
         model, tokenizer = load(path_or_id, dtype, device)
         return cls(model, tokenizer, **engine_options)
@@ -184,26 +186,26 @@ class Inference:
         use_tqdm: bool = True,
         cache_salt: str | None = None,
     ) -> list[RequestOutput]:
-        """Complete one prompt or many, and return the outputs in the order of the prompts.
+        """Complete one or more prompts, and return the outputs in the order of the prompts.
 
         Args:
             prompts: a text, a list of token ids, or a list whose entries are either.
-            sampling_params: for all prompts, or a list with one for each. Default: `SamplingParams()`.
+            sampling_params: one for all prompts, or a list with one for each prompt. Default: `SamplingParams()`.
             use_tqdm: show a progress bar.
-            cache_salt: share computed prefixes only with requests of the same salt. For users who must not learn, from
-                how fast they are answered, what others have asked.
+            cache_salt: share cached pages only with requests of the same salt. Then response times do not reveal the
+                prompts of requests with another salt.
         Raises:
-            ValueError: for any prompt that is empty, holds an unknown token id, or can never fit; for lists of
-                different lengths. All prompts are checked before the first one is taken.
-            RuntimeError: while other requests are unfinished (of `add_request`, or of another thread).
+            ValueError: for a prompt that is empty, contains an unknown token id, or can never fit, and for lists of
+                different lengths. All prompts are checked before the first one is queued.
+            RuntimeError: while other requests are unfinished (from `add_request`, or from another thread).
 
-        Whatever goes wrong later, an interrupt included, all pages are free again afterwards and the engine is usable.
+        After any later error, an interrupt included, all pages are free and the engine is usable.
         """
         with self._exclusively():
             requests = self.input_processor.requests(prompts, sampling_params, cache_salt)
             if self.has_unfinished_requests():
                 raise RuntimeError(
-                    "the engine has unfinished requests: run_one_step() until it has none, or abort them"
+                    "the engine has unfinished requests: call run_one_step() until they finish, or abort them"
                 )
             outputs: dict[int, RequestOutput] = {}
             try:
@@ -227,14 +229,14 @@ class Inference:
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, cache_salt: str | None = None
     ) -> Iterator[CompletionDelta]:
-        """Complete one prompt, and give what is new after each step.
+        """Complete one prompt, and yield new tokens and text after each step.
 
             for delta in engine.stream("The 12 months are", SamplingParams(max_tokens=64)):
                 print(delta.text, end="")
 
-        Raises what `generate` does, when called. The request is taken when the first delta is asked for; to break off,
-        or to close the iterator, ends it and frees its pages. In between, the engine takes other requests of
-        `add_request`, whose outputs `run_one_step` returns later.
+        The call itself raises the errors of `generate`. The request is queued when the first delta is requested.
+        Breaking out of the loop, or closing the iterator, aborts the request and frees its pages. Between two deltas,
+        `add_request` can queue other requests, whose outputs `run_one_step` returns later.
         """
         with self._exclusively():
             params = SamplingParams() if sampling_params is None else sampling_params
@@ -257,7 +259,7 @@ class Inference:
                 yield from deltas
         finally:
             if not reader.has_ended:
-                # A stream may be thrown away in the middle of a step, or by another thread: then the next call ends it.
+                # A stream may be closed in the middle of a step, or by another thread: then the next call aborts it.
                 self._abandoned.append(request_id)
                 with suppress(RuntimeError), self._exclusively():
                     pass
@@ -269,7 +271,7 @@ class Inference:
         cache_salt: str | None = None,
         tools: list[dict] | None = None,
     ) -> Iterator[CompletionDelta]:
-        """Answer one conversation, as `stream` does a prompt."""
+        """Stream the answer to one conversation, see `stream`."""
         return self.stream(self.input_processor.chat_prompt(messages, tools), sampling_params, cache_salt)
 
     def chat(
@@ -280,13 +282,13 @@ class Inference:
         cache_salt: str | None = None,
         tools: list[dict] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or a list of them, in the form of the tokenizer's chat template.
+        """Answer one conversation or a list of conversations, formatted by the tokenizer's chat template.
 
             engine.chat([{"role": "user", "content": "What is 17 plus 8?"}])[0].outputs[0].text
 
-        Control tokens in messages are read as text. `tools`, in OpenAI's form, are given to the template; calls come as
-        text, in the model's own form (`tools.CallParser` finds them). Raises what `generate` does, and ValueError for
-        messages of another form, or that the template refuses.
+        Control tokens in messages are tokenized as plain text. `tools`, in OpenAI's form, are passed to the template.
+        Tool calls are returned as text in the model's own form (`tools.CallParser` parses them). Raises the errors of
+        `generate`, and ValueError for malformed messages or messages that the template rejects.
         """
         is_list = isinstance(messages, list | tuple)
         conversations = messages if is_list and messages and isinstance(messages[0], list | tuple) else [messages]
@@ -296,24 +298,24 @@ class Inference:
     def add_request(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, cache_salt: str | None = None
     ) -> int:
-        """Queue one request and return its id. Raises ValueError, before anything is taken, for what can never run."""
+        """Queue one request and return its id. Raises ValueError for an invalid request, which is not queued."""
         with self._exclusively():
             params = SamplingParams() if sampling_params is None else sampling_params
             return self._add(self.input_processor.request(prompt, params, cache_salt))
 
     def add(self, group: list[Sequence]) -> None:
-        """Queue a request that `input_processor` has made, for callers that check prompts while a step runs."""
+        """Queue a request made by `input_processor`. Callers can thus validate prompts while a step runs."""
         with self._exclusively():
             self._add(group)
 
     def has_unfinished_requests(self) -> bool:
-        """Whether there is a request whose output has not been returned."""
+        """Return whether there is a request whose output has not been returned."""
         return self.scheduler.has_unfinished_requests() or bool(self._unreported)
 
     def abort(self, request_id: int) -> RequestOutput | None:
-        """End a request, wherever it is, and return what it has so far, with finish_reason "abort".
+        """Abort a waiting or running request, and return its output so far, with finish_reason "abort".
 
-        None, and no harm, if it has ended already or never was.
+        Does nothing and returns None if the request has ended or does not exist.
         """
         with self._exclusively():
             group = self._abort(request_id)
@@ -328,15 +330,17 @@ class Inference:
         return self._unreported.pop(request_id)
 
     def abort_failed_step(self) -> list[int]:
-        """After a step that has failed: end the requests that took part in it with finish_reason "error", and return
-        their ids. Nobody gets an answer of them; their pages are free. Where the step has gone well, and only answers
-        could not be made, those are all that is given up."""
+        """Abort the requests of a failed step, and return their ids. Call it after `run_one_step` raised.
+
+        The requests end with finish_reason "error", their pages are freed, and their outputs are not returned. If the
+        step itself succeeded and only building outputs failed, only the finished requests are dropped.
+        """
         with self._exclusively():
             if self._unreported:
                 request_ids = sorted(self._unreported)
                 self._unreported.clear()
                 return request_ids
-            queue = self.scheduler.running or self.scheduler.waiting  # all, if it did not come to choosing them
+            queue = self.scheduler.running or self.scheduler.waiting  # waiting: nothing was admitted yet
             groups = {sequence.request_id: sequence.group for sequence in queue}
             for request_id, group in groups.items():
                 self.scheduler.abort(request_id, "error")
@@ -346,8 +350,8 @@ class Inference:
     def run_one_step(self) -> list[RequestOutput]:
         """Compute one step and return the requests that finished in it.
 
-        If it raises an exception, nothing is lost: the step can be run again, or its requests aborted. (An interrupt in
-        the middle of bookkeeping is another matter: `generate` then starts afresh, by hand `close()` does.)
+        After an exception, the step can be run again, or its requests can be aborted. (This does not hold for an
+        interrupt during bookkeeping: `generate` then drops all requests; callers of this method must call `close()`.)
         """
         with self._exclusively():
             self._step()
@@ -355,7 +359,7 @@ class Inference:
 
     def _add(self, group: list[Sequence]) -> int:
         if not self.has_unfinished_requests() and self._weights.has_changed():
-            logger.info("the model's weights have changed: forgetting the pages computed with the old ones")
+            logger.info("the model's weights have changed: dropping all cached pages")
             self.kv.reset()
         for sequence in group:
             self.scheduler.add(sequence)
@@ -364,18 +368,18 @@ class Inference:
         return group[0].request_id
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """The parameters that the model's own `generation_config` states, as vLLM's method of this name."""
+        """Return the parameters stated in the model's `generation_config`, as in vLLM."""
         return SamplingParams(**sampling_defaults(self.model.generation_config))
 
     def _warn_of_defaults(self, params: SamplingParams) -> None:
-        """Say once what `model.generate` does by the model's `generation_config`, and a request does not."""
+        """Log once which settings in `generation_config` apply to `model.generate` but not to the request."""
         missing = not_applied(self.model.generation_config, params)
         if missing:
             self.warns_of_defaults = False
             stated = ", ".join(f"{name}={value!r}" for name, value in missing.items())
             logger.warning(
-                "the model's generation_config states %s: model.generate applies that, this request does not "
-                "(get_default_sampling_params() has what can be applied)",
+                "the model's generation_config states %s: model.generate applies these settings, but this request does "
+                "not (get_default_sampling_params() returns those that are supported)",
                 stated[:400],
             )
 
@@ -389,7 +393,7 @@ class Inference:
             sampled = []
             for chunk, sample, has_token in zip(chunks, samples, had_token):
                 sequence = chunk.sequence
-                # Who has been sent back, because it had counted on numbers that were not finite, has computed nothing.
+                # Skip sequences that `commit` requeued because they shared pages with a failed sequence.
                 if not sequence.num_computed_tokens:
                     continue
                 sequence.prompt_logprobs += sample.prompt_logprobs
@@ -404,8 +408,10 @@ class Inference:
             self._measure(chunks, sampled, started)
 
     def _follow_texts(self, sequences: list[Sequence]) -> list[Sequence]:
-        """Decode what has come, where somebody wants to see it, and end those whose text has met a stop text. Returns
-        who would have gone on."""
+        """Detokenize new tokens of sequences that have a `Detokenizer`, and finish those with a stop string.
+
+        A sequence whose text cannot be decoded finishes too. Returns the sequences that would otherwise have continued.
+        """
         ended = []
         for sequence in sequences:
             if sequence.text is None:
@@ -414,7 +420,7 @@ class Inference:
             try:
                 reason = "stop" if sequence.text.update(sequence.output_token_ids, is_last) else None
             except Exception:
-                logger.exception("request %s: its text cannot be decoded", sequence.request_id)
+                logger.exception("request %s: the text cannot be decoded", sequence.request_id)
                 reason, sequence.error = "error", RequestError("the text cannot be decoded")
             if reason is not None:
                 if not is_last:
@@ -424,7 +430,7 @@ class Inference:
         return ended
 
     def _close(self, group: list[Sequence]) -> None:
-        """Note that a request has ended. Its answer is made when it is asked for."""
+        """Record that a request has ended. Its output is built when it is returned."""
         group[0].metrics.finished_time = time.perf_counter()
         self._count(group)
         self._unreported[group[0].request_id] = group
@@ -441,14 +447,15 @@ class Inference:
         return outputs
 
     def warmup(self) -> None:
-        """Compile everything that serving can need, so that no request waits for the compiler."""
+        """Compile all graphs that serving can need, so that requests do not wait for the compiler."""
         with self._exclusively():
             self.runner.warmup()
 
     def reset_prefix_cache(self) -> None:
-        """Forget what was computed for earlier requests: to measure, or after a change of the model that the engine
-        does not see (see `weights.WeightsWatch`). One that it sees empties the cache when the next request comes to
-        an idle engine.
+        """Empty the prefix cache.
+
+        Use it for measurements, or after a change of the model that the engine does not detect (see
+        `weights.WeightsWatch`). A change that it detects empties the cache when an idle engine gets its next request.
 
         Raises RuntimeError while there are unfinished requests.
         """
@@ -458,14 +465,16 @@ class Inference:
             self.kv.reset()
 
     def plan(self, prompt_len: int, max_tokens: int) -> Plan:
-        """What requests of such lengths would hold of the KV memory, how many of them fit at once, and why one would be
-        refused. Raises ValueError for lengths less than 1."""
+        """Return the KV memory that requests of these lengths hold, and how many of them fit at once.
+
+        If the engine would reject such a request, the plan has the reason. Raises ValueError for lengths less than 1.
+        """
         _check_size("prompt_len", prompt_len, 1)
         _check_size("max_tokens", max_tokens, 1)
         return make_plan(self.model, self.kv.geometry, prompt_len, max_tokens)
 
     def stats(self) -> EngineStats:
-        """What the engine holds and has done so far."""
+        """Return the current state and the counters of the engine."""
         table = self.page_table
         return EngineStats(
             num_running=len(self.scheduler.running),
@@ -486,11 +495,11 @@ class Inference:
         )
 
     def check_invariants(self) -> None:
-        """Raises AssertionError when the bookkeeping of requests, rows and pages does not add up."""
+        """Check the bookkeeping of requests, rows and pages. Raises AssertionError if it is inconsistent."""
         self.scheduler.check_invariants()
 
     def close(self) -> None:
-        """Give the model back as it was, and free the pool. Forgets unfinished requests. Closing twice is fine."""
+        """Restore the model and free the pool. Drops unfinished requests. A second call does nothing."""
         if self._give_back.alive:
             with self._exclusively():
                 self._forget_requests()
@@ -503,7 +512,7 @@ class Inference:
         self.close()
 
     def _measure(self, chunks: list[Chunk], sampled: list[Sequence], started: float) -> None:
-        """Stamp the sequences of a step that began at `started`, and count it."""
+        """Set the time stamps of the sequences of a step that began at `started`, and update the counters."""
         now = time.perf_counter()
         for chunk in chunks:
             if chunk.sequence.metrics.first_scheduled_time is None:
@@ -541,11 +550,11 @@ class Inference:
 
     @contextmanager
     def _exclusively(self) -> Iterator[None]:
-        """One caller at a time: neither another thread nor a callback of this one can step in between."""
+        """Allow one call at a time. A call from another thread or from inside a step raises RuntimeError."""
         if not self._give_back.alive:
-            raise RuntimeError("this engine is closed: its model was given back, or another engine was built on it")
+            raise RuntimeError("this engine is closed: its model was restored, or another engine was built on it")
         if self.owner not in (None, threading.current_thread()):
-            raise RuntimeError("the engine belongs to an AsyncInference: call that one, or close it first")
+            raise RuntimeError("the engine belongs to an AsyncInference: call the AsyncInference, or close it first")
         if not self._in_use.acquire(blocking=False):
             raise RuntimeError("the engine is busy with another call, from another thread or from inside a step")
         try:
@@ -569,10 +578,12 @@ def _check_size(name: str, value: int, least: int, reason: str = "") -> None:
 
 
 def _release_model(model: PreTrainedModel) -> None:
-    """Close the idle engine that the model belongs to, if any: its pool must not stand beside the new one."""
+    """Close the idle engine that the model belongs to, if any, to free its pool before the new pool is allocated."""
     engine = _engine_of_model.get(model, lambda: None)()
     if engine is None:
         return
     if engine.has_unfinished_requests():
-        raise ValueError("the model belongs to an engine with unfinished requests: finish or abort them, or close it")
+        raise ValueError(
+            "the model belongs to an engine with unfinished requests: finish or abort them, or close the engine"
+        )
     engine.close()

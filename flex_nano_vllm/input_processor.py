@@ -1,6 +1,6 @@
-"""Requests checked at the door: from prompts and parameters to sequences. Knows nothing of pages or queues.
+"""Validates requests, and turns prompts and parameters into sequences. Independent of pages and queues.
 
-Whatever is wrong raises ValueError with the numbers and the remedy, before anything is taken.
+An invalid request raises ValueError with the numbers and the remedy, before any resource is allocated.
 """
 
 import itertools
@@ -24,7 +24,7 @@ Prompt = str | SequenceOf[int] | dict
 
 
 class InputProcessor:
-    """Makes sequences of requests, and numbers them. Any thread may ask; one at a time is served."""
+    """Turns requests into sequences and assigns request ids. Any thread may call it: a lock serializes tokenization."""
 
     def __init__(
         self,
@@ -36,11 +36,11 @@ class InputProcessor:
         self.tokenizer, self.geometry = tokenizer, geometry
         self.num_embeddings = model.get_input_embeddings().num_embeddings
         self.num_logits = num_logits
-        # A tokenizer may have more tokens than the model, and a config name one that there is not.
+        # A tokenizer may have more tokens than the model, and a config may name an EOS token that does not exist.
         self.eos_token_ids = _eos_token_ids(model, tokenizer).intersection(range(self.num_logits))
         self._request_ids = itertools.count()
         self._grammars: GrammarCompiler | None = None
-        # A tokenizer that is asked by two threads at once may refuse one of them; a compiler of grammars need not.
+        # A tokenizer may raise an error if two threads call it at once. The grammar compiler does not need the lock.
         self.lock = threading.Lock()
 
     def requests(
@@ -49,14 +49,16 @@ class InputProcessor:
         sampling_params: SamplingParams | SequenceOf[SamplingParams] | None,
         cache_salt: str | None,
     ) -> list[list[Sequence]]:
-        """The samples of each prompt, all of them checked before any is taken."""
+        """Return the samples of each prompt. Raises ValueError if any of the requests is invalid."""
         is_list = isinstance(prompts, list | tuple)
         is_one = isinstance(prompts, str | dict) or (is_list and prompts and is_int(prompts[0]))
         prompts = [prompts] if is_one else prompts
         if not isinstance(prompts, list | tuple) or not prompts:
             kind = type(prompts).__name__
             got = f"an empty {kind}" if isinstance(prompts, list | tuple) else f"an object of type {kind}"
-            raise ValueError(f"prompts must be a text, a list of token ids, or a non-empty list of such, not {got}")
+            raise ValueError(
+                f"prompts must be a text, a list of token ids, or a non-empty list of texts or id lists, not {got}"
+            )
         if sampling_params is None:
             sampling_params = SamplingParams()
         if isinstance(sampling_params, SamplingParams):
@@ -78,15 +80,15 @@ class InputProcessor:
         name: str = "prompt",
         follow: bool = False,
     ) -> list[Sequence]:
-        """The samples of one request.
+        """Return the samples of one request.
 
         Args:
-            name: of the prompt, in errors.
-            follow: decode the output token by token, so that its text can be shown as it comes.
+            name: name of the prompt in error messages.
+            follow: detokenize the output token by token, so that its text can be streamed.
         """
         if cache_salt is not None and not (isinstance(cache_salt, str) and cache_salt):
             raise InvalidRequestError(
-                f"cache_salt must be None or a text that is not empty, got {cache_salt!r}", "cache_salt"
+                f"cache_salt must be None or a non-empty string, got {cache_salt!r}", "cache_salt"
             )
         if not isinstance(params, SamplingParams):
             raise ValueError(f"{name}: sampling_params must be SamplingParams, got {params!r}")
@@ -140,13 +142,13 @@ class InputProcessor:
         return group
 
     def tokenize(self, text: str) -> list[int]:
-        """The tokens that a prompt of this text has."""
+        """Return the token ids of a text prompt."""
         with self.lock:
             return self.token_ids(text, "prompt")
 
     def chat_prompt(self, messages: list[dict], tools: list[dict] | None = None) -> list[int]:
-        """The tokens of a conversation, see `chat_token_ids`."""
-        with self.lock:  # among other things, to split control tokens is a switch of the tokenizer
+        """Return the token ids of a conversation, see `chat_token_ids`."""
+        with self.lock:  # for example because split_special_tokens changes the tokenizer's state
             try:
                 return chat_token_ids(self.tokenizer, messages, tools)
             except ValueError as error:
@@ -155,13 +157,13 @@ class InputProcessor:
                 ) from error
 
     def detokenize(self, token_ids: list[int]) -> str:
-        """The text of tokens, control tokens included."""
+        """Return the text of tokens, control tokens included."""
         if not all(token_id < self.num_embeddings for token_id in token_ids):
             raise InvalidRequestError(f"the model's token ids are 0 to {self.num_embeddings - 1}", "tokens")
         return decode(self.tokenizer, token_ids, skip_special_tokens=False)
 
     def token_ids(self, prompt: str | SequenceOf[int], name: str) -> list[int]:
-        """A prompt's tokens, none of them unknown to the model."""
+        """Return the token ids of a prompt. Raises InvalidRequestError if the model does not have one of them."""
         if isinstance(prompt, str | list | tuple) and not prompt:
             raise InvalidRequestError(f"{name} is empty", "prompt")
         if isinstance(prompt, str):
@@ -173,7 +175,7 @@ class InputProcessor:
                 prompt.encode()
             except UnicodeEncodeError as error:
                 raise InvalidRequestError(f"{name} is not valid Unicode: {error}", "prompt") from None
-            # A prompt from a chat template brings its own BOS.
+            # A prompt from a chat template already begins with the BOS.
             has_bos = bool(self.tokenizer.bos_token) and prompt.startswith(self.tokenizer.bos_token)
             prompt = self.tokenizer(prompt, add_special_tokens=not has_bos).input_ids
         if not isinstance(prompt, list | tuple):
@@ -185,11 +187,14 @@ class InputProcessor:
                 known = f"the model's token ids are 0 to {self.num_embeddings - 1}"
                 raise InvalidRequestError(f"{name} holds {token_id!r}, but {known}", "prompt")
         if not prompt:
-            raise InvalidRequestError(f"{name} has no tokens: the tokenizer makes none of it", "prompt")
+            raise InvalidRequestError(f"{name} tokenizes to an empty list", "prompt")
         return [int(token_id) for token_id in prompt]
 
     def _check_ids(self, params: SamplingParams, stop_token_ids: frozenset[int], name: str) -> None:
-        """Tokens that the parameters name must be the model's, and one of them must be possible."""
+        """Check token ids and numbers in the parameters against the model's tokens.
+
+        `allowed_token_ids` must contain a token that can be generated under `min_tokens`.
+        """
         for parameter in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             for token_id in getattr(params, parameter) or ():
                 if token_id >= self.num_logits:
@@ -205,7 +210,7 @@ class InputProcessor:
                 raise InvalidRequestError(message, parameter)
 
     def _stop_string_ids(self, params: SamplingParams) -> frozenset[int]:
-        """Special tokens that are a stop string. A text that skips special tokens would never show them."""
+        """Return the special tokens that are a stop string. A text without special tokens never contains them."""
         names = set(special_token_names(self.tokenizer)) if params.stops else ()
         ids = {self.tokenizer.convert_tokens_to_ids(stop) for stop in params.stops if stop in names}
         return frozenset(ids).intersection(range(self.num_logits))
@@ -219,7 +224,7 @@ class InputProcessor:
             raise ValueError(f"{name}: stop strings and streams need a fast tokenizer, not a {kind}")
 
     def _allowed(self, params: SamplingParams) -> np.ndarray | None:
-        """The bits of `allowed_token_ids`, as `sampler.Draw` has them."""
+        """Return `allowed_token_ids` as bits, in the format of `sampler.Draw`."""
         if params.allowed_token_ids is None:
             return None
         bits = np.zeros(32 * cdiv(self.num_logits, 32), dtype=bool)
@@ -227,13 +232,13 @@ class InputProcessor:
         return np.packbits(bits, bitorder="little").view(np.int32)
 
     def _check_both(self, allowed: np.ndarray | None, grammar: Grammar | None, name: str) -> None:
-        """A structure and `allowed_token_ids` must have a first token in common."""
+        """Check that `structured_outputs` and `allowed_token_ids` have a first token in common."""
         if allowed is not None and grammar is not None and not (grammar.follow().allowed([]) & allowed).any():
             message = f"{name}: no token of allowed_token_ids can begin a text that fits structured_outputs"
             raise InvalidRequestError(message, "allowed_token_ids")
 
     def check_grammar(self, grammar: str) -> None:
-        """Raises ValueError for a grammar that cannot be followed."""
+        """Check that a grammar compiles. Raises ValueError if it does not."""
         with self.lock:
             self._grammar_compiler().compile("grammar", grammar)
 
@@ -246,7 +251,7 @@ class InputProcessor:
         if params.structured_outputs is None:
             return None
         if self.tokenizer is None:
-            message = f"{name}: structured_outputs are about text, but the engine has no tokenizer"
+            message = f"{name}: structured_outputs constrain text, but the engine has no tokenizer"
             raise InvalidRequestError(message, "structured_outputs")
         try:
             limit = string_limit(self.geometry.max_request_tokens)
@@ -256,15 +261,15 @@ class InputProcessor:
 
 
 def check_streamed(params: SamplingParams) -> None:
-    """Raises ValueError where deltas would not bring what is asked for."""
+    """Check the parameters of a stream. Raises ValueError for `prompt_logprobs`, which deltas do not contain."""
     if isinstance(params, SamplingParams) and params.prompt_logprobs is not None:
-        raise ValueError("prompt_logprobs: the deltas of a stream do not bring them, use generate")
+        raise ValueError("prompt_logprobs are not supported in a stream: use generate")
 
 
 def _of_dict(prompt: dict, name: str) -> str | SequenceOf[int]:
-    """vLLM's form of a prompt: `{"prompt": text}` or `{"prompt_token_ids": [...]}`."""
+    """Unpack a prompt in vLLM's form: `{"prompt": text}` or `{"prompt_token_ids": [...]}`."""
     if len(prompt) != 1 or not prompt.keys() <= {"prompt", "prompt_token_ids"}:
-        raise ValueError(f"{name} must have one key, prompt or prompt_token_ids, and has {sorted(map(str, prompt))}")
+        raise ValueError(f"{name} must have one key, prompt or prompt_token_ids, got {sorted(map(str, prompt))}")
     ((key, value),) = prompt.items()
     if isinstance(value, str) != (key == "prompt"):
         raise ValueError(f"{name}: {key} must be {'a text' if key == 'prompt' else 'a list of token ids'}")
@@ -272,14 +277,14 @@ def _of_dict(prompt: dict, name: str) -> str | SequenceOf[int]:
 
 
 def _draw_seed(params: SamplingParams) -> int:
-    """The request's seed, or one from torch's global generator; greedy requests need none and draw none."""
+    """Return the request's seed, or a seed from torch's global generator. Greedy requests do not draw a seed."""
     if params.seed is None:
         return 0 if params.greedy else int(torch.randint(MAX_SEED, ()))
     return int(params.seed)  # a numpy integer would overflow
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
-    """Every id that ends a text for the model, its configs or its tokenizer: chat models have more than one."""
+    """Return all EOS token ids of the model's configs and the tokenizer. Chat models have more than one."""
     sources = [model.generation_config, model.config, tokenizer]
     ids = [getattr(source, "eos_token_id", None) for source in sources]
     return frozenset(i for entry in ids if entry is not None for i in ([entry] if is_int(entry) else entry))

@@ -1,4 +1,4 @@
-"""`LLM(path)`: the engine by the name and with the options of vLLM and nano-vllm. Knows nothing but those names."""
+"""`LLM(path)`: the engine under the class name and the option names of vLLM and nano-vllm. Adds only these names."""
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 from flex_nano_vllm.inference import Inference
 from flex_nano_vllm.loading import load
 
-# vLLM's names of options of `Inference`.
+# Options of vLLM, and their names in `Inference`
 RENAMED = {
     "max_model_len": "max_seq_length",
     "max_num_seqs": "max_batch_size",
@@ -16,23 +16,24 @@ RENAMED = {
 
 
 class LLM(Inference):
-    """Loads a model and is its engine, so that scripts for vLLM and nano-vllm run with the import changed.
+    """An engine that loads its own model, so that scripts for vLLM and nano-vllm run with a changed import.
 
         llm = LLM("tiny-gemma2")
         outputs = llm.generate(["The 12 months are"], SamplingParams(temperature=0))
-        print(outputs[0].outputs[0].text)  # vLLM's shape; nano-vllm's outputs[0]["text"] is the same
+        print(outputs[0].outputs[0].text)  # as in vLLM; nano-vllm's outputs[0]["text"] works too
 
     Args:
         model: a folder, a hub id, or "tiny-gemma2".
         dtype, device: as in `Inference.from_pretrained`.
         enforce_eager: do not compile.
-        tensor_parallel_size: 1; there is no more than one device to an engine.
-        trust_remote_code: False; no code that comes with a model is run.
-        options: those of `Inference`, by its names or by vLLM's: max_model_len, max_num_seqs, block_size,
+        tensor_parallel_size: must be 1, because an engine runs on one device.
+        trust_remote_code: must be False; code that comes with a model is never run.
+        options: options of `Inference`, under its names or vLLM's: max_model_len, max_num_seqs, block_size,
             num_gpu_blocks_override, max_num_batched_tokens, enable_prefix_caching.
     Raises:
-        ValueError: for what `Inference` and `from_pretrained` refuse, more than one device, code of the model's.
-        TypeError: for an option that neither knows.
+        ValueError: `Inference` or `from_pretrained` rejects an argument, `tensor_parallel_size` is not 1, or
+            `trust_remote_code` is set.
+        TypeError: an option is unknown, or given under both of its names.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class LLM(Inference):
         for name, ours in RENAMED.items():
             if name in options:
                 if ours in options:
-                    raise TypeError(f"{name} and {ours} are the same option")
+                    raise TypeError(f"{name} and {ours} are the same option: pass only one of them")
                 options[ours] = options.pop(name)
         if enforce_eager:
             options.setdefault("compile", False)
@@ -61,9 +62,9 @@ class LLM(Inference):
 
     @classmethod
     def from_pretrained(cls, path_or_id: str, **options: object) -> "LLM":
-        """The same as `LLM(path_or_id, ...)`."""
+        """Same as `LLM(path_or_id, ...)`."""
         return cls(path_or_id, **options)
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer."""
+        """Return the tokenizer."""
         return self.tokenizer

@@ -1,4 +1,4 @@
-"""What users see of sequences: texts, log-probabilities, what is new since they last looked. Knows nothing of steps."""
+"""Turns sequences into outputs and deltas, with texts and log-probabilities. Independent of steps."""
 
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
@@ -14,7 +14,7 @@ from flex_nano_vllm.vocabulary import has_text, token_bytes, token_name
 
 
 def request_output(group: list[Sequence], tokenizer: PreTrainedTokenizerBase | None) -> RequestOutput:
-    """The answer that the samples of a request have come to."""
+    """Return the output of a request, as far as its samples are generated."""
     first = group[0]
     prompt_token_ids = first.token_ids[: first.num_prompt_tokens]
     prompt_logprobs = None
@@ -61,10 +61,12 @@ def _completion(index: int, sequence: Sequence, tokenizer: PreTrainedTokenizerBa
 def logprobs(
     sequence: Sequence, first: int, ratings: SequenceOf[TokenLogprob], tokenizer: PreTrainedTokenizerBase | None
 ) -> list[dict[int, Logprob]]:
-    """The log-probabilities of the tokens from position `first` on: of each place the token itself first, then the most
-    likely ones in order."""
+    """Return the log-probabilities for the tokens from position `first` on.
+
+    The entry of each position lists the token itself first, then the most likely tokens in order.
+    """
     is_of_prompt, skip = first < sequence.num_prompt_tokens, sequence.params.skip_special_tokens
-    # A prompt that is a text is named without the BOS before it, which the text does not have.
+    # The BOS before a text prompt is not part of the text: it does not count as the beginning of the text.
     skip_before = skip or (is_of_prompt and sequence.prompt is not None)
     begins_text = tokenizer is not None and (is_of_prompt or sequence.grammar is None)
     for token_id in islice(sequence.token_ids, first) if begins_text else ():
@@ -94,17 +96,17 @@ def logprobs(
 
 @dataclass
 class OutputReader:
-    """Follows the samples of a request, and tells what has come since it was last asked."""
+    """Turns the samples of a request into deltas: new tokens and text since the previous call of `deltas`."""
 
     group: list[Sequence]
     tokenizer: PreTrainedTokenizerBase | None
 
     def __post_init__(self):
-        self._read = [(0, 0)] * len(self.group)  # tokens and characters that were told
+        self._read = [(0, 0)] * len(self.group)  # tokens and characters already returned
         self._ended = [False] * len(self.group)
 
     def deltas(self) -> Iterator[CompletionDelta]:
-        """A delta of each sample that has something new."""
+        """Yield a delta for each sample that has new tokens or has just ended."""
         for index, sequence in enumerate(self.group):
             num_tokens, num_chars = self._read[index]
             reached = sequence.output_len
@@ -131,5 +133,5 @@ class OutputReader:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the last word has been told."""
+        """Whether the last delta of every sample has been returned."""
         return all(self._ended)

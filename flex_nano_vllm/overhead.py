@@ -1,4 +1,4 @@
-"""What a decode step takes besides the model, and whether it grows with anything but the bucket of its decodes."""
+"""Time of a decode step outside the model, and whether it grows with anything but the bucket of its decodes."""
 
 import json
 import statistics
@@ -23,17 +23,17 @@ BATCH_SIZES = (1, 8, 32, 64)
 
 @dataclass(frozen=True)
 class StepTime:
-    """Decode steps of one kind, medians."""
+    """Median times of decode steps of one kind."""
 
     batch_size: int  # sequences that decode
-    n_pages: int  # of the pool
+    n_pages: int  # in the pool
     num_waiting: int  # requests in the queue
     seconds: float
-    model_seconds: float  # in the call of the model: its layers, with their attention
+    model_seconds: float  # in the call of the model, attention included
 
     @property
     def host_share(self) -> float:
-        """Scheduling, building the step, sampling and bookkeeping, as a share of the step."""
+        """Share of the step outside the model: scheduling, building the step, sampling and bookkeeping."""
         return 1 - self.model_seconds / self.seconds
 
 
@@ -41,12 +41,12 @@ class StepTime:
 def decoding_together(
     engine: Inference, batch_size: int, prompt_len: int, num_steps: int, num_waiting: int = 0
 ) -> Iterator[Callable[[], None]]:
-    """`batch_size` requests that come in and then decode `num_steps` times together, while others wait.
+    """Add `batch_size` requests that decode `num_steps` times together, while `num_waiting` other requests wait.
 
-    Gives the function that runs a step. The engine must have nothing to do; afterwards it has nothing to do again.
-    Raises ValueError for requests that would not fit.
+    Yields the function that runs a step. The engine must be idle, and is idle again afterwards. Raises ValueError for
+    requests that do not fit.
     """
-    # The first request decodes while the prompts of the others come in, with what decodes leave of the budget.
+    # The first request decodes while the other prompts are computed, with the part of the budget that decodes leave.
     budget = engine.scheduler.max_num_batched_tokens - batch_size
     num_prefill_steps = batch_size * prompt_len // max(1, budget) + batch_size
     params = SamplingParams(temperature=0, max_tokens=num_prefill_steps + num_steps + 1, ignore_eos=True)
@@ -54,10 +54,10 @@ def decoding_together(
     needed = batch_size * engine.page_table.pages_for(num_tokens)
     if num_tokens > engine.max_request_tokens or needed > engine.page_table.num_usable_pages:
         raise ValueError(
-            f"{batch_size} requests of {num_tokens} tokens do not fit: max_seq_length is {engine.max_seq_length}, and "
-            f"the pool has {engine.page_table.num_usable_pages} pages of the {needed} needed"
+            f"{batch_size} requests of {num_tokens} tokens do not fit: max_seq_length is {engine.max_seq_length}; they "
+            f"need {needed} pages, and the pool has {engine.page_table.num_usable_pages} usable ones"
         )
-    # No two begin alike, or one would be computed for both.
+    # All prompts begin differently. Otherwise a prompt could be a cache hit of another.
     prompts = [
         [5 + i % 200, 5 + i // 200, *(5 + (i + j) % 200 for j in range(prompt_len))][:prompt_len]
         for i in range(batch_size)
@@ -66,10 +66,10 @@ def decoding_together(
 
     def step() -> None:
         if engine.run_one_step():
-            raise RuntimeError(f"a request ended before {batch_size} of them had decoded {num_steps} tokens together")
+            raise RuntimeError(f"a request ended before {batch_size} requests had decoded {num_steps} tokens together")
 
     request_ids = []
-    engine.reset_prefix_cache()  # or prompts of earlier calls would not be computed
+    engine.reset_prefix_cache()  # otherwise prompts of earlier calls would be cache hits
     try:
         for prompt in prompts:
             request_ids.append(engine.add_request(prompt, params))
@@ -80,14 +80,16 @@ def decoding_together(
 
 
 def measure_decode_step(engine: Inference, batch_size: int, num_waiting: int = 0, num_steps: int = 32) -> StepTime:
-    """Let `batch_size` requests decode while others wait.
+    """Measure decode steps of `batch_size` requests, while `num_waiting` other requests wait.
 
-    Raises ValueError as `decoding_together` does, and for a queue where a row is free (`batch_size` is less than the
-    engine's `max_batch_size`).
+    Raises ValueError as `decoding_together` does, and also if `num_waiting` is not 0 although a row is free
+    (`batch_size` is less than the engine's `max_batch_size`).
     """
     max_batch_size = engine.page_table.max_batch_size
     if num_waiting and batch_size != max_batch_size:
-        raise ValueError(f"requests wait behind max_batch_size={max_batch_size} others, not behind {batch_size}")
+        raise ValueError(
+            f"requests wait only if max_batch_size={max_batch_size} others run, but batch_size is {batch_size}"
+        )
     call_model, model_seconds, seconds = engine.runner.call_model, [], []
 
     def timed_call(*args: object) -> object:
@@ -105,14 +107,14 @@ def measure_decode_step(engine: Inference, batch_size: int, num_waiting: int = 0
                 sequence.num_computed_tokens < PROMPT_LEN for sequence in engine.scheduler.running
             ):
                 step()
-            step()  # the first one of its shape
+            step()  # the first step of this shape is not measured
             model_seconds.clear()
             for _ in range(num_steps):
                 started = time.perf_counter()
                 step()
                 seconds.append(time.perf_counter() - started)
         finally:
-            vars(engine.runner).pop("call_model", None)  # the method again
+            vars(engine.runner).pop("call_model", None)  # restore the method
     n_pages = engine.page_table.n_pages
     return StepTime(batch_size, n_pages, num_waiting, statistics.median(seconds), statistics.median(model_seconds))
 
@@ -123,7 +125,7 @@ def _finish(engine: Inference) -> None:
 
 
 def report_overhead(model: PreTrainedModel, options: RunOptions, console: Console) -> None:
-    """Three curves: a decode step over its batch, over the pool's size, and over the number of waiting requests."""
+    """Measure and print the time of a decode step over batch size, pool size, and number of waiting requests."""
 
     def measure(max_batch_size: int, pool_factor: int, cases: list[tuple[int, int]]) -> list[StepTime]:
         pages_per_sequence = -(-options.max_seq_length // options.page_size)

@@ -1,20 +1,22 @@
-"""Which page of a KV pool holds which tokens of which sequence. Knows nothing of text, or of who runs.
+"""The page table: which page of a KV pool holds which tokens of which row. Independent of text and scheduling.
 
-The pool is `n_pages` pages of `page_size` slots. A running sequence owns one *row* of the table, and the row
-lists its pages in logical order:
+A pool has `n_pages` pages of `page_size` slots. A running sequence has one *row* of the table. The row lists the pages
+of the sequence in logical order:
 
     page_size = 4                     logical page   0  1  2
     row 2 holds 10 tokens             page table  [  3, 1, 6 ]     physical page of each logical page
                                       inverse     1 -> 1   3 -> 0   6 -> 2     (-1 for pages of other rows)
 
     token 5 of row 2 is on logical page 5 // 4 = 1, hence on physical page 1, at offset 5 % 4 = 1:
-    its slot in the pool is 1 * 4 + 1 = 5. Token 9 lies on page 6, offset 1, slot 25.
+    its slot in the pool is 1 * 4 + 1 = 5. Token 9 is on page 6, at offset 1, in slot 25.
 
-Row 0 and page 0 belong to nobody. Unmapped entries of the table point at page 0, so that padding reads and
-writes land in a harmless place and no index is ever negative.
+Row 0 and page 0 are reserved for padding. Unmapped entries of the table point at page 0. Therefore padding reads and
+writes only page 0, and no index is ever negative.
 
-Rows may share pages, which are then only read. A page that no row uses is free, or *idle*: its tokens are known to
-somebody (`keep`), and a row may take it up again (`share`) until it is needed for others, longest idle first.
+Rows may share pages, which are then only read. A page that no row uses is free or *evictable*. The tokens of an
+evictable page are known (`cache_page`), so that a row can share it again (`share`). If a page is needed and none is
+free, the page that has been evictable for the longest time is evicted. Pages that `release_before` moves to the front
+are evicted before all others.
 """
 
 import heapq
@@ -32,23 +34,26 @@ from flex_nano_vllm.transfer import upload
 
 
 class PageTable:
-    """Owns the rows, the pages, and the way from logical to physical, for the layers of one kind of attention.
+    """Owns the rows and pages, and maps logical to physical pages, for the layers of one window.
 
-    Invariant (`check_invariants`): every page but page 0 is either free, or idle, or in as many rows as it has users; a
-    row that holds `num_tokens` tokens has a page for each `page_size` of them, but for those at its beginning that were
-    given back because they are out of the window; the two device tables are exact inverses.
+    Invariants (see `check_invariants`):
+    - Every page except page 0 is free, evictable, or listed by as many rows as its user count.
+    - A row that holds `num_tokens` tokens has one page for each `page_size` of them. Pages at its beginning may be
+      missing, if they were released because they are out of the window.
+    - The two device tables are exact inverses.
 
-    The host decides: it keeps its own lists and a numpy mirror of the table, so that scheduling never waits for
-    the device. What it decided reaches the device at the next `sync()`, once a step.
+    The host keeps its own lists and a numpy mirror of the table, so that scheduling never waits for the device.
+    `sync()` uploads the changes to the device, once in each step.
 
     Args:
-        n_pages: pages in the pool, the reserved page 0 included.
+        n_pages: pages in the pool, including the reserved page 0.
         page_size: tokens per page.
-        max_batch_size: rows, that is sequences that can hold pages at once; row 0 comes on top.
-        max_pages_per_row: the longest sequence, in pages.
-        window: tokens that a query sees, itself included; None: all before it.
-        on_evict: called with the owner of an idle page (see `keep`) that is taken for other tokens.
-        keep_hint: whether to keep an owner's page longer that is given back because it is out of the window.
+        max_batch_size: rows, not counting row 0: the number of sequences that can hold pages at once.
+        max_pages_per_row: length of the longest sequence, in pages.
+        window: tokens that a query sees, including its own; None: all tokens before it.
+        on_evict: called with the owner of a cached page (see `cache_page`) when the page is evicted.
+        keep_hint: called with the owner of a page that becomes evictable because it is out of the window. If it returns
+            False, the page is evicted before all others.
     """
 
     def __init__(
@@ -66,27 +71,27 @@ class PageTable:
         self.on_evict, self.keep_hint = on_evict, keep_hint
         self.max_batch_size, self.max_pages_per_row = max_batch_size, max_pages_per_row
         rows = max_batch_size + 1
-        # [rows, N] physical page of a logical one, 0 where unmapped; and its mirror on the host
+        # [rows, N] physical page of each logical page, 0 where unmapped; and its mirror on the host
         self.table = torch.empty((rows, max_pages_per_row), dtype=torch.int32, device=device)
         self.host_table = np.empty((rows, max_pages_per_row), dtype=np.int32)
-        # [rows, P] logical page of a physical one, -1 where the page is not of this row
+        # [rows, P] logical page of each physical page, -1 if the row does not use the page
         self.physical_to_logical = torch.empty((rows, n_pages), dtype=torch.int32, device=device)
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything: all rows and pages are free."""
-        # Heaps hand out the lowest number first, which keeps the used part of the pool compact.
+        """Free all rows and all pages, cached pages included."""
+        # Heaps return the lowest number first, which keeps the used part of the pool compact.
         self._free_rows = list(range(1, self.max_batch_size + 1))
         self._free_pages = list(range(1, self.n_pages))
         self._num_users = [0] * self.n_pages
-        self.cached: dict[int, object] = {}  # pages that are not free when nobody uses them
-        self._evictable: OrderedDict[int, None] = OrderedDict()  # cached pages without users, in order of eviction
+        self.cached: dict[int, object] = {}  # cached page -> owner
+        self._evictable: OrderedDict[int, None] = OrderedDict()  # cached pages without users, next to evict first
         self._pages: dict[int, dict[int, int]] = {}  # row -> logical page -> physical page, ascending
-        self._num_tokens: dict[int, int] = {}  # row -> tokens that its pages were reserved for
+        self._num_tokens: dict[int, int] = {}  # row -> number of tokens that pages were reserved for
         self.host_table.fill(0)
         self.table.fill_(0)
         self.physical_to_logical.fill_(-1)
-        # What the device does not know yet. Dicts: when a page changes hands twice in a step, the last word counts.
+        # Changes that are not uploaded yet. Dicts, because only the last change of an entry in a step counts.
         self._stale_table: dict[tuple[int, int], int] = {}  # (row, logical page) -> physical page
         self._stale_inverse: dict[tuple[int, int], int] = {}  # (row, physical page) -> logical page
 
@@ -96,7 +101,7 @@ class PageTable:
 
     @property
     def num_free_pages(self) -> int:
-        """Pages that can be had, idle ones included."""
+        """Number of available pages: free pages and evictable pages."""
         return len(self._free_pages) + len(self._evictable)
 
     @property
@@ -109,19 +114,19 @@ class PageTable:
 
     @property
     def num_repeated_pages(self) -> int:
-        """How many more pages the rows list than there are in use: what they save by sharing."""
+        """Number of pages saved by sharing: pages listed by all rows, minus pages in use."""
         return sum(map(len, self._pages.values())) - self.num_used_pages
 
     @property
     def num_live_pages(self) -> int:
-        """The length of the pool's used part: one more than the highest page in use."""
+        """Length of the used part of the pool: one more than the highest page in use."""
         return 1 + max((max(pages.values(), default=0) for pages in self._pages.values()), default=0)
 
     def pages_for(self, num_tokens: int) -> int:
         return cdiv(num_tokens, self.page_size)
 
     def first_page(self, position: int) -> int:
-        """The first logical page of which a query at `position`, or any later one, sees something."""
+        """Return the first logical page that a query at `position`, or any later query, sees at least partly."""
         return 0 if self.window is None else max(0, position - self.window + 1) // self.page_size
 
     @property
@@ -129,33 +134,33 @@ class PageTable:
         return list(self._pages)
 
     def num_pages(self, row: int) -> int:
-        """Pages that `row` holds."""
+        """Return how many pages `row` holds."""
         return len(self._pages[row])
 
     def num_tokens(self, row: int) -> int:
-        """Tokens that `row` has pages for, or had before they were out of the window."""
+        """Return how many tokens `row` has reserved pages for, including tokens whose pages were released since."""
         return self._num_tokens[row]
 
     def allocate(self) -> int:
-        """Take a free row. Raises RuntimeError when all `max_batch_size` rows are taken."""
+        """Allocate a free row. Raises RuntimeError if all `max_batch_size` rows are allocated."""
         if not self._free_rows:
-            raise RuntimeError(f"all {self.max_batch_size} rows of the page table are taken")
+            raise RuntimeError(f"all {self.max_batch_size} rows of the page table are allocated")
         row = heapq.heappop(self._free_rows)
         self._pages[row], self._num_tokens[row] = {}, 0
         return row
 
     def reserve(self, row: int, num_tokens: int) -> bool:
-        """Let `row` hold `num_tokens` tokens (in all, not in addition).
+        """Reserve pages so that `row` can hold `num_tokens` tokens in total.
 
-        Returns False, and changes nothing, when too few pages are free. Raises ValueError for a row that is not
-        allocated and for more tokens than a row can list.
+        Returns False, and changes nothing, if too few pages are free. Raises ValueError if the row is not allocated, or
+        if the tokens need more pages than a row can list.
         """
         self._check_row(row)
         needed = self.pages_for(num_tokens)
         if needed > self.max_pages_per_row:
             raise ValueError(
-                f"{num_tokens} tokens are {needed} pages of {self.page_size}, "
-                f"but a row lists at most {self.max_pages_per_row}"
+                f"{num_tokens} tokens need {needed} pages of {self.page_size} tokens, "
+                f"but a row can list at most {self.max_pages_per_row} pages"
             )
         new = range(self.pages_for(self._num_tokens[row]), needed)
         if len(new) > self.num_free_pages:
@@ -166,8 +171,10 @@ class PageTable:
         return True
 
     def share(self, row: int, pages: list[int | None]) -> None:
-        """Let an empty `row` begin with these pages, full of tokens, that are idle or in other rows' use; None where it
-        needs none, because it is out of the window of all that comes."""
+        """Let an empty `row` begin with `pages`. They are full of tokens, and evictable or in use by other rows.
+
+        An entry is None if the row does not need the page, because it is out of the window of all later queries.
+        """
         self._check_row(row)
         for logical, page in enumerate(pages):
             if page is not None:
@@ -176,10 +183,11 @@ class PageTable:
         self._num_tokens[row] = len(pages) * self.page_size
 
     def release_before(self, row: int, position: int) -> None:
-        """Give back the pages of `row` that no query at `position` or later sees.
+        """Release the pages of `row` that no query at `position` or later sees.
 
-        They are the first to be evicted: whoever takes up the whole sequence needs its last pages, and whoever takes
-        up a part of it, those at the end of that part, which `keep_hint` knows when somebody has come for them.
+        Pages that become evictable are evicted before all others, because a request that shares the whole sequence
+        needs only its last window. Pages in the last window of a shorter prefix that a request has found before are
+        the exception: `keep_hint` returns True for them.
         """
         pages, first_page = self._pages[row], self.first_page(position)
         while pages and (logical := next(iter(pages))) < first_page:
@@ -189,24 +197,25 @@ class PageTable:
                 self._evictable.move_to_end(page, last=False)
 
     def erase(self, row: int) -> None:
-        """Give the row and all its pages back. Raises ValueError for a row that is not allocated."""
+        """Release the row and all its pages. Raises ValueError if the row is not allocated."""
         self._check_row(row)
         pages = self._pages.pop(row)
-        for logical in reversed(pages):  # without those before it a page is of no use: it should be evicted earlier
+        # Last page first: a page is useless without the pages before it, so it should be evicted before them.
+        for logical in reversed(pages):
             self._unmap(row, logical, pages[logical])
         del self._num_tokens[row]
         heapq.heappush(self._free_rows, row)
 
     def page(self, row: int, logical: int) -> int | None:
-        """The physical page of a logical one; None where `row` does not hold it."""
+        """Return the physical page of a logical page; None if `row` does not hold it."""
         return self._pages[row].get(logical)
 
     def rows_of(self, page: int) -> list[int]:
-        """The rows that use the page."""
+        """Return the rows that use the page."""
         return [row for row, pages in self._pages.items() if page in pages.values()]
 
     def holders(self) -> list[int]:
-        """For each page the lowest row that uses it, 0 if it is free, -1 if it is idle; -2 for page 0."""
+        """Return for each page the lowest row that uses it: 0 if it is free, -1 if it is evictable, -2 for page 0."""
         holders = [0] * self.n_pages
         for page in self._evictable:
             holders[page] = -1
@@ -217,11 +226,11 @@ class PageTable:
         return holders
 
     def cache_page(self, page: int, owner: object) -> None:
-        """Let a page in use not be free, but idle, when nobody uses it anymore. `on_evict(owner)` says when it ends."""
+        """Cache a page in use: without users it becomes evictable, not free. Eviction calls `on_evict(owner)`."""
         self.cached[page] = owner
 
     def uncache_page(self, page: int) -> None:
-        """Take `keep` back."""
+        """Undo `cache_page`: an evictable page becomes free."""
         del self.cached[page]
         if page in self._evictable:
             del self._evictable[page]
@@ -255,11 +264,11 @@ class PageTable:
                 heapq.heappush(self._free_pages, page)
 
     def slots(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Where the tokens at `positions` of `rows` live in the pool (both [T]; result [T])."""
+        """Return the slots in the pool of the tokens at `positions` of `rows` (both [T]; result [T])."""
         return self.host_table[rows, positions // self.page_size] * self.page_size + positions % self.page_size
 
     def sync(self) -> None:
-        """Bring the device tables up to date with what has changed since the last time."""
+        """Upload all changes since the last call to the device tables."""
         for stale, table in ((self._stale_table, self.table), (self._stale_inverse, self.physical_to_logical)):
             if stale:
                 changes = np.array([(*key, value) for key, value in stale.items()], dtype=np.int64)
@@ -270,28 +279,28 @@ class PageTable:
     def convert_logical_block_mask(self, block_mask: BlockMask, rows: Tensor, kv_len: int) -> BlockMask:
         """Rewrite a mask over logical positions into one over the slots of the pool.
 
-        A logical mask has one batch entry per *tile*, and every tile belongs to one sequence. Its KV blocks are
-        that sequence's logical pages, its `mask_mod(tile, h, q_idx, kv_pos)` speaks of logical KV positions. Two
-        things change, and nothing else:
+        A logical mask has one batch entry per *tile*, and every tile belongs to one sequence. The KV blocks of the tile
+        are the logical pages of that sequence. `mask_mod(tile, h, q_idx, kv_pos)` takes logical KV positions. Only two
+        things change:
 
             logical                                         physical
             kv_indices   [0 1 2 · ·]  tile of row 2  ──►    [3 1 6 · ·]    table[row, logical page]
                          [0 · · · ·]  tile of row 1  ──►    [5 · · · ·]
             mask_mod     (q_idx, kv_pos)             ──►    (q_idx, slot)  slot -> page -> logical page -> kv_pos
 
-        The kernel visits only the pages in the list. The rewritten mask_mod is complete without it, though: a slot
-        on a page that is not of the tile's own row is masked, whoever visits it. The uncompiled FlexAttention
-        relies on that (it looks at every slot), and it makes the isolation of requests a property of one line.
+        The kernel visits only the listed pages. The physical mask_mod does not depend on the list: it masks every slot
+        on a page that the tile's own row does not use. Uncompiled FlexAttention relies on this, because it evaluates
+        every slot. Therefore one line of code isolates requests from each other.
 
-        Entries of `kv_indices` past `kv_num_blocks` are never visited; whatever they hold is translated too, which
-        is harmless, since unmapped logical pages point at page 0.
+        Entries of `kv_indices` past `kv_num_blocks` are never visited. They are translated too, which is harmless,
+        because unmapped logical pages point at page 0.
 
         Args:
-            block_mask: logical; `kv_indices` [tiles, 1, 1, N] with N logical pages, blocks of (q rows, page_size).
+            block_mask: logical; `kv_indices` [tiles, 1, 1, N] with N logical pages, blocks of (query rows, page_size).
             rows: [tiles] int32, the page-table row of each tile; row 0 for padding, which sees nothing.
-            kv_len: slots of the pool that attention is handed: all of them, or the used part.
+            kv_len: slots of the pool that attention receives: all of them, or the used part.
         Returns:
-            The physical BlockMask: `kv_indices` [tiles, 1, 1, >= kv_len / page_size], same blocks.
+            The physical BlockMask: `kv_indices` [tiles, 1, 1, >= kv_len / page_size], with equal blocks.
         """
 
         def physical_pages(logical_pages: Tensor) -> Tensor:  # [tiles, 1, 1, N]
@@ -306,16 +315,19 @@ class PageTable:
             BLOCK_SIZE=block_mask.BLOCK_SIZE,
             mask_mod=self.physical_mask(block_mask.mask_mod, lambda tile, q_idx: rows[tile]),
             seq_lengths=(block_mask.seq_lengths[0], kv_len),
-            compute_q_blocks=False,  # the transposed lists serve the backward pass only
+            compute_q_blocks=False,  # only the backward pass uses the transposed lists
         )
 
     def physical_mask(self, logical_mask: MaskMod, row_of: Callable[[Tensor, Tensor], Tensor]) -> MaskMod:
-        """Rewrite a mask_mod(tile, h, q_idx, kv_pos) into one over the slots of the pool; `row_of(tile, q_idx)` says
-        whose query it is. A slot on a page that is not of that row is masked."""
+        """Rewrite a mask_mod(tile, h, q_idx, kv_pos) into one over the slots of the pool.
+
+        `row_of(tile, q_idx)` returns the page-table row of a query. Slots on pages that this row does not use are
+        masked.
+        """
         page_size, physical_to_logical = self.page_size, self.physical_to_logical
         if page_size & (page_size - 1):
             page_of, offset_of = (lambda slot: slot // page_size), (lambda slot: slot % page_size)
-        else:  # a kernel's vectors know no division of integers
+        else:  # a power of two: vector instructions of the kernel have no integer division
             shift = page_size.bit_length() - 1
             page_of, offset_of = (lambda slot: slot >> shift), (lambda slot: slot & (page_size - 1))
 
@@ -327,9 +339,9 @@ class PageTable:
         return physical_mask
 
     def check_invariants(self) -> None:
-        """Recompute all bookkeeping from the rows' page lists and compare. Slow, and obviously right.
+        """Recompute all bookkeeping from the page lists of the rows, and compare. Slow, but simple.
 
-        Raises AssertionError that says what does not hold.
+        Raises AssertionError with the violated invariant.
         """
         self.sync()
         users = [0] * self.n_pages
@@ -337,14 +349,18 @@ class PageTable:
             for page in pages.values():
                 users[page] += 1
         used = [page for page in range(self.n_pages) if users[page]]
-        assert users == self._num_users, f"pages with another number of users than counted: {users}, {self._num_users}"
+        assert users == self._num_users, (
+            f"the number of users per page is {users}, but the counts are {self._num_users}"
+        )
         assert 0 not in self._free_rows and 0 not in self._pages, "row 0 is free or in use"
         assert 0 not in self._free_pages and 0 not in self._evictable and not users[0], "page 0 is free or in use"
         rows = sorted([*self._free_rows, *self._pages])
-        assert rows == list(range(1, self.max_batch_size + 1)), f"rows lost or doubled: {rows}"
+        assert rows == list(range(1, self.max_batch_size + 1)), f"rows missing or duplicated: {rows}"
         pages = sorted([*self._free_pages, *self._evictable, *used])
-        assert pages == list(range(1, self.n_pages)), f"pages lost or doubled: {pages}"
-        assert self._evictable.keys() <= self.cached.keys() <= self._evictable.keys() | set(used), "free pages are kept"
+        assert pages == list(range(1, self.n_pages)), f"pages missing or duplicated: {pages}"
+        assert self._evictable.keys() <= self.cached.keys() <= self._evictable.keys() | set(used), (
+            "evictable pages are not cached, or free pages are"
+        )
         assert self._num_tokens.keys() == self._pages.keys()
         table = torch.zeros_like(self.table, device="cpu")
         inverse = torch.full_like(self.physical_to_logical, -1, device="cpu")
@@ -353,7 +369,7 @@ class PageTable:
             assert held == list(range(end - len(held), end)), (
                 f"row {row} holds pages {held} for {self._num_tokens[row]} tokens"
             )
-            assert self.window is not None or len(held) == end, f"row {row} has lost pages that all later tokens see"
+            assert self.window is not None or len(held) == end, f"row {row} has released pages without a window"
             for logical, page in row_pages.items():
                 table[row, logical], inverse[row, page] = page, logical
         assert np.array_equal(self.host_table, table.numpy()), "the host mirror differs from the rows"
@@ -364,8 +380,12 @@ class PageTable:
 def visible_pages(
     first: np.ndarray, last: np.ndarray, window: int | None, page_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The logical pages of which queries at the positions `first` to `last` see something, from which one up to which
-    other; and those that all of them see whole. Nothing for position -1."""
+    """Return which logical pages queries at the positions `first` to `last` see.
+
+    The first two results are the range of pages that any of the queries sees at least partly: first page, end
+    (exclusive). The last two are the range of full pages, which all of the queries see completely; it is empty if its
+    end is not greater than its start. For position -1 (padding), both ranges are empty.
+    """
     if window is None:
         first_page = first_full = np.zeros_like(first)
     else:
@@ -375,11 +395,12 @@ def visible_pages(
 
 
 def widen(pages: Tensor, width: int) -> Tensor:
-    """[tiles, N] seen as [tiles, width] without a wider copy; the extra columns run into the next row.
+    """Return [tiles, N] as a view [tiles, width] without a copy of that width.
 
-    FlexAttention's CPU template insists that the index lists be as wide as the pool has pages, even though it reads
-    only the first `kv_num_blocks` of each (torch/_inductor/kernel/flex/flex_cpu.py, 2.11 to 2.15). A view with the
-    old row stride satisfies it: a step then costs what its tokens cost, whatever the size of the pool.
+    The extra columns of a tile contain the entries of the next tiles. FlexAttention's CPU template requires index lists
+    that are as wide as the pool has pages, although it reads only the first `kv_num_blocks` entries of each list
+    (torch/_inductor/kernel/flex/flex_cpu.py, 2.11 to 2.15). A view with the old stride of N satisfies this check, so
+    that the cost of a step does not depend on the size of the pool.
     """
     tiles, narrow = pages.shape
     if pages.device.type != "cpu" or width <= narrow:

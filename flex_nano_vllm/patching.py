@@ -1,7 +1,7 @@
-"""Which models an engine takes, and how it takes one over and gives it back. Knows no steps.
+"""Which models are supported, and how a model is patched and restored. Independent of steps.
 
-A model keeps its own code. Its attention layers get a `PagedKVCache`, its last layer another `forward`, and the name of
-its attention function becomes ours; `unpatch_model` undoes all of it.
+The code of the model is not changed. `patch_model` gives its attention layers a `PagedKVCache`, replaces the `forward`
+of its last layer, and selects the engine's attention function by name. `unpatch_model` reverts all of this.
 """
 
 from collections.abc import Callable
@@ -12,15 +12,15 @@ from transformers import AttentionInterface, PreTrainedModel
 from flex_nano_vllm.attention import ATTN_IMPLEMENTATION, PagedKVCache, paged_flex_attention
 from flex_nano_vllm.geometry import Geometry
 
-# Every one of these is held to Hugging Face's `generate`, token for token, by tests/test_exactness.py.
+# tests/test_exactness.py compares the tokens of each of these types with Hugging Face's `generate`.
 SUPPORTED_MODEL_TYPES = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 
 
 def check_supported(model: PreTrainedModel) -> None:
-    """Raises ValueError, naming the reason, for a model that this attention would answer wrongly for."""
+    """Check that paged attention computes the model correctly. Raises ValueError with the reason if it does not."""
     if not isinstance(model, PreTrainedModel):
         got = f"model must be a loaded transformers model, not an object of type {type(model).__name__}"
-        if hasattr(model, "get_base_model"):  # PEFT's wrapper, around a model whose layers have the adapters in them
+        if hasattr(model, "get_base_model"):  # PEFT's wrapper; the layers of the base model contain the adapters
             raise ValueError(f"{got}: pass its get_base_model()")
         raise ValueError(f"{got}: see Inference.from_pretrained")
     name, config = type(model).__name__, model.config
@@ -30,30 +30,30 @@ def check_supported(model: PreTrainedModel) -> None:
     if model.get_output_embeddings() is None:
         raise ValueError(f"{name} has no language-model head: load it with AutoModelForCausalLM")
     if getattr(config, "use_bidirectional_attention", False):
-        raise ValueError(f"{name} attends in both directions (use_bidirectional_attention), which no decoder can page")
+        raise ValueError(f"{name} uses bidirectional attention (use_bidirectional_attention), which cannot be paged")
     rope = config.rope_parameters
     for parameters in [entry for entry in rope.values() if isinstance(entry, dict)] or [rope]:
-        # These two choose their frequencies by the longest sequence in the call, and a call holds many sequences.
+        # Both types choose their frequencies by the longest sequence of a call, and a call contains many sequences.
         if parameters.get("rope_type") in ("dynamic", "longrope"):
             raise ValueError(f"{name} uses rope_type {parameters['rope_type']!r}, which depends on the batch")
     for module in model.modules():
         if type(module).__module__.startswith("torch.ao.nn.quantized.dynamic"):
             raise ValueError(
-                f"{name} has {type(module).__name__} layers of quantize_dynamic, which scale all tokens of a step "
-                "together, so that requests would change each other's tokens: quantize the weights only (torchao)"
+                f"{name} has {type(module).__name__} layers of quantize_dynamic, which use one scale for all tokens of "
+                "a step, so that requests would change each other's tokens: quantize the weights only (torchao)"
             )
     if model.training:
         raise ValueError(f"{name} is in training mode: call model.eval() first")
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) != 1 or "meta" in {device.type for device in devices}:
-        raise ValueError(f"{name} must live on one device, but its parameters are on {sorted(map(str, devices))}")
+        raise ValueError(f"{name} must be on one device, but its parameters are on {sorted(map(str, devices))}")
 
 
 def max_positions(model: PreTrainedModel) -> int:
-    """How many positions a model can tell apart: `max_position_embeddings`, or more where RoPE is stretched.
+    """Return the number of positions of a model: `max_position_embeddings`, or more if RoPE is scaled.
 
-    YaRN reaches `factor` times `original_max_position_embeddings`; linear scaling, `factor` times the number in the
-    config. In a config with a RoPE for each kind of layer the number is that of the stretched one already (Gemma-3).
+    YaRN supports `factor` times `original_max_position_embeddings`. Linear scaling supports `factor` times the number
+    in the config. If a config has one RoPE for each layer type (Gemma-3), its number already includes the scaling.
     """
     config, rope = model.config, model.config.rope_parameters
     stated, kind = config.max_position_embeddings, rope.get("rope_type")
@@ -64,7 +64,7 @@ def max_positions(model: PreTrainedModel) -> int:
 
 
 def num_logits(model: PreTrainedModel) -> int:
-    """How many logits a model has for each token. The head may be quantised, and have no weight as a tensor."""
+    """Return the number of logits per token. A quantised head may not have its weight as a tensor."""
     head = model.get_output_embeddings()
     weight = getattr(head, "weight", None)
     return len(weight) if isinstance(weight, Tensor) else head.out_features
@@ -75,35 +75,38 @@ def attention_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def layer_windows(model: PreTrainedModel) -> list[int | None]:
-    """The sliding window of each layer, None for full attention, as the model passes it to the attention function."""
-    # Mistral's layers have no attribute of their own, they read the config; Llama's do not read it.
+    """Return the sliding window of each layer, as the model passes it to its attention function.
+
+    None means full attention.
+    """
+    # Mistral's layers have no `sliding_window` attribute and read the config. Llama's layers do not read it.
     default = model.config.sliding_window if model.config.model_type == "mistral" else None
     return [getattr(attention, "sliding_window", default) for attention in attention_layers(model)]
 
 
 def kv_shape(model: PreTrainedModel) -> tuple[int, int]:
-    """(kv heads, head dim) of every layer."""
+    """Return (kv heads, head dim), the same for every layer."""
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_key_value_heads, head_dim
 
 
 def patch_model(model: PreTrainedModel, geometry: Geometry) -> None:
-    """Give every attention layer a `PagedKVCache` with the slots of its pool and route attention through it.
+    """Give every attention layer a `PagedKVCache` with the slots of its pool, and route attention through it.
 
-    Undone by `unpatch_model`. Raises ValueError for a model that is patched already.
+    `unpatch_model` reverts this. Raises ValueError if the model is patched already.
     """
     if is_patched(model):
-        raise ValueError(f"{type(model).__name__} is patched already: unpatch_model(model) first")
-    AttentionInterface.register(ATTN_IMPLEMENTATION, paged_flex_attention)  # with no mask function: we bring our masks
+        raise ValueError(f"{type(model).__name__} is patched already: call unpatch_model(model) first")
+    AttentionInterface.register(ATTN_IMPLEMENTATION, paged_flex_attention)  # no mask function: masks are ours
     num_kv_heads, head_dim = kv_shape(model)
     try:
         for attention, window in zip(attention_layers(model), geometry.layer_windows, strict=True):
             num_slots = geometry.pools[geometry.pool_of(window)] * geometry.page_size
-            attention.unpatched_implementation = model.config._attn_implementation  # first: it marks what to undo
+            attention.unpatched_implementation = model.config._attn_implementation  # set first: marks it as patched
             attention.kv_cache = PagedKVCache(window, num_slots, num_kv_heads, head_dim, model.dtype, model.device)
         last = model.get_decoder().layers[-1]
-        last.unpatched_forward = vars(last).get("forward")  # some wrap a layer by setting it, accelerate for one
+        last.unpatched_forward = vars(last).get("forward")  # set if a library such as accelerate wraps the layer
         last.forward = pruned_forward(last)
         model.set_attn_implementation(ATTN_IMPLEMENTATION)
     except BaseException:
@@ -112,10 +115,11 @@ def patch_model(model: PreTrainedModel, geometry: Geometry) -> None:
 
 
 def pruned_forward(layer: nn.Module) -> Callable[..., Tensor]:
-    """A forward for the last layer that computes keys and values for all tokens of a step, and the rest only for the
-    tokens whose logits are wanted, the ends of the chunks above all: nobody looks at what it makes of the others.
+    """Return a forward for the last layer that computes the output only at the logits indices of a step.
 
-    Projections that serve neither are left out by a compiler; uncompiled, they are computed for nothing.
+    Keys and values are computed for all tokens of the step. The output at other tokens is not used. The logits indices
+    are the ends of the chunks, and with prompt logprobs also tokens before them. Both calls below contain projections
+    whose result is not used: a compiler removes them; uncompiled, they are computed in vain.
     """
     unpruned = layer.forward
 
@@ -125,7 +129,7 @@ def pruned_forward(layer: nn.Module) -> Callable[..., Tensor]:
         logits_indices: Tensor | None = None,
         **kwargs: object,
     ) -> Tensor:
-        if logits_indices is None:  # every token is one
+        if logits_indices is None:  # every token of the step is one of them
             return unpruned(hidden_states, position_embeddings=position_embeddings, **kwargs)
         normed = layer.input_layernorm(hidden_states)
         layer.self_attn(normed, position_embeddings=position_embeddings, attention_mask=None, part="keys")
@@ -136,16 +140,16 @@ def pruned_forward(layer: nn.Module) -> Callable[..., Tensor]:
 
 
 def unpatch_model(model: PreTrainedModel) -> None:
-    """Give the model back as it was, and the pool's memory with it. Does nothing to a model that is not patched."""
+    """Restore the model and release the memory of its pool. Does nothing if the model is not patched."""
     for attention in attention_layers(model):
         if hasattr(attention, "unpatched_implementation"):
             model.set_attn_implementation(attention.unpatched_implementation)
-            if hasattr(attention, "kv_cache"):  # not yet if patching was interrupted
+            if hasattr(attention, "kv_cache"):  # missing if patching was interrupted
                 del attention.kv_cache
             del attention.unpatched_implementation
     last = model.get_decoder().layers[-1]
     if hasattr(last, "unpatched_forward"):
-        vars(last).pop("forward", None)  # not there yet if patching was interrupted
+        vars(last).pop("forward", None)  # missing if patching was interrupted
         if last.unpatched_forward is not None:
             last.forward = last.unpatched_forward
         del last.unpatched_forward

@@ -1,4 +1,4 @@
-"""Which logits a request's parameters change, and by how much. Knows no model and no other request."""
+"""Logit edits: which logits a request's parameters change, and how. Independent of the model and other requests."""
 
 from dataclasses import dataclass
 
@@ -9,8 +9,11 @@ from flex_nano_vllm.sampling_params import SamplingParams
 
 @dataclass(frozen=True)
 class LogitEdits:
-    """Changes of single logits of a row: `bias` is added, then the logit is divided by `divisor` (multiplied if it is
-    negative), then `penalty` is subtracted. All [M]; no token comes twice."""
+    """Changes of single logits of one logits row, all [M]. Each token occurs at most once.
+
+    `bias` is added, then the logit is divided by `divisor` (multiplied if it is negative), then `penalty` is
+    subtracted.
+    """
 
     token_ids: np.ndarray
     bias: np.ndarray
@@ -19,14 +22,14 @@ class LogitEdits:
 
 
 class Penalties:
-    """The edits of one output, kept up to date token by token, so that a step's work does not grow with the text.
+    """The logit edits of one sequence, updated token by token, so that a step does not count the whole output again.
 
-    A line for each token that may ever be edited: those of `logit_bias`, those that end the output if there are
-    `min_tokens`, and those of prompt and output as far as they are penalised.
+    The arrays have a line for each token that can be edited: tokens in `logit_bias`, stop tokens if `min_tokens` is
+    set, prompt tokens if `repetition_penalty` is set, and output tokens if any penalty is set.
 
     Args:
         ends: the tokens that end the output.
-        max_output_len: the most tokens that the output can have.
+        max_output_len: the largest number of output tokens.
     """
 
     def __init__(self, params: SamplingParams, prompt: list[int], ends: frozenset[int], max_output_len: int):
@@ -46,7 +49,7 @@ class Penalties:
         self._num_taken = 0
 
     def take(self, token_ids: list[int], num_prompt_tokens: int) -> None:
-        """Count what is new in an output, given prompt and output."""
+        """Count the new output tokens. `token_ids` are the tokens of prompt and output."""
         if self.params.penalises:
             for token_id in token_ids[num_prompt_tokens + self._num_taken :]:
                 line = self._line_of.setdefault(token_id, self._num_lines)
@@ -57,7 +60,7 @@ class Penalties:
                 self._num_taken += 1
 
     def edits(self, may_end: bool) -> LogitEdits | None:
-        """What changes for the next token; None for nothing. `may_end`: whether the output may end with it."""
+        """Return the edits for the next token, or None. `may_end`: the next token may be a stop token."""
         params, lines = self.params, slice(self._num_lines)
         if may_end and not params.logit_bias and not params.penalises:
             return None

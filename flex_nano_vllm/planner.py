@@ -1,4 +1,4 @@
-"""What requests cost in KV memory, and how many of them fit: sums over an engine's geometry, before anything runs."""
+"""Computes the KV memory of requests, and how many requests fit, from an engine's geometry, before any step runs."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -11,30 +11,30 @@ from flex_nano_vllm.memory import token_bytes
 
 @dataclass(frozen=True)
 class LayerKind:
-    """The layers of one window, and what a request holds for them."""
+    """The layers of one window, and the pages that a request holds for them."""
 
-    window: int | None  # tokens that a query sees; None: all before it
+    window: int | None  # tokens that a query sees; None: all previous tokens
     num_layers: int
-    bytes_per_token: int  # of keys and values, in all of these layers
-    pool_pages: int  # usable ones
-    request_pages: int  # that one request holds at its end
+    bytes_per_token: int  # of keys and values, summed over these layers
+    pool_pages: int  # usable pages, without page 0
+    request_pages: int  # pages that one request holds at its end
     request_bytes: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Requests of `prompt_len` tokens that generate `max_tokens`, and the engine's memory. Prints as a table."""
+    """KV memory for requests of `prompt_len` tokens that generate `max_tokens` tokens. `str` gives a table."""
 
     prompt_len: int
     max_tokens: int
     kinds: tuple[LayerKind, ...]
-    num_new_tokens: int  # that it can get; fewer than asked for where max_seq_length or the pool ends
-    max_concurrent: int  # how many of them run at once, sharing nothing
-    refusal: str | None  # why the engine would refuse such a request; None if it would not
+    num_new_tokens: int  # tokens that it can generate: max_tokens, or fewer if max_seq_length or the pool is smaller
+    max_concurrent: int  # requests that run at once without shared pages
+    refusal: str | None  # why the engine rejects such a request; None if it accepts it
 
     @property
     def request_bytes(self) -> int:
-        """Bytes that one of them holds at its end."""
+        """Bytes that one request holds at its end."""
         return sum(kind.request_bytes for kind in self.kinds)
 
     def __str__(self) -> str:
@@ -45,12 +45,12 @@ class Plan:
             pages = f"{kind.request_pages:,} of {kind.pool_pages:,} pages"
             lines.append(f"  {kind.num_layers} layers, {sees}: {kind.bytes_per_token:,} bytes a token, {pages}")
         fate = f"{self.num_new_tokens:,} new tokens each, {self.max_concurrent:,} requests at once"
-        lines.append(f"  {fate}" if self.refusal is None else f"  refused: the prompt {self.refusal}")
+        lines.append(f"  {fate}" if self.refusal is None else f"  rejected: the prompt {self.refusal}")
         return "\n".join(lines)
 
 
 def make_plan(model: PreTrainedModel, geometry: Geometry, prompt_len: int, max_tokens: int) -> Plan:
-    """Count pages and bytes of such requests."""
+    """Compute the plan for requests of these lengths."""
     refusal = geometry.refusal(prompt_len)
     num_tokens = min(prompt_len + max_tokens, geometry.max_request_tokens)
     num_layers = Counter(geometry.layer_windows)
@@ -60,7 +60,7 @@ def make_plan(model: PreTrainedModel, geometry: Geometry, prompt_len: int, max_t
         per_token = layers * token_bytes(model)
         usable = geometry.pools[geometry.pool_of(window)] - 1
         kinds.append(LayerKind(window, layers, per_token, usable, pages, pages * geometry.page_size * per_token))
-    rows = min(geometry.max_batch_size, geometry.max_num_batched_tokens)  # each computes a token in every step
+    rows = min(geometry.max_batch_size, geometry.max_num_batched_tokens)  # each needs a token per step
     at_once = min(rows, (geometry.n_pages - 1) // geometry.most_pages(num_tokens))
     new_tokens = max(0, num_tokens - prompt_len)
     return Plan(prompt_len, max_tokens, tuple(kinds), new_tokens, 0 if refusal else at_once, refusal)

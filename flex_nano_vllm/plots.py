@@ -1,4 +1,4 @@
-"""Pictures of what was measured, from files. Needs matplotlib: the `plot` extra."""
+"""Plots of measurements that are read from files. Needs matplotlib: the `plot` extra."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,10 @@ from matplotlib.figure import Figure
 
 
 def plot_steps(csvs: list[str], path: str) -> None:
-    """Tokens per second, running and waiting requests, use of the KV pool and step times over the seconds of each run,
-    drawn over each other in one PNG; a run goes by the name of its file."""
+    """Plot tokens per second, running and waiting requests, use of the KV pool, and step times over the time of a run.
+
+    All runs are drawn into the same axes of one PNG. The name of a file is the label of its run.
+    """
     figure = Figure(figsize=(10, 10), layout="constrained")
     rate, queue, pool, duration = figure.subplots(4, 1, sharex=True)
     for csv in csvs:
@@ -17,7 +19,7 @@ def plot_steps(csvs: list[str], path: str) -> None:
         name = Path(csv).stem
         seconds = steps["time"] - steps["time"].iloc[0] + steps["duration"].iloc[0]
         tokens = steps["num_prefill_tokens"] + steps["num_decode_tokens"]
-        window = max(1, len(steps) // 50)  # steps, so that a point is an average
+        window = max(1, len(steps) // 50)  # steps that a point averages over
         rate.plot(seconds, tokens.rolling(window).sum() / steps["duration"].rolling(window).sum(), label=name)
         (line,) = queue.plot(seconds, steps["num_running"], label=f"{name}: running")
         queue.plot(seconds, steps["num_waiting"], "--", color=line.get_color(), label=f"{name}: waiting")
@@ -32,8 +34,11 @@ def plot_steps(csvs: list[str], path: str) -> None:
 
 
 def plot_savings(paths: list[str], path: str) -> None:
-    """What `savings.py` has measured, from the JSON line at the end of each file: the gain of cascade over the length
-    of what is shared, time to first token over a conversation, and memory over a request's length; in one PNG."""
+    """Plot the measurements of `savings.py` into one PNG, from the JSON line at the end of each file.
+
+    The plots show the gain of cascade attention over the length of the common prefix, the time to first token over a
+    conversation, and KV memory over the length of a request.
+    """
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     gain, ttft, memory = figure.subplots(1, 3)
     for file in paths:
@@ -52,13 +57,13 @@ def plot_savings(paths: list[str], path: str) -> None:
                 rows = pd.DataFrame(record[part])
                 rows = rows[rows["requests"] == 1] if "requests" in rows else rows
                 x, before, after = columns
-                (line,) = axes.plot(rows[x], rows[before], "--", label=f"{name}, before")
+                (line,) = axes.plot(rows[x], rows[before], "--", label=f"{name}, without")
                 axes.plot(rows[x], rows[after], "-", color=line.get_color(), label=name)
     gain.axhline(1, color="gray", linewidth=0.8)
     for axes, title, x, y in (
-        (gain, "cascade (dots: used)", "tokens in common", "decode step, without / with"),
-        (ttft, "conversation, without prefix caching and with", "tokens of the prompt", "time to first token, ms"),
-        (memory, "one request, windows released or not", "tokens", "KV, MB"),
+        (gain, "cascade attention (dots: packed)", "tokens in common", "decode step, without / with"),
+        (ttft, "conversation, with and without prefix caching", "tokens of the prompt", "time to first token, ms"),
+        (memory, "one request, with and without release of pages", "tokens", "KV, MB"),
     ):
         axes.set(title=title, xlabel=x, ylabel=y)
         axes.legend()

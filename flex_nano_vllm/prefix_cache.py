@@ -1,14 +1,14 @@
-"""Which tokens lie on which pages, so that a request finds what others have computed. Knows no rows and no devices.
+"""The prefix cache finds computed pages by their tokens. Independent of rows and devices.
 
-A full page is known by a hash of its tokens and of all that comes before them: the hash of the page before. The first
-one starts from the request's salt.
+The key of a full page is a hash of its tokens and of the key of the page before it, and so of all tokens before it. The
+key of the first page starts from the salt of the request.
 
     page_size = 4        tokens   [ a b c d | e f g h | i j ]
-                         keys       k0 = H(salt, a b c d)   k1 = H(k0, e f g h)     a page that is not full has none
+                         keys       k0 = H(salt, a b c d)   k1 = H(k0, e f g h)     a page that is not full has no key
 
-A key only leads to a candidate. What decides is the comparison of the tokens of each page, one after the other from the
-first: two texts of equal keys are never mistaken for one another, whether by accident or by intent (CVE-2025-25183 is
-what became of trusting Python's `hash`).
+A key only gives a candidate. The lookup then compares the tokens of each page, starting from the first page. Therefore
+different texts with equal keys are never confused, not even if the collision is an attack (CVE-2025-25183 was caused by
+relying on Python's `hash`).
 """
 
 import hashlib
@@ -19,18 +19,21 @@ from weakref import WeakValueDictionary
 
 @dataclass(eq=False)
 class CachedPage:
-    """A page of tokens that follows the page `parent`. The root of each salt has no tokens and no parent."""
+    """A cache entry: a page of tokens that follows the entry `parent`. A root has no tokens and no parent."""
 
     key: bytes
     token_ids: list[int]
     parent: "CachedPage | None" = field(repr=False)
-    pages: dict[int | None, int] = field(default_factory=dict)  # its physical page, by the window of the layers
-    keep_hint: bool = False  # a request has come whose beginning it is at the end of
+    pages: dict[int | None, int] = field(default_factory=dict)  # physical page, by the window of the layers
+    keep_hint: bool = False  # a request has found a cached prefix, and this page is in its last window
 
 
 class PrefixCache:
-    """A tree of pages, by their keys. An entry lives as long as anybody refers to it: a page table that keeps the page,
-    a row that holds it, or an entry that follows it."""
+    """A tree of entries, found by their keys.
+
+    The cache holds weak references. An entry lives as long as a page table caches its page, a row has the entry, or
+    another entry follows it.
+    """
 
     def __init__(self, page_size: int):
         self.page_size = page_size
@@ -38,7 +41,7 @@ class PrefixCache:
         self._roots: WeakValueDictionary[str | None, CachedPage] = WeakValueDictionary()
 
     def root(self, salt: str | None) -> CachedPage:
-        """Where the texts of a salt begin. Different salts share nothing, whatever the keys."""
+        """Return the entry that all sequences of a salt start from. Different salts never share pages."""
         root = self._roots.get(salt)
         if root is None:
             key = hashlib.sha256(b"" if salt is None else b"salt" + salt.encode()).digest()
@@ -46,7 +49,7 @@ class PrefixCache:
         return root
 
     def find(self, token_ids: list[int], root: CachedPage) -> list[CachedPage]:
-        """The known pages with which `token_ids` begin."""
+        """Return the entries of the known full pages that `token_ids` begins with."""
         found, parent = [], root
         for start in range(0, len(token_ids) - self.page_size + 1, self.page_size):
             tokens = token_ids[start : start + self.page_size]
@@ -58,12 +61,13 @@ class PrefixCache:
         return found
 
     def add(self, parent: CachedPage, token_ids: list[int]) -> CachedPage:
-        """The entry of the full page `token_ids` that follows `parent`, made if there is none."""
+        """Return the entry of the full page `token_ids` after `parent`; create it if it does not exist."""
         key = chained_key(parent.key, token_ids)
         entry = self._child(parent, token_ids, key)
         if entry is None:
             entry = CachedPage(key, token_ids, parent)
-            self._entries.setdefault(key, entry)  # a key that belongs to another text stays with it: no one finds this
+            # On a key collision, the other entry keeps the key, and `find` never returns this one.
+            self._entries.setdefault(key, entry)
         return entry
 
     def _child(self, parent: CachedPage, token_ids: list[int], key: bytes) -> CachedPage | None:

@@ -1,4 +1,4 @@
-"""What Prometheus reads of an engine. Knows no HTTP."""
+"""The metrics of an engine for Prometheus. Independent of HTTP."""
 
 from collections.abc import Iterable
 
@@ -10,7 +10,7 @@ from flex_nano_vllm.outputs import RequestOutput
 
 
 class Metrics:
-    """What Prometheus reads: counts of the engine, taken when it asks, and times of finished requests."""
+    """Counts of the engine, read at each scrape, and latencies of finished requests."""
 
     def __init__(self, engine: Inference):
         self.engine = engine
@@ -22,40 +22,40 @@ class Metrics:
             buckets = [scale * bound for bound in seconds]
             return Histogram(f"flex_nano_vllm_{name}", text, registry=self.registry, buckets=buckets)
 
-        self.ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.")
-        self.tpot = histogram("time_per_output_token_seconds", "Per request: mean of the tokens after the first.", 0.1)
-        self.latency = histogram("e2e_request_latency_seconds", "From arrival to the last token.")
+        self.ttft = histogram("time_to_first_token_seconds", "Seconds from arrival to the first token.")
+        self.tpot = histogram(
+            "time_per_output_token_seconds", "Mean seconds per token after the first, by request.", 0.1
+        )
+        self.latency = histogram("e2e_request_latency_seconds", "Seconds from arrival to the last token.")
 
     def collect(self) -> Iterable[Metric]:
         stats = self.engine.stats()
         gauges = dict(
-            num_requests_running=(stats.num_running, "Sequences in the batch."),
-            num_requests_waiting=(stats.num_waiting, "Sequences that wait for a place in it."),
-            kv_cache_usage_perc=(stats.kv_usage, "Used share of the pages, 0 to 1."),
+            num_requests_running=(stats.num_running, "Running sequences."),
+            num_requests_waiting=(stats.num_waiting, "Waiting sequences."),
+            kv_cache_usage_perc=(stats.kv_usage, "Used pages as a share of the usable pages, 0 to 1."),
         )
         counters = dict(
-            num_preemptions=(stats.num_preemptions, "Sequences sent back to the queue for want of pages."),
-            prompt_tokens=(stats.num_prompt_tokens, "Tokens of prompts."),
-            generation_tokens=(stats.num_generated_tokens, "Tokens generated."),
-            prefix_cache_hits=(stats.num_cached_tokens, "Tokens of prompts that were found computed."),
+            num_preemptions=(stats.num_preemptions, "Preemptions of sequences because pages ran out."),
+            prompt_tokens=(stats.num_prompt_tokens, "Prompt tokens."),
+            generation_tokens=(stats.num_generated_tokens, "Generated tokens."),
+            prefix_cache_hits=(stats.num_cached_tokens, "Prompt tokens found in the prefix cache."),
         )
         for name, (value, text) in gauges.items():
             yield GaugeMetricFamily(f"flex_nano_vllm_{name}", text, value)
         for name, (value, text) in counters.items():
             yield CounterMetricFamily(f"flex_nano_vllm_{name}", text, value)
-        ended = CounterMetricFamily(
-            "flex_nano_vllm_request_success", "Samples that have ended.", labels=["finished_reason"]
-        )
+        ended = CounterMetricFamily("flex_nano_vllm_request_success", "Finished sequences.", labels=["finished_reason"])
         for reason, number in stats.finish_reasons.items():
             ended.add_metric([reason], number)
         yield ended
 
     def text(self) -> bytes:
-        """All of it, in Prometheus' format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
     def observe(self, output: RequestOutput) -> None:
-        """Take the times of a request that was answered, and not left."""
+        """Record the latencies of a request, unless it was aborted."""
         if any(completion.finish_reason == "abort" for completion in output.outputs):
             return
         metrics = output.metrics

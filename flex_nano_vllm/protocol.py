@@ -1,8 +1,8 @@
-"""What the requests of the OpenAI API may hold. Knows no engine and no HTTP.
+"""The requests of the OpenAI API: their fields, types and limits. Independent of the engine and of HTTP.
 
-Fields that vLLM adds to OpenAI's have vLLM's names. What OpenAI has and this server does not is refused by name if a
-client asks for it; unknown fields of a request are ignored, because OpenAI's clients send new ones every month. Numbers
-are strict: `true` and "2" are no ints, NaN and Infinity are no numbers.
+Fields that vLLM adds to OpenAI's have vLLM's names. A feature of OpenAI that this server does not have is rejected
+by name if a client requests it. Unknown fields of a request are ignored, because OpenAI's clients send new ones every
+month. Numbers are strict: `true` and "2" are not integers, NaN and Infinity are not numbers.
 """
 
 from typing import Annotated, Any, ClassVar, Literal
@@ -24,16 +24,16 @@ from flex_nano_vllm.tools import MAX_CALLS, MAX_TOOLS, tool_schemas
 MAX_PROMPTS, MAX_SAMPLES = 64, 16
 MAX_CHOICES = 128  # prompts times samples
 MAX_MESSAGES, MAX_PARTS = 4096, 256
-MAX_ECHOED = 2**18  # log-probabilities of prompts in one answer, about 10 MB of it
+MAX_ECHOED = 2**18  # prompt log-probabilities in one response, about 10 MB
 
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
-# The first mistake ends the check: a body has room for a million of them, and to list them takes seconds.
+# The first error ends the validation: a body can contain a million errors, and listing them takes seconds.
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 def unsupported(*harmless: Any) -> Any:
-    """A field for what OpenAI has and we do not: null, and values that ask for nothing."""
+    """The type of a field that OpenAI supports and this server does not. It accepts null and the `harmless` values."""
 
     def check(value: Any) -> Any:
         if value is not None and value not in harmless:
@@ -51,11 +51,11 @@ def _encodable(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_encodable)]  # JSON may hold half of a surrogate pair
+Text = Annotated[str, AfterValidator(_encodable)]  # JSON may contain half of a surrogate pair
 
 
 def _few(bias: Any) -> Any:
-    """Before all of its entries are looked at."""
+    """Check the number of entries before each entry is validated."""
     if isinstance(bias, dict) and len(bias) > MAX_LOGIT_BIAS:
         raise ValueError(f"has {len(bias)} entries, more than {MAX_LOGIT_BIAS}")
     return bias
@@ -66,21 +66,21 @@ class Strict(BaseModel):
 
 
 class Closed(Strict):
-    """An object of which every field is looked at."""
+    """An object that may have no unknown fields."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class StreamOptions(Strict):
     include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None  # in every chunk
+    continuous_usage_stats: bool | None = None  # usage in every chunk
 
 
 class JSONSchema(Closed):
     name: str | None = None
     description: str | None = None
     schema_: dict[str, Any] | bool | None = Field(None, alias="schema")
-    strict: bool | None = None  # schemas are always followed
+    strict: bool | None = None  # ignored: schemas are always enforced
 
 
 class ResponseFormat(Closed):
@@ -88,9 +88,9 @@ class ResponseFormat(Closed):
 
     type: Literal["text", "json_object", "json_schema", "regex"]
     json_schema: JSONSchema | None = None
-    schema_: dict[str, Any] | bool | None = Field(None, alias="schema")  # of json_object, as llama.cpp has it
+    schema_: dict[str, Any] | bool | None = Field(None, alias="schema")  # for json_object, as in llama.cpp
     regex: str | None = None
-    whitespace_pattern: str | None = None  # between the symbols of JSON; vLLM's name
+    whitespace_pattern: str | None = None  # white space between the symbols of JSON; vLLM's name
 
     NEEDED: ClassVar[dict[str, tuple[str, ...]]] = {
         "text": (),
@@ -103,14 +103,14 @@ class ResponseFormat(Closed):
     def _check_fields(self):
         for name in ("json_schema", "schema_", "regex", "whitespace_pattern"):
             if getattr(self, name) is not None and name not in self.NEEDED[self.type]:
-                raise ValueError(f"{name.rstrip('_')} is no field of type {self.type}")
+                raise ValueError(f"{name.rstrip('_')} is not a field of type {self.type}")
         if self.type in ("json_schema", "regex") and getattr(self, self.type) is None:
-            raise ValueError(f"type {self.type} needs {self.type}")
+            raise ValueError(f"type {self.type} needs the field {self.type}")
         return self
 
     @property
     def json_source(self) -> dict[str, Any] | str | None:
-        """The schema that the answer has to fit; None where it needs not be JSON."""
+        """The schema that the output must match; None if the output need not be JSON."""
         schema = self.json_schema.schema_ if self.json_schema is not None else self.schema_
         if self.type == "json_object" and schema is None:
             return {"type": "object"}
@@ -125,7 +125,7 @@ class ResponseFormat(Closed):
 
 
 class GenerationRequest(Strict):
-    """What completions and chats have in common. None stands for the default."""
+    """The fields that all generating endpoints share. None stands for the default."""
 
     model: str
     n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
@@ -142,7 +142,7 @@ class GenerationRequest(Strict):
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     user: Text | None = None
-    # vLLM's additions.
+    # Added by vLLM
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.001, le=10)] | None = None
@@ -153,12 +153,12 @@ class GenerationRequest(Strict):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     cache_salt: Annotated[str, Field(min_length=1)] | None = None
-    structured_outputs: unsupported({}) = None  # `response_format` is
+    structured_outputs: unsupported({}) = None  # use `response_format`
     guided_json: unsupported() = None
     guided_regex: unsupported() = None
     guided_choice: unsupported() = None
     guided_grammar: unsupported() = None
-    prompt_logprobs: unsupported() = None  # `echo` with `logprobs` has them
+    prompt_logprobs: unsupported() = None  # use `echo` with `logprobs`
     truncate_prompt_tokens: unsupported() = None
     use_beam_search: unsupported(False) = None
     bad_words: unsupported([]) = None
@@ -167,7 +167,7 @@ class GenerationRequest(Strict):
     logits_processors: unsupported([]) = None
     return_tokens_as_token_ids: unsupported(False) = None
 
-    SAME: ClassVar[tuple[str, ...]] = (  # names of `SamplingParams` too
+    SAME: ClassVar[tuple[str, ...]] = (  # fields with the same name in `SamplingParams`
         *("n", "temperature", "top_p", "seed", "stop", "presence_penalty", "frequency_penalty", "top_k", "min_p"),
         *("repetition_penalty", "min_tokens", "stop_token_ids", "allowed_token_ids", "ignore_eos"),
         *("skip_special_tokens", "include_stop_str_in_output"),
@@ -176,28 +176,28 @@ class GenerationRequest(Strict):
     @model_validator(mode="after")
     def _check_stream_options(self):
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options are for stream=true only")
+            raise ValueError("stream_options needs stream=true")
         return self
 
     def sampling_params(self, defaults: dict[str, Any], **others: Any) -> SamplingParams:
-        """Raises ValueError, as `SamplingParams` does.
+        """Return the parameters of the request. Raises ValueError, as `SamplingParams` does.
 
         Args:
-            defaults: of `SamplingParams`, for what the request does not say.
-            others: what the request says in fields of other names.
+            defaults: values of `SamplingParams` fields that the request does not set.
+            others: values of `SamplingParams` fields that have another name in the request.
         """
         given = {name: getattr(self, name) for name in self.SAME if getattr(self, name) is not None}
         if self.logit_bias:
             try:
                 given["logit_bias"] = {int(token_id): bias for token_id, bias in self.logit_bias.items()}
             except ValueError:
-                raise InvalidRequestError("logit_bias must be an object by token ids", "logit_bias") from None
+                raise InvalidRequestError("the keys of logit_bias must be token ids", "logit_bias") from None
         if self.response_format is not None:
             given["structured_outputs"] = self.response_format.structured_outputs()
         stated = {name for name, value in (given | others).items() if value is not None}
         merged = defaults | given | others
         least, most = merged.get("min_tokens", 0), merged.get("max_tokens")
-        if most is not None and least > most and not {"min_tokens", "max_tokens"} <= stated:  # a default gives way
+        if most is not None and least > most and not {"min_tokens", "max_tokens"} <= stated:  # change the default
             merged["max_tokens" if "min_tokens" in stated else "min_tokens"] = least if "min_tokens" in stated else most
         return SamplingParams(**merged)
 
@@ -207,12 +207,12 @@ class GenerationRequest(Strict):
 
     @property
     def includes_usage_always(self) -> bool:
-        """Whether every chunk of a stream tells what has been used so far."""
+        """Whether every chunk of a stream contains the usage so far."""
         return bool(self.includes_usage and self.stream_options.continuous_usage_stats)
 
 
 class CompletionRequest(GenerationRequest):
-    # Left to right: else each of many tokens would be tried as a text as well.
+    # Left to right: otherwise pydantic would also try each of many tokens as a text.
     prompt: Annotated[
         str
         | Annotated[TokenIds, Field(min_length=1)]
@@ -220,7 +220,7 @@ class CompletionRequest(GenerationRequest):
         | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)],
         Field(union_mode="left_to_right"),
     ]
-    max_tokens: Annotated[int, Field(ge=0)] | None = None  # 0: the prompt only, which `echo` and `logprobs` rate
+    max_tokens: Annotated[int, Field(ge=0)] | None = None  # 0: only prompt logprobs, with `echo` and `logprobs`
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
     best_of: unsupported(1) = None
@@ -233,7 +233,7 @@ class CompletionRequest(GenerationRequest):
         return [self.prompt] if is_one else self.prompt
 
     def to_params(self, defaults: dict[str, Any]) -> SamplingParams:
-        # A prompt that the answer does not show is not rated.
+        # The response contains the prompt's logprobs only if it echoes the prompt.
         prompt_logprobs = self.logprobs if self.echo else None
         limit = {} if self.max_tokens is None else {"max_tokens": max(1, self.max_tokens)}
         return self.sampling_params(defaults, logprobs=self.logprobs, prompt_logprobs=prompt_logprobs, **limit)
@@ -264,7 +264,7 @@ class Message(Strict):
 
     @property
     def texts(self) -> list[str]:
-        """What it says."""
+        """The texts of the message, including those of its tool calls."""
         calls = [call.function.name + call.function.arguments for call in self.tool_calls or ()]
         if isinstance(self.content, list):
             return [part.text or "" for part in self.content] + calls
@@ -272,7 +272,7 @@ class Message(Strict):
 
     def to_dict(self) -> dict:
         message = self.model_dump(exclude_none=True)
-        # OpenAI's newer word, which templates do not know.
+        # Chat templates do not know OpenAI's newer name of the role.
         return message | {"role": "system"} if self.role == "developer" else message
 
 
@@ -283,7 +283,7 @@ class Function(Closed):
     name: Name
     description: Text | None = None
     parameters: dict[str, Any] | None = None
-    strict: bool | None = None  # schemas are always followed, where the model's form of a call lets a grammar do it
+    strict: bool | None = None  # ignored: schemas are always enforced if the model's form of a call allows a grammar
 
 
 class Tool(Strict):
@@ -318,9 +318,9 @@ class ChatCompletionRequest(GenerationRequest):
     audio: unsupported() = None
     prediction: unsupported() = None
     web_search_options: unsupported() = None
-    # Of models that reason; others ignore it, here as at OpenAI.
+    # For reasoning models; other models ignore it, here and at OpenAI.
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
-    chat_template: unsupported() = None  # a program: a client must not send one
+    chat_template: unsupported() = None  # a template is a program: clients must not send one
     chat_template_kwargs: unsupported({}) = None
     add_generation_prompt: unsupported(True) = None
     continue_final_message: unsupported(False) = None
@@ -344,18 +344,18 @@ class ChatCompletionRequest(GenerationRequest):
         num_top = (self.top_logprobs or 0) if self.logprobs else None
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         limit = {} if max_tokens is None and "max_tokens" in defaults else {"max_tokens": max_tokens}
-        return self.sampling_params(defaults, logprobs=num_top, **limit)  # None: as many as fit
+        return self.sampling_params(defaults, logprobs=num_top, **limit)  # None: as many tokens as fit
 
     @property
     def known_tools(self) -> list[dict]:
-        """The tools that the model is told of, in OpenAI's form."""
+        """The tools that are given to the chat template, in OpenAI's form."""
         if self.tool_choice == "none":
             return []
         return [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in self.tools or ()]
 
     @property
     def callable_tools(self) -> dict[str, dict]:
-        """The schemas of the tools that may be called, by name."""
+        """The argument schemas of the tools that may be called, by tool name."""
         schemas = tool_schemas(self.known_tools)
         if isinstance(self.tool_choice, NamedTool):
             return {self.tool_choice.function.name: schemas[self.tool_choice.function.name]}
@@ -363,7 +363,7 @@ class ChatCompletionRequest(GenerationRequest):
 
     @property
     def max_calls(self) -> int:
-        """Of one answer. Where a call must come, one does, unless the client wants more: a weak model would go on."""
+        """Most calls in one output. The default is 1 for a required call, because a weak model would not stop."""
         is_parallel = self.parallel_tool_calls
         if is_parallel is None:
             is_parallel = not self.needs_call
@@ -371,7 +371,7 @@ class ChatCompletionRequest(GenerationRequest):
 
     @property
     def needs_call(self) -> bool:
-        """Whether the answer must be a call."""
+        """Whether the output must be a tool call."""
         return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
 
     @property
@@ -391,7 +391,7 @@ class TokenizeRequest(Strict):
     @model_validator(mode="after")
     def _check_one(self):
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("exactly one of prompt and messages is needed")
+            raise ValueError("exactly one of prompt and messages must be given")
         return self
 
 

@@ -1,7 +1,7 @@
-"""Models of known shapes with random weights, and a tokenizer over bytes: for machines without a model hub.
+"""Models of known shapes with random weights, and a byte tokenizer, for machines without access to a model hub.
 
-Random weights answer noise, but the same noise everywhere: they cost what trained weights cost and prove equality of
-two engines as well.
+Random weights generate noise, but reproducible noise. They cost as much as trained weights, and are as suitable to
+check that two engines give equal outputs.
 """
 
 import torch
@@ -27,8 +27,8 @@ TINY = dict(
     head_dim=64,
     max_position_embeddings=8192,
 )
-# By name: the model's configuration class, and its sizes. Two Gemma-2 for two cores, one model without its
-# peculiarities, and the shape of google/gemma-2-2b.
+# By name: the model's configuration class and its sizes. Two Gemma-2 models for two CPU cores, one model without the
+# special features of Gemma-2, and the shape of google/gemma-2-2b.
 SHAPES = {
     "gemma2-tiny": (Gemma2Config, TINY | dict(query_pre_attn_scalar=64, sliding_window=512)),
     "gemma2-small": (
@@ -63,12 +63,12 @@ SHAPES = {
         ),
     ),
 }
-# Not Gemma's 50: random scores are small, and a dropped cap must change tokens.
+# Smaller than Gemma's 50 for attention: random scores are small, and an engine without the cap must give other tokens.
 SOFTCAPS = dict(attn_logit_softcapping=4.0, final_logit_softcapping=30.0)
 
 
 def random_model(shape: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """A model of a named shape in eval mode, the same weights every time on a device of one kind."""
+    """Return a model of a named shape in eval mode. The weights are the same every time on devices of one kind."""
     config_class, sizes = SHAPES[shape]
     config = config_class(
         **sizes,
@@ -76,13 +76,13 @@ def random_model(shape: str, dtype: torch.dtype = torch.float32, device: torch.d
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=2,
-        initializer_range=1.3 / sizes["hidden_size"] ** 0.5,  # attention that prefers some tokens
+        initializer_range=1.3 / sizes["hidden_size"] ** 0.5,  # large enough that attention prefers some tokens
     )
     with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []), torch.device(device):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
-    # With tied embeddings, a random model finds its last token most likely and repeats it forever. Small embeddings
-    # leave the word to the layers, and the final norm makes up for the smaller logits.
+    # With tied embeddings, the last token has the highest logit in a random model, which repeats it forever. With small
+    # embeddings, the layers determine the next token. The final norm compensates for the smaller logits.
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(0.1)
         model.get_decoder().norm.weight.fill_(15.0)
@@ -90,7 +90,7 @@ def random_model(shape: str, dtype: torch.dtype = torch.float32, device: torch.d
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per UTF-8 byte, behind `<pad>`, `<eos>`, `<bos>`; adds BOS as Gemma's tokenizer does."""
+    """Return a tokenizer with one token per UTF-8 byte after `<pad>`, `<eos>`, `<bos>`. It adds BOS like Gemma's."""
     alphabet = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

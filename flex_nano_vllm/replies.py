@@ -1,6 +1,6 @@
-"""The shapes of the OpenAI API's answers. Knows no engine and no HTTP.
+"""The responses of the OpenAI API. Independent of the engine and of HTTP.
 
-The classes describe the answers in /openapi.json; the functions make them, as plain dicts.
+The classes describe the responses in /openapi.json. The functions build the responses as plain dicts.
 """
 
 import json
@@ -143,7 +143,7 @@ class ShownRequest(BaseModel):
 
 
 class ShownPool(BaseModel):
-    """The pages of the layers of one window. `pages`: see `PageTable.holders`."""
+    """The pool of one attention window. For `pages` see `PageTable.holders`."""
 
     window: int | None
     page_size: int
@@ -174,7 +174,7 @@ def new_id(prefix: str) -> str:
 
 
 class Envelope:
-    """What an answer, or every chunk of one, has around its choices."""
+    """The fields of a response, or of each chunk of a stream, around its choices."""
 
     def __init__(self, kind: str, prefix: str, model: str):
         self.fields = dict(id=new_id(prefix), object=kind, created=int(time.time()), model=model)
@@ -185,7 +185,7 @@ class Envelope:
 
 
 def usage_of(outputs: list[RequestOutput]) -> dict:
-    """Tokens of all requests and samples; a prompt counts once."""
+    """Count the tokens of all requests and samples. Each prompt is counted once."""
     num_prompt = sum(len(output.prompt_token_ids) for output in outputs)
     num_generated = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
     return usage(num_prompt, num_generated, sum(output.num_cached_tokens for output in outputs))
@@ -201,7 +201,7 @@ def usage(num_prompt: int, num_generated: int, num_cached: int = 0) -> dict:
 
 
 def ending(completion: CompletionOutput | CompletionDelta, num_calls: int = 0) -> dict:
-    """How a choice has ended; None while it has not."""
+    """Return how a choice has ended. The values are None until it has ended."""
     reason = completion.finish_reason
     return dict(
         finish_reason="tool_calls" if reason == "stop" and num_calls else reason, stop_reason=completion.stop_reason
@@ -211,18 +211,18 @@ def ending(completion: CompletionOutput | CompletionDelta, num_calls: int = 0) -
 def completion_logprobs(
     token_ids: list[int], rated: list[dict[int, Logprob] | None], offsets: list[int], first_name: str | None = None
 ) -> dict:
-    """The four lists of the older API.
+    """Return the logprobs of a completion: four lists with one entry for each token.
 
     Args:
-        offsets: of the tokens in the whole text.
-        first_name: of a token that is not rated because none precedes it.
+        offsets: where the tokens begin in the whole text.
+        first_name: name of the token that has no logprob because no token precedes it.
     """
     tokens, logprobs, top = [], [], []
     for token_id, entry in zip(token_ids, rated):
         tokens.append(first_name if entry is None else entry[token_id].decoded_token)
         logprobs.append(None if entry is None else _finite(entry[token_id].logprob))
         by_name: dict[str, float] = {}
-        for other in entry.values() if entry is not None else ():  # of two with one name the more likely
+        for other in entry.values() if entry is not None else ():  # for equal names, keep the more likely token
             name = other.decoded_token
             by_name[name] = max(by_name.get(name, -math.inf), _finite(other.logprob))
         top.append(None if entry is None else by_name)
@@ -230,7 +230,7 @@ def completion_logprobs(
 
 
 def chat_logprobs(token_ids: list[int], rated: list[dict[int, Logprob]], num_top: int) -> list[dict]:
-    """A list of tokens, each with the `num_top` most likely ones in its place."""
+    """Return the logprobs of a chat: a list of tokens, each with the `num_top` most likely tokens at its position."""
     content = []
     for token_id, entry in zip(token_ids, rated):
         likely = sorted((other for other in entry.values() if other.rank <= num_top), key=lambda other: other.rank)
@@ -243,7 +243,7 @@ def _chat_logprob(logprob: Logprob) -> dict:
 
 
 def _finite(logprob: float) -> float:
-    """JSON has no infinity; vLLM has this number in its place."""
+    """Replace minus infinity, which JSON does not have, by the number that vLLM uses."""
     return max(logprob, -9999.0)
 
 
@@ -255,6 +255,6 @@ DONE = b"data: [DONE]\n\n"  # the last event of every stream
 
 
 def server_sent_event(data: dict, name: str | None = None) -> bytes:
-    """In ASCII: some clients cut lines at any of Unicode's line breaks."""
+    """Return an event in ASCII, because some clients split lines at any Unicode line break."""
     head = f"event: {name}\n" if name else ""
     return f"{head}data: {json.dumps(data, separators=(',', ':'))}\n\n".encode()

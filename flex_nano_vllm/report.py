@@ -1,6 +1,6 @@
-"""What a benchmark run says of itself: figures, a table, one JSON line, and how runs compare. Knows no engine.
+"""Reports of benchmark runs: figures, a table, one JSON line, and a comparison of runs. Independent of any engine.
 
-`benchmark.py` and `benchmark_vllm.py` both report through it, in environments of their own.
+`benchmark.py` and `benchmark_vllm.py` both use this module, each in an environment of its own.
 """
 
 import json
@@ -18,14 +18,15 @@ from rich.table import Table
 
 from flex_nano_vllm.workload import RunOptions, WorkloadRequest, digest
 
-# What must be the same in two runs before one may be divided by the other.
+# Settings that become part of a run's name in a comparison if runs of that name differ in them
 SIZES = ("max_batch_size", "max_seq_length", "n_pages", "page_size", "max_num_batched_tokens")
+# Columns in which runs must agree; otherwise a ratio of them means nothing
 SAME_WORK = ("model", "workload digest", "prompt tokens", "output tokens")
 
 
 @dataclass(frozen=True)
 class FinishedRequest:
-    """What a request got, and how long it waited: `ttft` and `tpot` in seconds, None where not measured."""
+    """Token counts and latencies of a request. `ttft` and `tpot` are in seconds, None where not measured."""
 
     num_prompt_tokens: int
     num_output_tokens: int
@@ -34,7 +35,7 @@ class FinishedRequest:
 
 
 def summarize(requests: list[FinishedRequest], seconds: float, device: torch.device) -> dict:
-    """Throughput, latencies and peak memory of a finished run; times in milliseconds where the name says so."""
+    """Return throughput, latencies and peak memory of a finished run. Names that end in `_ms` mean milliseconds."""
     prompt_tokens = sum(request.num_prompt_tokens for request in requests)
     output_tokens = sum(request.num_output_tokens for request in requests)
     ttft = pd.Series([request.ttft for request in requests], dtype=float).dropna() * 1e3
@@ -74,7 +75,7 @@ def json_line(
     results: dict,
     **more: object,
 ) -> str:
-    """A run as one line of strict JSON."""
+    """Return a run as one line of strict JSON."""
     record = {
         "engine": engine,
         "mode": mode,
@@ -97,7 +98,7 @@ def json_line(
 
 
 def strict(results: dict) -> dict:
-    """Figures as JSON can hold them: four digits, and null for one that could not be measured (NaN)."""
+    """Make figures valid in JSON: round floats to four decimals, and replace NaN (not measured) by None (null)."""
     return {
         name: None if value != value else round(value, 4) if isinstance(value, float) else value
         for name, value in results.items()
@@ -105,10 +106,11 @@ def strict(results: dict) -> dict:
 
 
 def compare_runs(paths: list[str], console: Console) -> None:
-    """Print the runs whose JSON lines stand in the files (other lines are skipped), each beside the first one.
+    """Print a table of the runs in the files, each with its ratio to the first one.
 
-    Several runs of the same engine and settings are one row, their median. Raises ValueError for a file without a run,
-    and for runs that did not do the same work.
+    A run is a JSON line; other lines are skipped. Several runs of the same engine, settings and machine are one line of
+    the table, with their medians. Raises ValueError for a file without a run, and for runs with different work
+    (`SAME_WORK`).
     """
     runs = [run for path in paths for run in _read_runs(path)]
     frame = pd.DataFrame(
@@ -148,12 +150,12 @@ def _read_runs(path: str) -> list[dict]:
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     runs = [json.loads(line) for line in lines if line.startswith('{"engine"')]
     if not runs:
-        raise ValueError(f"{path} holds no JSON line of a benchmark run")
+        raise ValueError(f"{path} contains no JSON line of a benchmark run")
     return runs
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak of allocated device memory, or of the process on a CPU (its compiler runs not included)."""
+    """Return the peak of allocated GPU memory, or on a CPU the peak of the process (without compiler processes)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux

@@ -1,5 +1,6 @@
-"""OpenAI's newer API, `/v1/responses`, as chats: its requests become a chat's, and the answer becomes items and events.
-Nothing is stored, so a conversation is sent whole each time. Knows no engine and no HTTP.
+"""OpenAI's newer API, `/v1/responses`: a request becomes a chat request, and the output becomes items and events.
+
+Nothing is stored, so each request contains the whole conversation. Independent of the engine and of HTTP.
 """
 
 import time
@@ -25,7 +26,7 @@ from flex_nano_vllm.replies import DONE, chat_logprobs, new_id, server_sent_even
 from flex_nano_vllm.sampling_params import MAX_LOGPROBS, InvalidRequestError
 from flex_nano_vllm.tools import MAX_TOOLS, CallArguments, CallStart, TextPiece
 
-# What a response calls the parameters of a chat.
+# Chat or engine name of a parameter -> name in this API, where the two differ
 API_NAMES = {
     "messages": "input",
     "prompt": "input",
@@ -34,7 +35,7 @@ API_NAMES = {
     "response_format": "text",
     "logprobs": "top_logprobs",
 }
-LOGPROBS = "message.output_text.logprobs"  # what `include` asks for them by
+LOGPROBS = "message.output_text.logprobs"  # the item of `include` that requests log-probabilities
 
 
 class InputPart(Strict):
@@ -76,7 +77,7 @@ class InputResult(Strict):
 
 
 class InputReasoning(Strict):
-    """Of another model; left out."""
+    """Reasoning of another model, which is ignored."""
 
     type: Literal["reasoning"]
 
@@ -104,13 +105,13 @@ class TextFormat(Closed):
     @model_validator(mode="after")
     def _check_fields(self):
         if self.type == "json_schema" and (self.name is None or self.schema_ is None):
-            raise ValueError("type json_schema needs name and schema")
+            raise ValueError("type json_schema needs the fields name and schema")
         return self
 
 
 class TextOptions(Strict):
     format: TextFormat | None = None
-    verbosity: Literal["low", "medium", "high"] | None = None  # of models that know it
+    verbosity: Literal["low", "medium", "high"] | None = None  # for models that support it
 
 
 class FlatTool(Closed):
@@ -137,11 +138,11 @@ class ResponsesRequest(GenerationRequest):
     parallel_tool_calls: bool | None = None
     metadata: dict[Text, Text] | None = None
     include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
-    reasoning: dict[str, Any] | None = None  # of models that reason
-    store: bool | None = None  # the answer says that it is not stored
+    reasoning: dict[str, Any] | None = None  # for reasoning models
+    store: bool | None = None  # accepted, but the response has `store: false`
     n: unsupported(1) = None
-    response_format: unsupported() = None  # `text.format` is
-    previous_response_id: unsupported() = None  # nothing is stored
+    response_format: unsupported() = None  # use `text.format`
+    previous_response_id: unsupported() = None  # responses are not stored
     conversation: unsupported() = None
     background: unsupported(False) = None
     truncation: unsupported("disabled") = None
@@ -149,13 +150,13 @@ class ResponsesRequest(GenerationRequest):
     prompt: unsupported() = None
 
     def to_chat(self) -> ChatCompletionRequest:
-        """The chat that asks for the same. Raises pydantic's ValidationError for what a chat may not be."""
+        """Return the equivalent chat request. Raises pydantic's ValidationError if a chat does not allow its values."""
         fields = self.model_dump(include=set(GenerationRequest.model_fields), exclude_none=True, by_alias=True)
         fields |= dict(messages=self.messages, max_tokens=self.max_output_tokens)
         fields["parallel_tool_calls"] = self.parallel_tool_calls
         if self.top_logprobs or LOGPROBS in (self.include or ()):
-            if self.tools and self.tool_choice != "none":  # they would belong to text and calls
-                message = "log-probabilities cannot be combined with tools in a response: chats have both"
+            if self.tools and self.tool_choice != "none":  # the logprobs would belong to text and to calls
+                message = "log-probabilities cannot be combined with tools in a response: use chat completions"
                 raise InvalidRequestError(message, "top_logprobs")
             fields |= dict(logprobs=True, top_logprobs=self.top_logprobs or 0)
         if self.text is not None and self.text.format is not None:
@@ -172,8 +173,11 @@ class ResponsesRequest(GenerationRequest):
 
     @property
     def messages(self) -> list[dict]:
-        """The conversation as a chat has it: calls are part of the assistant's message before them, and instructions
-        and the system messages after them are one, because most templates take one."""
+        """The conversation in the form of a chat.
+
+        Calls become part of the assistant message before them. Consecutive system messages, including the instructions,
+        become one message, because most chat templates accept only one.
+        """
         messages: list[dict] = []
         if self.instructions is not None:
             messages.append({"role": "system", "content": self.instructions})
@@ -203,7 +207,7 @@ def _text(content: str | list[InputPart]) -> str:
 
 
 class Response(BaseModel):
-    """What `/v1/responses` answers, as far as it is not an echo of the request."""
+    """A response of `/v1/responses`, without the fields that repeat the request."""
 
     id: str
     object: Literal["response"]
@@ -215,10 +219,10 @@ class Response(BaseModel):
 
 
 class ResponseWriter:
-    """One response: the events of its stream, and the whole of it, which the last event holds.
+    """Builds one response: the events of its stream, and the complete response, which the last event contains.
 
     Args:
-        defaults: temperature and top_p where the request has none.
+        defaults: temperature and top_p if the request does not set them.
     """
 
     def __init__(self, body: ResponsesRequest, turn: ChatTurn, model: str, defaults: dict[str, Any]):
@@ -260,8 +264,8 @@ class ResponseWriter:
             tools=[tool.model_dump() for tool in body.tools or ()],
             truncation="disabled",
         )
-        self._item: dict[str, Any] | None = None  # that is being written
-        self._logprobs: list[dict] = []  # of tokens whose text has not come yet
+        self._item: dict[str, Any] | None = None  # the item that is being written
+        self._logprobs: list[dict] = []  # of tokens without complete text
         self._num_events = 0
 
     def begin(self) -> bytes:
@@ -276,7 +280,7 @@ class ResponseWriter:
         return self._take(delta.text, delta.finish_reason, logprobs)
 
     def whole(self, output: RequestOutput) -> dict:
-        """The response to a request that was not streamed."""
+        """Return the response to a request that was not streamed."""
         (completion,) = output.outputs
         logprobs = []
         if completion.logprobs is not None:
@@ -306,7 +310,7 @@ class ResponseWriter:
         return self._event("error", **details | {"type": "error"}, error=details) + DONE
 
     def _take(self, text: str, finish_reason: str | None, logprobs: list[dict]) -> bytes:
-        """The events of more text, and of the end if it has come. Log-probabilities go with the text."""
+        """Return the events of new text, and of the end if there is a finish_reason. Logprobs come with the text."""
         events = b""
         self._logprobs += logprobs
         for piece in self.turn.pieces(0, text, finish_reason is not None):
@@ -321,9 +325,9 @@ class ResponseWriter:
                     self._item["arguments"] += piece.text
                     events += self._item_event("response.function_call_arguments.delta", delta=piece.text)
         if finish_reason is not None:
-            if not self.response["output"] and self._item is None:  # an answer of no text is one
+            if not self.response["output"] and self._item is None:  # an empty output is a message without text
                 events += self._open_message()
-            if self._logprobs and self._item is not None:  # of an EOS, or of half a character
+            if self._logprobs and self._item is not None:  # of an EOS token, or of an incomplete character
                 events += self._say("")
             if finish_reason in ("length", "abort"):
                 self.response |= dict(status="incomplete", incomplete_details={"reason": "max_output_tokens"})
@@ -350,7 +354,7 @@ class ResponseWriter:
         return self._event("response.output_item.added", output_index=self._index, item=self._item)
 
     def _close(self, status: str) -> bytes:
-        """End the item that is being written, if there is one."""
+        """End the current item, if there is one, and return its events."""
         if self._item is None:
             return b""
         if self._item["type"] == "message":

@@ -1,7 +1,7 @@
-"""How near an engine's steps come to what the machine can do: bytes to move, arithmetic to do.
+"""Comparison of an engine's steps with the limits of the machine: memory bandwidth and matmul rate.
 
 The roofline model (Williams, Waterman, Patterson, 2009): a step takes at least the longer of (bytes moved / bandwidth)
-and (operations / rate). Bandwidth and rate are measured here, not looked up.
+and (operations / rate). This module measures bandwidth and rate instead of taking them from a specification.
 """
 
 import time
@@ -19,14 +19,17 @@ from flex_nano_vllm.patching import kv_shape, layer_windows, num_logits
 
 @dataclass(frozen=True)
 class Machine:
-    """What the machine was seen to do, in bytes and floating-point operations per second."""
+    """Measured limits of the machine, in bytes and floating-point operations per second."""
 
     copy_bandwidth: float
     matmul_rate: float
 
 
 def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
-    """Best of several: a copy of 256 MB (counted twice: read and written), a product of two square matrices."""
+    """Measure a copy of 256 MB (counted twice: read and written) and a product of two square matrices.
+
+    Each is the best of several runs.
+    """
     source = torch.ones(2**26, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     size = 8192 if device.type == "cuda" else 2048
@@ -50,7 +53,7 @@ def _best_seconds(call: Callable[[], object], device: torch.device) -> float:
 
 @dataclass(frozen=True)
 class StepCost:
-    """The least that a step can cost."""
+    """Lower bound of the cost of a step."""
 
     num_bytes: int
     num_operations: int
@@ -60,9 +63,12 @@ class StepCost:
 
 
 def step_cost(model: PreTrainedModel, chunks: list[tuple[int, int]]) -> StepCost:
-    """The cost of a step of (start, length) chunks: every weight read once; every key and value that a chunk's queries
-    may see read once for the chunk, and the chunk's own written; logits for the end of each chunk. The last layer takes
-    of the other tokens nothing but their keys and values (see `patching.pruned_forward`)."""
+    """Return the lower bound of the cost of a step of (start, length) chunks.
+
+    The step reads every weight once. For each chunk it reads once all keys and values that the chunk's queries may see,
+    writes the chunk's own keys and values, and computes the logits of the last token. For the other tokens, the last
+    layer computes only keys and values (see `patching.pruned_forward`).
+    """
     layers = model.get_decoder().layers
     in_layers, in_last = num_weights(layers), num_weights(layers[-1])
     keys_in_last = num_weights(layers[-1].self_attn.k_proj) + num_weights(layers[-1].self_attn.v_proj)
@@ -90,11 +96,11 @@ def num_weights(module: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Share:
-    """Steps of one kind beside the least that they can cost."""
+    """Measured time of the steps of one kind, and its lower bound."""
 
-    part: str  # "prefill" or "decode"
+    phase: str  # "prefill" or "decode"
     batch_size: int
-    num_tokens: int  # of all steps together
+    num_tokens: int  # in all steps together
     seconds: float
     limit_seconds: float
 
@@ -106,10 +112,9 @@ class Share:
 def measure_shares(
     engine: Inference, machine: Machine, batch_size: int, prompt_len: int, num_decode_steps: int = 16
 ) -> list[Share]:
-    """The prefill of `batch_size` prompts, and some steps in which all of them decode.
+    """Measure the prefill of `batch_size` prompts, and `num_decode_steps` steps in which all of them decode.
 
-    The engine must have nothing to do; afterwards it has nothing to do again. Raises ValueError for requests that would
-    not fit.
+    The engine must be idle, and is idle again afterwards. Raises ValueError for requests that do not fit.
     """
     phases: dict[str, list[tuple[int, float, float]]] = {"prefill": [], "decode": []}
     with decoding_together(engine, batch_size, prompt_len, num_decode_steps) as step:

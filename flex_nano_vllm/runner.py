@@ -1,4 +1,4 @@
-"""Running the model on a step: compilation, shape buckets, warm-up. Does not know which sequence is which."""
+"""Runs the model on a step: compilation, buckets, warm-up. Independent of the identity of sequences."""
 
 import ctypes
 import functools
@@ -32,26 +32,28 @@ from flex_nano_vllm.sequence import Sequence
 from flex_nano_vllm.step import StepBatch, TileKind, TileLayout, pack_decodes
 from flex_nano_vllm.transfer import upload
 
-# Rows of a large tile, tokens times G. On a GPU a full tile of matrix-multiply work; on a CPU what was fastest. (With
-# 64 and more, torch's bfloat16 kernel first transposes the whole pool on CPUs that multiply bfloat16 in hardware.)
+# Query rows of a large tile: tokens times G. On a GPU they fill a matrix-multiply tile. On a CPU this number was the
+# fastest. (With 64 and more query rows, torch's bfloat16 kernel first transposes the whole pool on CPUs that multiply
+# bfloat16 in hardware.)
 LARGE_TILE_ROWS = {"cuda": 128, "cpu": 16}
-NUM_SAMPLER_GRAPHS = 2  # with and without cutting tokens off by their ranks
+NUM_SAMPLER_GRAPHS = 2  # with and without top_k or top_p
 DYNAMO_CONFIG = {
-    # The engines of a process share one table of graphs, and torch's default limit of 8 is for one model.
+    # All engines of a process share one table of graphs. Torch's default limit of 8 is meant for one model.
     "recompile_limit": 4096,
     "accumulated_recompile_limit": 4096,
-    # Else a second softcap in the process becomes a symbol, and FlexAttention takes no symbolic floats.
+    # Otherwise a second softcap in the process becomes a symbolic float, which FlexAttention does not accept.
     "specialize_float": True,
 }
 
-# Nobody exchanges the code of torch and transformers while it serves: to check that takes a fifth of a lookup's time.
+# Skip guards on module globals: the code of torch and transformers does not change while the engine serves, and the
+# guards take a fifth of the time of a cache lookup.
 UNGUARDED = {"guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe}
 
 
 def why_not_compiled(device: torch.device, dtype: torch.dtype, page_size: int) -> str | None:
-    """The reason why FlexAttention cannot be compiled here, or None if it can."""
+    """Return the reason why FlexAttention cannot be compiled here, or None if it can."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"no FlexAttention kernel computes in {dtype}"
+        return f"FlexAttention has no kernel for {dtype}"
     if device.type == "cuda":
         if page_size < 16 or page_size & (page_size - 1):
             return f"the CUDA kernel needs page_size to be a power of two of at least 16, not {page_size}"
@@ -67,23 +69,24 @@ def why_not_compiled(device: torch.device, dtype: torch.dtype, page_size: int) -
         return f"there is no {language} compiler ({compiler} not found): install {default} or set {variable}"
     headers = Path(sysconfig.get_path("include"))
     if not (headers / "Python.h").exists():
-        return f"Python's C headers are not in {headers}: install python3-dev"
+        return f"Python's C headers were not found in {headers}: install python3-dev"
     return None
 
 
 class ModelRunner:
-    """Owns the patched model, compiled twice.
+    """Owns the patched model, in two compiled forms.
 
-    A step of decodes, every chunk one token, is padded to a bucket of them and runs a graph of the whole model, its
-    attention included, with static shapes: nothing is left for the host to do between layers, and a GPU replays it as a
-    CUDA graph. All other steps share one graph for any number of tokens. In it FlexAttention is called through an
-    operator and compiled by itself, with static shapes, one graph per (bucket of a kind of tile, distinct mask).
-    All are made by `warmup()`, or by the first steps that need them; there are at most `max_graphs`, and a step whose
-    shape is in no bucket cannot be built.
+    A step of decodes, in which every chunk is one token, is padded to a bucket. It runs a graph of the whole model,
+    attention included, with static shapes. The host has no work between layers, and a GPU replays it as a CUDA graph.
+    All other steps share one graph for any number of tokens. That graph calls FlexAttention through an operator.
+    FlexAttention is then compiled separately with static shapes: one graph for each bucket of a kind of tile and each
+    distinct mask.
+    `warmup()` compiles all graphs; without it, the first steps that need them do. There are at most `max_graphs`. A
+    step whose shape is not in a bucket cannot be built.
 
-    Uncompiled, model and FlexAttention run operator by operator. That needs no compiler and computes in any dtype, but
-    looks at every slot between the first page and the last one in use: for tests, small models, and machines without
-    one.
+    Uncompiled, the model and FlexAttention run operator by operator. This needs no compiler and supports any dtype, but
+    it computes scores for every slot up to the last page in use. It is for tests, small models, and machines without a
+    compiler.
     """
 
     def __init__(self, model: PreTrainedModel, kv: KVManager, compiled: bool, cascade: bool):
@@ -112,11 +115,11 @@ class ModelRunner:
             cuda_graphs = {"triton.cudagraphs": True} if model.device.type == "cuda" else {}
             self.model_of_decodes = make(model, dynamic=False, options=UNGUARDED | cuda_graphs)
             self.choose = make(choose, dynamic=True, options=dict(UNGUARDED))
-        patch_model(model, geometry)  # last: nobody would undo it here
+        patch_model(model, geometry)  # last, because nothing here would undo it
 
     @property
     def max_graphs(self) -> int:
-        """The most graphs that serving can ever compile."""
+        """The largest number of graphs that serving can compile."""
         if not self.compiled:
             return 0
         windows = self.kv.geometry.layer_windows
@@ -125,10 +128,10 @@ class ModelRunner:
         return len(self.decode_layout.kinds[0].buckets) + packed + 1 + of_attention + NUM_SAMPLER_GRAPHS
 
     def forward(self, chunks: list[Chunk]) -> Tensor:
-        """Compute the chunks and return the logits of each one's last tokens, `num_logits` of them: [W, V], valid until
-        the next call.
+        """Compute the chunks, and return the logits [W, V] of the last `num_logits` tokens of each chunk.
 
-        A row has a NaN where the chunk has met numbers that are not finite, there or anywhere else.
+        The result is valid until the next call. A logits row has a NaN if any token of its chunk had numbers that are
+        not finite.
         """
         if self.model.config._attn_implementation != ATTN_IMPLEMENTATION:
             raise RuntimeError("set_attn_implementation was called on the engine's model: close the engine first")
@@ -137,14 +140,14 @@ class ModelRunner:
             return self._run(chunks, pack_decodes(chunks, self.kv, self.layout))
 
     def _without_autocast(self) -> torch.autocast:
-        """The engine computes in the model's dtype, in whatever mode its caller's thread is: so do the KV pools."""
+        """Disable the caller's autocast: the engine computes in the model's dtype, which the KV pools have too."""
         return torch.autocast(self.model.device.type, enabled=False)
 
     def sample(self, logits: Tensor, draws: list[Draw]) -> Tensor:
-        """`sampler.sample`, compiled: the same for any number of rows, of edits, and of ranks that are looked at."""
+        """Run `sampler.sample`, compiled for any number of logits rows, logit edits and ranks."""
         with self._without_autocast():
             if all(draw is ARGMAX for draw in draws):
-                return sample(logits, draws)  # nothing compiled takes part: the compiler's settings stay
+                return sample(logits, draws)  # runs no compiled code: compiler settings stay unchanged
             return self._sample_compiled(logits, draws)
 
     @torch._dynamo.config.patch(DYNAMO_CONFIG)
@@ -152,18 +155,18 @@ class ModelRunner:
     @torch.no_grad()
     def _sample_compiled(self, logits: Tensor, draws: list[Draw]) -> Tensor:
         if not self._sampler_is_ready:
-            # Sizes that are the same the first time would be taken for one.
+            # Dynamo would treat sizes that are equal in the first call as one size: here they differ.
             some = logits.new_zeros(3, logits.shape[1])
             sample(some, [Draw(temperature=1.0, top_k=4)] * 3, self.choose)
             sample(some, [Draw(temperature=1.0)] * 3, self.choose)
             self._sampler_is_ready = True
         return sample(logits, draws, self.choose)
 
-    # Not set for good: it is the user's setting as well, and one of each thread.
+    # Set for this call only, because user code shares the setting. Each thread has its own.
     @torch._dynamo.config.patch(DYNAMO_CONFIG)
-    # The check runs a graph's first call under other dispatch keys, for which attention would be compiled once more.
+    # The check runs the first call of a graph under other dispatch keys, which would compile attention once more.
     @torch._functorch.config.patch(check_custom_op_aliasing=False)
-    # Whatever mode the caller is in: tensors made in inference mode are other tensors to a kernel's guards.
+    # The caller may be in inference mode, but kernel guards distinguish tensors that are made in that mode.
     @torch.inference_mode(False)
     @torch.no_grad()
     def _run(self, chunks: list[Chunk], packed: PackedDecodes | None = None) -> Tensor:
@@ -174,7 +177,7 @@ class ModelRunner:
             num_padding = layout.kinds[0].num_padded_tiles(num_chunks) - num_chunks
         else:
             layout = self.layout
-            num_padding = max(0, 2 - num_chunks)  # a dimension of size 1 would be a graph of its own
+            num_padding = max(0, 2 - num_chunks)  # a dimension of size 1 would need another graph
         batch = StepBatch.build(chunks + [padding_chunk(1)] * num_padding, self.kv, layout, packed)
         logits = self.call_model(batch, as_decodes)
         return logits[: len(logits) - num_padding]
@@ -182,7 +185,7 @@ class ModelRunner:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _copy_pages(self) -> None:
-        """Copy the pages of forked sequences, in every layer, before anybody writes to them."""
+        """Copy pages for forked sequences, in every layer, before the step writes to the pages."""
         copies = [copy for of_row in self.kv.copies.values() for copy in of_row]
         for table in {table for table, _, _ in copies}:
             pairs = np.array([(source, target) for other, source, target in copies if other is table])
@@ -193,11 +196,11 @@ class ModelRunner:
         self.kv.copies.clear()
 
     def call_model(self, batch: StepBatch, as_decodes: bool) -> Tensor:
-        """The logits that a step wants, [W, V], those of padding included. `as_decodes`: a bucket of decodes."""
+        """Return the logits [W, V] of a step, padding included. `as_decodes`: the step is a bucket of decodes."""
         arguments = dict(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
-            use_cache=False,  # the default would concatenate everything into a cache of its own
+            use_cache=False,  # the default would also append all keys and values to transformers' cache
         )
         if as_decodes:
             return self.model_of_decodes(**arguments, step=batch).logits[0]
@@ -209,7 +212,10 @@ class ModelRunner:
         return logits
 
     def warmup(self) -> None:
-        """Compile every graph by running each bucket, on padding: row 0 sees nothing and writes to page 0."""
+        """Compile every graph by running each bucket with padding chunks.
+
+        The padding is in row 0, which sees nothing and writes to page 0.
+        """
         if not self.compiled:
             return
         with self._without_autocast():
@@ -225,15 +231,15 @@ class ModelRunner:
                 self._run([padding_chunk(1)] * bucket, packed)
         geometry = self.kv.geometry
         longest = geometry.max_pages_per_row * geometry.page_size
-        # Two tokens and one of padding. More tokens than chunks: else dynamo would learn that they are always the same.
+        # Two tokens and a padding token: with as many tokens as chunks, dynamo would treat both sizes as one.
         self._run([padding_chunk(2)])
-        shortest = self.layout.kinds[0].tile_len + 1  # chunk that goes into large tiles
-        # The last layer attends in such tiles for rated prompts only. Other layers of its window do so anyhow.
+        shortest = self.layout.kinds[0].tile_len + 1  # shortest chunk that is cut into large tiles
+        # The last layer uses large tiles for prompt logprobs only. Another layer of the same window always uses them.
         in_large_tiles = geometry.layer_windows[-1] not in geometry.layer_windows[:-1]
         for kind in self.layout.kinds[1:] if shortest <= longest else ():
             num_tiles_reached = 0
             for bucket in kind.buckets:
-                num_tiles = cdiv(bucket, geometry.max_batch_size)  # of each chunk
+                num_tiles = cdiv(bucket, geometry.max_batch_size)  # tiles of each chunk
                 length = min(longest, (num_tiles - 1) * kind.tile_len + shortest)
                 num_chunks = min(bucket // cdiv(length, kind.tile_len), geometry.max_batch_size)
                 if num_chunks * cdiv(length, kind.tile_len) > num_tiles_reached:
@@ -241,31 +247,33 @@ class ModelRunner:
                 num_tiles_reached = bucket
         logits = torch.zeros(2, num_logits(self.model), device=self.model.device)
         self.sample(logits.to(self.model.dtype), [Draw(temperature=1.0)] * 2)
-        gc.collect()  # compiling leaves so much behind that a step of serving would soon pause for it, 0.3 s
+        gc.collect()  # else garbage from compiling would soon pause a step for 0.3 s
 
 
 def release_openmp_threads() -> None:
-    """Let the calling thread's OpenMP threads go, before another thread runs the model.
+    """Release the OpenMP threads of the calling thread, before another thread runs the model.
 
-    Each thread that computes gets helpers of its own and keeps them. Once there are more of them in the process than
-    processors, GNU's OpenMP lets all of them sleep between two parallel regions, and every operator takes 70
-    microseconds more: decode steps of a small model half as long again. The calling thread gets new ones if it needs
-    them.
+    Each computing thread gets its own OpenMP threads and keeps them. If a process has more of them than processors,
+    GNU's OpenMP lets all of them sleep between two parallel regions. Every operator then takes 70 microseconds more,
+    and decode steps of a small model take 50 % longer. The calling thread gets new OpenMP threads if it needs them.
     """
     try:
         mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()}
     except OSError:
-        return  # another system, where it is not known to matter
+        return  # not Linux: no effect of the threads is known there
     for path in mapped:
         if Path(path).name.startswith(("libgomp", "libiomp")):
-            pause = getattr(ctypes.CDLL(path), "omp_pause_resource_all", None)  # of OpenMP 5.0, GCC 9
+            pause = getattr(ctypes.CDLL(path), "omp_pause_resource_all", None)  # since OpenMP 5.0 and GCC 9
             if pause is not None:
-                pause(1)  # softly: settings stay
+                pause(1)  # 1: a soft pause, which keeps the settings
 
 
 def let_thread_use_cuda_graphs() -> None:
-    """Give the calling thread a place for the CUDA graphs that it will record. They are a thread's own, and before 2.15
-    torch has such a place in one thread only (https://github.com/pytorch/pytorch/issues/123177)."""
+    """Let the calling thread record CUDA graphs.
+
+    Torch stores CUDA graphs for each thread. Before torch 2.15, only one thread has the storage for them
+    (https://github.com/pytorch/pytorch/issues/123177).
+    """
     from torch._inductor import cudagraph_trees as trees
 
     if not hasattr(trees.local, "tree_manager_containers"):
@@ -274,19 +282,19 @@ def let_thread_use_cuda_graphs() -> None:
 
 
 def padding_chunk(length: int, with_prompt_logprobs: bool = False) -> Chunk:
-    """Tokens of nobody: row 0, whose pages are all page 0."""
+    """Return a chunk of padding tokens in row 0, where every logical page is page 0."""
     params = SamplingParams(prompt_logprobs=0 if with_prompt_logprobs else None)
-    nobody = Sequence(-1, None, [0] * length, length, params, 0, frozenset(), length, row=0)
-    return Chunk(nobody, start=0, length=length)
+    padding = Sequence(-1, None, [0] * length, length, params, 0, frozenset(), length, row=0)
+    return Chunk(padding, start=0, length=length)
 
 
 def compile_flex_attention(device_type: str, compiled: bool) -> Callable[..., Tensor]:
-    """FlexAttention as kernels made by inductor, or (`compiled=False`) traced and run operator by operator."""
+    """Return FlexAttention compiled by inductor, or (`compiled=False`) traced and run operator by operator."""
     return torch.compile(
         flex_attention,
-        # Without fullgraph, a graph too many would silently run the uncompiled function instead.
+        # Without fullgraph, a call beyond the recompile limit would silently run the uncompiled function.
         fullgraph=True,
-        # Symbolic sizes break the C++ template (its kernel text is rewritten by name, and ks1 is part of ks17).
+        # Symbolic sizes break the C++ template: it replaces names in the kernel text, and ks1 is part of ks17.
         dynamic=False if compiled else None,
         backend=inductor(device_type) if compiled else "eager",
         options=dict(UNGUARDED) if compiled else None,
@@ -294,12 +302,12 @@ def compile_flex_attention(device_type: str, compiled: bool) -> Callable[..., Te
 
 
 def inductor(device_type: str) -> str | Callable[..., object]:
-    """The backend of torch.compile that makes kernels for the device."""
+    """Return the backend of torch.compile for the device."""
     return inductor_on_cpu if device_type == "cpu" else "inductor"
 
 
-# What the kernel of FlexAttention takes from two headers, for which g++ needs four of the nine seconds that a kernel
-# takes it. (Torch 2.11 includes the first one only.)
+# The declarations that the FlexAttention kernel needs from two headers. g++ takes nine seconds to compile a kernel, and
+# four of them are for these headers. (Torch 2.11 includes the first header only.)
 DECLARATIONS = {
     "#include <ATen/Context.h>": """
 #include <c10/core/CPUAllocator.h>
@@ -309,20 +317,20 @@ namespace at { c10::Allocator* getCPUAllocator(); }""",
 
 
 def inductor_on_cpu(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
-    """Inductor without what slows it down on a CPU.
+    """Inductor with changes that make it faster on a CPU, and with the fix of a crash.
 
-    - By its own name it starts processes that compile Triton, on a CPU too: they take the first seconds of serving.
-    - Torch 2.11 to 2.15 multiply in the kernel of FlexAttention with register tiles of 1 x 16: every sum waits for
-      the one before, and keys are read again for each query. With tiles of 8 x 16, attention of a prompt takes three
-      fifths of the time in float32, nine tenths in bfloat16. Where a later torch chooses no size in this place,
-      nothing is changed.
-    - Its kernel includes two headers that take as long to read as the kernel takes to compile. It gets `DECLARATIONS`
-      instead, but not from torch 2.16 on, which may need more of them.
-
-    And without what makes it crash: a kernel has buffers for so many threads, but torch 2.11 takes one that was made
-    for fewer out of its cache. Hence both are part of the cache's key.
+    - The backend name "inductor" also starts processes that compile Triton kernels, even on a CPU. These processes
+      slow down the first seconds of serving. This function does not start them.
+    - In torch 2.11 to 2.15 the FlexAttention kernel multiplies with register tiles of 1 x 16. Every sum waits for the
+      previous one, and keys are read again for each query. With tiles of 8 x 16, attention of a prompt takes three
+      fifths of the time in float32, and nine tenths in bfloat16. If a later torch does not set the size here, nothing
+      is changed.
+    - The kernel includes two headers, and reading them takes as long as compiling the kernel. `DECLARATIONS` replace
+      the headers before torch 2.16. Later versions may need more declarations.
+    - A kernel has buffers for a fixed number of threads, but torch 2.11 reuses a cached kernel that was compiled for
+      fewer threads, which crashes. Hence the number of threads is part of the cache key, as is the register tile.
     """
-    # In this order: the template cannot be imported first.
+    # Import order matters: the template cannot be imported first.
     import torch._inductor.lowering
     from torch._inductor.codegen import cpp_flex_attention_template as template
     from torch._inductor.compile_fx import compile_fx
@@ -344,16 +352,18 @@ def inductor_on_cpu(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callab
 def tile_kinds(
     group_size: int, max_batch_size: int, max_num_batched_tokens: int, device_type: str
 ) -> tuple[TileKind, ...]:
-    """Small tiles for decodes and large ones for prompts, with buckets up to the most that a step can hold. Of the
-    small ones there is one bucket: beside a prompt, tiles that see nothing are nothing.
+    """Return small tiles for decodes and large tiles for prompts, with buckets up to the largest step.
 
-    A chunk ends in at most one unfilled tile, and a step has at most `max_batch_size` chunks; that bounds the numbers.
-    A CUDA tile has at least 16 rows, what its matrix instruction takes; a CPU is best off with a decode's G rows. (But
-    not with a single one, for which torch 2.13 to 2.15 choose a decoding kernel that does not know our masks.)
+    Small tiles have one bucket only: in a step with a prompt, the cost of padding tiles is negligible.
+
+    The buckets are bounded, because each chunk has at most one unfilled tile and a step has at most `max_batch_size`
+    chunks. A CUDA tile has at least 16 query rows, the size of a matrix instruction. On a CPU the G query rows of one
+    decode are best. (A single query row is avoided: for it, torch 2.13 to 2.15 select a decoding kernel that does not
+    support our masks.)
     """
     small = 16 // math.gcd(16, group_size) if device_type == "cuda" else cdiv(2, group_size)
     large = max(small * 2, LARGE_TILE_ROWS[device_type] // group_size)
-    large = 1 << (large.bit_length() - 1)  # a power of two, so that a power of two of rows divides the block
+    large = 1 << (large.bit_length() - 1)  # a power of two, as are kernel tiles, which must divide the query block
     bound = max_num_batched_tokens // large + max_batch_size
     return TileKind(small, (max(2, max_batch_size),)), TileKind(large, tuple(sorted({cdiv(bound, 4), bound})))
 
@@ -361,11 +371,12 @@ def tile_kinds(
 def cascade_rule(
     kinds: tuple[TileKind, ...], num_kv_heads: int, group_size: int, geometry: Geometry, device: torch.device
 ) -> CascadeRule | None:
-    """Packed tiles, for steps of more than half of the decodes that there can be; None where they can never pay.
+    """Return the rule for packed tiles; None if they can never be faster.
 
-    On a CPU a tile of 8 rows is best: one of 16 costs more with each page that is not shared than it saves with those
-    that are. On a GPU the tile of a single decode has 16 rows already, and a packed one costs no more; but it reads its
-    pages one after the other. That half of the rule has not been measured.
+    Packed tiles are for steps with more than half of the largest number of decodes. On a CPU a tile of 8 query rows is
+    best: one of 16 query rows loses more on pages that are not shared than it saves on shared pages. On a GPU the tile
+    of a single decode already has 16 query rows, so a packed tile costs no more. But it reads its pages one after the
+    other. The rule for GPUs has not been measured.
     """
     if device.type == "cuda":
         tile_len, costs = kinds[0].tile_len, (1.0, 1.0)
@@ -380,5 +391,5 @@ def cascade_rule(
 
 
 def decode_buckets(max_batch_size: int) -> tuple[int, ...]:
-    """Numbers of decodes that a step is padded to. The linear layers compute the padding as well."""
+    """Return the numbers of decodes to which steps are padded. The linear layers compute the padding too."""
     return tuple(sorted({cdiv(max_batch_size, 4), cdiv(max_batch_size, 2), max_batch_size}))

@@ -1,4 +1,4 @@
-"""Logits to token ids and log-probabilities. Knows nothing of sequences or of stopping."""
+"""Turns logits into token ids and log-probabilities. Independent of sequences and stop conditions."""
 
 import hashlib
 from collections.abc import Callable
@@ -15,10 +15,10 @@ NOT_FINITE = -1
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on nothing but (seed, position): the 53 leading bits of a hash.
+    """Return a number in [0, 1) that depends only on (seed, position): the 53 leading bits of a hash.
 
-    A running generator would depend on how many numbers others have drawn from it, and on whether a preempted request
-    draws twice.
+    The state of a random generator would depend on the numbers drawn for other requests, and on draws that are repeated
+    after preemption.
     """
     digest = hashlib.blake2b(f"{seed}:{position}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53
@@ -26,19 +26,19 @@ def uniform(seed: int, position: int) -> float:
 
 @dataclass(frozen=True)
 class Draw:
-    """How the token of one row is chosen. The default is the plain argmax."""
+    """How the token of one logits row is chosen. The default is the argmax."""
 
     temperature: float = 0.0  # 0: the argmax
-    u: float = 0.0  # in [0, 1): which token of the distribution
-    top_k: int = 0  # 0: of all
+    u: float = 0.0  # in [0, 1): selects the token of the distribution
+    top_k: int = 0  # 0: no limit
     top_p: float = 1.0
     min_p: float = 0.0
     edits: LogitEdits | None = None
-    allowed: np.ndarray | None = None  # [ceil(V / 32)] int32: bit t % 32 of word t // 32 is set where token t may come
+    allowed: np.ndarray | None = None  # [ceil(V / 32)] int32: bit t % 32 of word t // 32 is set if token t is allowed
 
     @property
     def cuts(self) -> bool:
-        """Whether tokens are cut off by their rank."""
+        """Whether `top_k` or `top_p` removes tokens by their rank."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
 
 
@@ -59,24 +59,32 @@ def choose(
     top_p: Tensor,
     width: int,
 ) -> Tensor:
-    """The tokens of S rows, with the edits [M] of (rows, token_ids). `width`: ranks that decide who is cut off, 0 if
-    nobody is. What a compiler makes a graph of; the arguments are those of `Draw`."""
+    """Choose tokens for S logits rows. `ModelRunner` compiles this function.
+
+    Args:
+        logits: [S, V].
+        rows: [M], the logits row of each edit. `token_ids`, `bias`, `divisor` and `penalty` are [M] too.
+        temperature: [S]. `u`, `min_p`, `top_k` and `top_p` are [S] too, see `Draw`.
+        width: how many of the most likely tokens `top_k` and `top_p` consider; 0 if no row uses them.
+    Returns:
+        [S] token ids, NOT_FINITE where the maximum of the edited logits is not finite.
+    """
     edited = logits[rows, token_ids] + bias
     edited = torch.where(edited > 0, edited / divisor, edited * divisor) - penalty
     logits = logits.index_put((rows, token_ids), edited.to(logits.dtype))
     highest, likeliest = logits.max(dim=-1)
-    # In float64: rounding in the sum over a vocabulary of 256,000 would shift the rare tokens.
+    # float64, because rounding in a sum over 256,000 tokens would change the probabilities of rare tokens.
     scaled = logits.double() / torch.where(temperature > 0, temperature, 1.0)[:, None]
     least = scaled.amax(dim=-1, keepdim=True) + min_p.log()[:, None]
     scaled = torch.where(scaled < least, -torch.inf, scaled)
-    # Whoever is as likely as the last one stays too, here and below.
+    # Ties with the last kept token are kept, here and below.
     if width > 0:
         ranked = scaled.topk(width).values  # [S, width]
         least = ranked.gather(1, top_k.clamp(1, width).long()[:, None] - 1)
         scaled = torch.where((top_k > 0)[:, None] & (scaled < least), -torch.inf, scaled)
     weight = (scaled - scaled.amax(dim=-1, keepdim=True)).exp()  # [S, V]
     if width > 0:
-        probability = (ranked - ranked[:, :1]).exp() / weight.sum(dim=-1, keepdim=True)  # of what top_k has left
+        probability = (ranked - ranked[:, :1]).exp() / weight.sum(dim=-1, keepdim=True)  # among tokens kept by top_k
         before = probability.cumsum(dim=-1) - probability
         least = torch.where(before < top_p[:, None], ranked, torch.inf).amin(dim=-1, keepdim=True)
         weight = torch.where((top_p < 1)[:, None] & (scaled < least), 0, weight)
@@ -87,24 +95,24 @@ def choose(
 
 
 def sample(logits: Tensor, draws: list[Draw], choose: Callable[..., Tensor] = choose) -> Tensor:
-    """Choose a token for each row.
+    """Choose a token for each logits row.
 
-    A row of temperature 0 takes its argmax (the lowest id among equals). Any other takes the first token at which the
-    cumulative probability of its distribution exceeds the row's u: the inverse of the distribution.
+    With temperature 0 it is the argmax (the lowest id among equals). Otherwise it is the first token at which the
+    cumulative probability exceeds the row's `u` (inverse transform sampling).
 
     Args:
         logits: [S, V].
-        draws: S of them.
-        choose: the function of that name, or what a compiler has made of it.
+        draws: one for each logits row.
+        choose: the function `choose`, or its compiled form.
     Returns:
-        [S] token ids, NOT_FINITE where a row has a NaN or an infinite maximum, or where no token is allowed: such a
-        request fails, others go on.
+        [S] token ids, NOT_FINITE where a logits row has a NaN or an infinite maximum, or no allowed token. Only the
+        requests of such rows fail.
     """
     if all(draw is ARGMAX for draw in draws):
         highest, tokens = logits.max(dim=-1)
         return torch.where(highest.isfinite(), tokens, NOT_FINITE)
     num_rows, vocabulary = logits.shape
-    # A copy in any case: a view, or a dimension of size 1, would be a graph of its own.
+    # Always a copy: a view, or a dimension of size 1, would need another graph.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
     if num_rows == 1:
         logits, draws = logits.repeat(2, 1), draws * 2
@@ -120,7 +128,10 @@ def sample(logits: Tensor, draws: list[Draw], choose: Callable[..., Tensor] = ch
 
 
 def _only_allowed(logits: Tensor, draws: list[Draw]) -> Tensor:
-    """Logits with -inf where a token is not allowed. A row that is not finite anywhere stays so."""
+    """Set the logits of tokens that are not allowed to -inf.
+
+    Among these logits rows, one whose maximum is not finite becomes NaN, so that it still fails.
+    """
     rows = np.array([row for row, draw in enumerate(draws) if draw.allowed is not None], dtype=np.int64)
     if not len(rows):
         return logits
@@ -135,11 +146,11 @@ def _only_allowed(logits: Tensor, draws: list[Draw]) -> Tensor:
 
 
 def _edits(draws: list[Draw]) -> list[np.ndarray]:
-    """Rows, token ids, biases, divisors and penalties of all edits, [M] each, at least two."""
+    """Return logits rows, token ids, biases, divisors and penalties of all edits: [M] each, M >= 2."""
     parts = [
         (row, draw.edits) for row, draw in enumerate(draws) if draw.edits is not None and len(draw.edits.token_ids)
     ]
-    if not parts:  # no edit is an edit that changes nothing
+    if not parts:  # two edits that change nothing
         zero = np.zeros(2)
         return [zero, zero, zero, zero + 1, zero]
     rows = np.repeat([row for row, _ in parts], [len(edits.token_ids) for _, edits in parts])
@@ -149,14 +160,14 @@ def _edits(draws: list[Draw]) -> list[np.ndarray]:
 
 
 def logprobs_of(logits: Tensor, token_ids: Tensor, num_top: int) -> Tensor:
-    """How likely tokens are, and which would have been most likely.
+    """Return log-probability and rank of one token for each logits row, and the most likely tokens.
 
     Args:
-        logits: [L, V].
-        token_ids: [L].
+        logits: [S, V].
+        token_ids: [S].
     Returns:
-        [L, 2 + 2 * num_top] float64: the token's log-probability and rank (1: the most likely), then the ids of the
-        most likely tokens, then their log-probabilities.
+        [S, 2 + 2 * num_top] float64: the token's log-probability and rank (1: the most likely), then the ids of the
+        `num_top` most likely tokens, then their log-probabilities.
     """
     logprobs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
     own = logprobs.gather(1, token_ids[:, None])

@@ -1,9 +1,9 @@
-"""What the sequences of a step ask of its logits, and what each gets: a token, log-probabilities. Knows no pages.
+"""Samples tokens from the logits of a step, and computes log-probabilities. Independent of pages.
 
-logits [W, V]: of each chunk's last token, and before it those of prompt tokens whose successors get log-probabilities
-    ─► draws, one a chunk ─► tokens
-    ─► logprobs: of tokens drawn, where `logprobs` were asked for, and of prompt tokens
-all of it comes to the host in one transfer, the only one of a step
+logits [W, V]: for each chunk the logits for the logprobs of its prompt tokens, then the logits of its last token
+    ─► draws, one for each chunk ─► tokens
+    ─► logprobs: of sampled tokens if `logprobs` is set, and of prompt tokens if `prompt_logprobs` is set
+All results are copied to the host in one transfer, the only one from the device in a step.
 """
 
 from collections.abc import Callable
@@ -18,21 +18,21 @@ from flex_nano_vllm.scheduler import Chunk
 from flex_nano_vllm.sequence import Sequence, TokenLogprob
 from flex_nano_vllm.transfer import upload
 
-# Rows whose log-probabilities are computed at once: float32 copies for a whole prompt are several times its logits.
+# Logits rows for each call of `logprobs_of`: its float32 copies for a whole prompt would be several times the logits.
 LOGPROB_ROWS_AT_ONCE = 128
-MAX_TOP_K = 2**31  # more than any vocabulary; a user's number may be more than a float can hold
+MAX_TOP_K = 2**31  # larger than any vocabulary; an unlimited int could overflow a float
 
 
 class Sample(NamedTuple):
-    """What a chunk's logits have given."""
+    """The token and the log-probabilities that a chunk gets."""
 
-    token_id: int  # negative: there was none to take
-    logprob: TokenLogprob | None = None  # of the token, if it was asked for
-    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of prompt tokens, in their order
+    token_id: int  # negative: no token could be sampled
+    logprob: TokenLogprob | None = None  # of the token, if `logprobs` is set
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of prompt tokens, in prompt order
 
 
 def draw_of(sequence: Sequence) -> Draw:
-    """How the next token of a sequence is chosen."""
+    """Return the draw for the next token of a sequence."""
     params, allowed = sequence.params, sequence.allowed_tokens()
     edits = None
     if sequence.penalties is not None:
@@ -53,7 +53,7 @@ def draw_of(sequence: Sequence) -> Draw:
 
 
 def _has_to_end(sequence: Sequence, allowed: np.ndarray | None) -> bool:
-    """Whether a grammar allows nothing but the end: then there cannot be more tokens, whatever `min_tokens` says."""
+    """Return whether the grammar allows stop tokens only, so that the output must end, even before `min_tokens`."""
     if sequence.grammar is None:
         return False
     others = np.unpackbits(allowed.view(np.uint8), bitorder="little")
@@ -62,7 +62,10 @@ def _has_to_end(sequence: Sequence, allowed: np.ndarray | None) -> bool:
 
 
 def take_samples(logits: Tensor, chunks: list[Chunk], sample: Callable[[Tensor, list[Draw]], Tensor]) -> list[Sample]:
-    """What each chunk gets of a step's logits [W, V]; `sample` is `sampler.sample`, or a compiled one."""
+    """Return a `Sample` for each chunk, given the logits [W, V] of the step.
+
+    `sample` is `sampler.sample` or `ModelRunner.sample`.
+    """
     draws = [draw_of(chunk.sequence) if chunk.needs_sample else ARGMAX for chunk in chunks]
     with_logprobs = [
         index for index, chunk in enumerate(chunks) if chunk.needs_sample and chunk.sequence.params.logprobs is not None
@@ -99,7 +102,7 @@ def take_samples(logits: Tensor, chunks: list[Chunk], sample: Callable[[Tensor, 
 
 
 def _rate(logits: Tensor, rows: Tensor, token_ids: Tensor, num_top: int) -> Tensor:
-    """`logprobs_of` rows of logits, some of them at a time."""
+    """Apply `logprobs_of` to the given logits rows, `LOGPROB_ROWS_AT_ONCE` rows at a time."""
     parts = zip(rows.split(LOGPROB_ROWS_AT_ONCE), token_ids.split(LOGPROB_ROWS_AT_ONCE))
     return torch.cat([logprobs_of(logits[some], tokens, num_top) for some, tokens in parts])
 

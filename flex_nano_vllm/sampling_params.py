@@ -1,24 +1,24 @@
-"""What a user asks of the next token and of the end: names, defaults, ranges. Knows no model, so no vocabulary."""
+"""Sampling parameters of a request: names, defaults and ranges. Independent of the model and its vocabulary."""
 
 import math
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from numbers import Integral, Real
 
-# Below this temperature the softmax is a spike: sampling is argmax (vLLM draws the line at the same value).
+# Below this temperature, sampling is argmax, because the softmax is a spike (vLLM has the same threshold).
 GREEDY_BELOW = 1e-5
 MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1
-MAX_SAMPLES = 16_384  # vLLM's limit: more of them are a mistake, or an attack
+MAX_SAMPLES = 16_384  # vLLM's limit, against mistakes and attacks
 MAX_LOGPROBS = 20  # vLLM's default limit
-MAX_STOPS, MAX_STOP_LEN = 64, 1024  # every new character is compared with each of them
-MAX_LOGIT_BIAS = 1024  # entries; all of them go to the device in every step
+MAX_STOPS, MAX_STOP_LEN = 64, 1024  # every new character is compared with each stop string
+MAX_LOGIT_BIAS = 1024  # entries; all of them are copied to the device in every step
 
 
 class InvalidRequestError(ValueError):
-    """A request that is refused before anything is taken.
+    """The request is invalid. It is rejected before any resource is allocated.
 
     Args:
-        param: the parameter at fault, by its name in `SamplingParams`, or "prompt".
+        param: the invalid parameter, by its name in `SamplingParams`, or "prompt".
         code: "context_length_exceeded" for a prompt that is too long, else None.
     """
 
@@ -28,21 +28,21 @@ class InvalidRequestError(ValueError):
 
 
 def is_int(value: object) -> bool:
-    # First the plain case: prompts are checked token by token, and to look an abstract class up takes a microsecond.
+    # The common case first: prompts are checked token by token, and a check of an abstract class takes a microsecond.
     return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
 @dataclass(frozen=True, kw_only=True)
 class StructuredOutputsParams:
-    """What the text must look like; exactly one of these. Names are vLLM's.
+    """The required structure of the text. Names are vLLM's. Exactly one of the first five arguments must be set.
 
     Args:
         json: a JSON schema, as a dict or as text.
         regex: a regular expression for the whole text.
         choice: the texts to choose from.
         json_object: True for any JSON object.
-        grammar: a grammar in llguidance's Lark, for callers who are trusted: its cost has few limits.
-        whitespace_pattern: a regular expression for what may stand between two symbols of JSON. Default: one space.
+        grammar: a grammar in llguidance's Lark syntax. Accept it from trusted callers only: few limits bound its cost.
+        whitespace_pattern: a regular expression for the whitespace between two symbols of JSON. Default: one space.
     """
 
     json: dict | str | None = None
@@ -62,11 +62,11 @@ class StructuredOutputsParams:
             if not isinstance(self.whitespace_pattern, str):
                 raise InvalidRequestError("whitespace_pattern must be a string", "structured_outputs")
             if given[0] not in ("json", "json_object"):
-                raise InvalidRequestError("whitespace_pattern is for json and json_object only", "structured_outputs")
+                raise InvalidRequestError("whitespace_pattern needs json or json_object", "structured_outputs")
 
     @property
     def arguments(self) -> dict[str, object]:
-        """As `GrammarCompiler.compile` takes them."""
+        """Arguments for `GrammarCompiler.compile`."""
         kind, source = "json_object", None
         for name, its_kind in dict(json="json_schema", regex="regex", choice="choice", grammar="grammar").items():
             if getattr(self, name) is not None:
@@ -77,40 +77,42 @@ class StructuredOutputsParams:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How to draw the next token and when to stop. Names, defaults and meanings are vLLM's.
+    """How the next token is drawn and when the output ends. Names, defaults and meanings are vLLM's.
 
-    A value out of range, or of another type, raises ValueError with the range; a token id that the model does not have
-    does so when the request comes. With a `seed`, the token drawn at a position depends on (seed, position,
-    distribution) alone: never on the batch, the order of arrival, preemption or the page size. Sample i of a request is
-    what another one gets with `seed + i`.
+    A value that is out of range or has another type raises ValueError with the range. A token id that the model does
+    not have raises ValueError when the request is added.
 
-    The order of what changes the logits is vLLM's: `allowed_token_ids` and `structured_outputs`, `min_tokens` and
-    `logit_bias`, the penalties, `temperature`, `min_p`, `top_k`, `top_p`.
+    With a `seed`, the token drawn at a position depends only on (seed, position, distribution). It does not depend on
+    the batch, the order of arrival, preemption or the page size. Sample i of a request equals the first sample of a
+    request with `seed + i`.
+
+    The order in which parameters change the logits is vLLM's: `allowed_token_ids` and `structured_outputs`,
+    `min_tokens` and `logit_bias`, the penalties, `temperature`, `min_p`, `top_k`, `top_p`.
 
     Args:
-        n: samples of the prompt. With temperature 0 they are the same.
+        n: number of samples of the prompt. With temperature 0 all samples are equal.
         temperature: in [0, 2]; 0 is greedy.
         top_p: in (0, 1]; draw from the most likely tokens that together have this probability.
-        top_k: draw from the most likely so many tokens; 0 or -1: from all. Tokens as likely as the last one are in.
-        min_p: in [0, 1]; draw from tokens that are at least so likely as this share of the most likely one.
-        seed: a signed 64-bit int; None for one from torch's global generator.
-        stop: strings that end the output where they begin; at most 64 of at most 1,024 characters.
-        stop_token_ids: tokens that end the output, as an EOS does.
-        ignore_eos: do not end at an EOS.
-        max_tokens: None for as many as fit.
-        min_tokens: so many tokens come before an EOS, a stop token, or the end of a `stop` text.
-        logprobs: of each generated token, its log-probability and those of the so many most likely ones, at most 20.
-            They are the model's, before anything here changes them.
-        prompt_logprobs: the same of each prompt token but the first. The prompt is computed, whatever is cached.
-        presence_penalty: in [-2, 2], subtracted from the logits of tokens that the output has.
-        frequency_penalty: in [-2, 2], subtracted once for each time that the output has the token.
-        repetition_penalty: in [0.001, 10]; logits of tokens in prompt or output are divided by it, negative ones
-            multiplied (Keskar et al., https://arxiv.org/abs/1909.05858).
-        logit_bias: added to the logits of at most 1,024 tokens, by their ids; in [-100, 100].
-        allowed_token_ids: no others are generated.
+        top_k: draw from the `top_k` most likely tokens; 0 or -1: from all. Ties with the last kept token are kept.
+        min_p: in [0, 1]; draw from the tokens whose probability is at least `min_p` times the highest probability.
+        seed: a signed 64-bit int; None for a seed from torch's global generator.
+        stop: strings that end the output where they begin; at most 64, each of at most 1,024 characters.
+        stop_token_ids: tokens that end the output, like an EOS token.
+        ignore_eos: do not end the output at an EOS token.
+        max_tokens: maximum number of generated tokens; None for as many as fit.
+        min_tokens: number of tokens to generate before an EOS token, a stop token or the end of a stop string.
+        logprobs: for each generated token, return its log-probability and those of the `logprobs` most likely tokens;
+            at most 20. They are the model's own, before any parameter changes the logits.
+        prompt_logprobs: the same for each prompt token except the first. The prompt is computed even if it is cached.
+        presence_penalty: in [-2, 2], subtracted from the logits of tokens that occur in the output.
+        frequency_penalty: in [-2, 2], subtracted from a token's logit once for each occurrence in the output.
+        repetition_penalty: in [0.001, 10]; positive logits of tokens that occur in the prompt or the output are divided
+            by it, negative ones are multiplied (Keskar et al., https://arxiv.org/abs/1909.05858).
+        logit_bias: values in [-100, 100] that are added to the logits of at most 1,024 tokens, by token id.
+        allowed_token_ids: generate only these tokens.
         skip_special_tokens: leave special tokens out of the text.
-        include_stop_str_in_output: let the text end with the stop text, or the stop token's.
-        structured_outputs: what the text must look like. Needs llguidance (the extra `structured`).
+        include_stop_str_in_output: keep the stop string, or the text of the stop token, at the end of the text.
+        structured_outputs: the required structure of the text. Needs llguidance (the extra `structured`).
     """
 
     n: int = 1
@@ -141,14 +143,14 @@ class SamplingParams:
         self._check_number("min_p", 0, 1)
         self._check_number("presence_penalty", -2, 2)
         self._check_number("frequency_penalty", -2, 2)
-        self._check_number("repetition_penalty", 0.001, 10)  # by less, a logit may be more than a float can hold
+        self._check_number("repetition_penalty", 0.001, 10)  # division by less may overflow a float
         self._check_int("n", 1, MAX_SAMPLES)
         self._check_int("top_k", -1)
         self._check_int("min_tokens", 0)
         self._check_int("max_tokens", 1, none="as many as fit")
-        self._check_int("seed", MIN_SEED, MAX_SEED, none="one of torch's")
-        self._check_int("logprobs", 0, MAX_LOGPROBS, none="none")
-        self._check_int("prompt_logprobs", 0, MAX_LOGPROBS, none="none")
+        self._check_int("seed", MIN_SEED, MAX_SEED, none="a seed from torch's generator")
+        self._check_int("logprobs", 0, MAX_LOGPROBS, none="no log-probabilities")
+        self._check_int("prompt_logprobs", 0, MAX_LOGPROBS, none="no log-probabilities")
         self._check_ids("stop_token_ids")
         self._check_ids("allowed_token_ids")
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
@@ -171,12 +173,12 @@ class SamplingParams:
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The stop texts."""
+        """The stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
     def penalises(self) -> bool:
-        """Whether what was said before changes what comes next."""
+        """Whether any penalty is set, so that earlier tokens change the logits."""
         return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0, 0, 1)
 
     def _check_number(self, name: str, least: float, most: float, above: bool = False) -> None:
@@ -205,11 +207,11 @@ class SamplingParams:
         if stops is None:
             return
         if not isinstance(stops, list | tuple) or len(stops) > MAX_STOPS:
-            got = f"{len(stops)} of them" if isinstance(stops, list | tuple) else _shortened(stops)
-            raise InvalidRequestError(f"stop must be a string or a list of at most {MAX_STOPS}, got {got}", "stop")
+            got = f"a list of {len(stops)}" if isinstance(stops, list | tuple) else _shortened(stops)
+            raise InvalidRequestError(f"stop must be a string or at most {MAX_STOPS} strings, got {got}", "stop")
         for text in stops:
             if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_LEN:
-                message = f"stop must be of 1 to {MAX_STOP_LEN} characters, got {_shortened(text)}"
+                message = f"each stop must be a string of 1 to {MAX_STOP_LEN} characters, got {_shortened(text)}"
                 raise InvalidRequestError(message, "stop")
 
     def _check_logit_bias(self) -> None:
@@ -217,13 +219,13 @@ class SamplingParams:
         if bias is None:
             return
         if not isinstance(bias, dict) or not all(is_int(token_id) and token_id >= 0 for token_id in bias):
-            raise InvalidRequestError(f"logit_bias must be a dict by token ids, got {_shortened(bias)}", "logit_bias")
+            raise InvalidRequestError(f"logit_bias must map token ids to numbers, got {_shortened(bias)}", "logit_bias")
         if len(bias) > MAX_LOGIT_BIAS:
             raise InvalidRequestError(f"logit_bias has {len(bias)} entries, more than {MAX_LOGIT_BIAS}", "logit_bias")
         for token_id, value in bias.items():
             is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
             if not is_number or abs(value) > 100:
-                message = f"logit_bias must be in [-100, 100], got {value!r} for token {token_id}"
+                message = f"each logit_bias must be in [-100, 100], got {value!r} for token {token_id}"
                 raise InvalidRequestError(message, "logit_bias")
 
 

@@ -1,4 +1,7 @@
-"""What is saved by sharing pages and by giving them back: the same work with a switch on and off, within one run."""
+"""Measurements of what shared pages and released pages save.
+
+All parts but `long_contexts` run the same work with a switch off and on, in turns.
+"""
 
 import json
 import statistics
@@ -25,26 +28,26 @@ from flex_nano_vllm.workload import TOKEN_IDS, RunOptions, make_workload
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the experiments; lengths in tokens."""
+    """Sizes of the experiments; lengths are in tokens."""
 
-    num_requests: int = 64  # with a common beginning
+    num_requests: int = 64  # with a common prefix
     prefix_len: int = 1024
     own_len: int = 32
     new_tokens: int = 32
     num_turns: int = 12  # of a conversation
-    turn_len: int = 128  # half of it the user's, half of it the answer
+    turn_len: int = 128  # half of it from the user, half of it generated
     cascade_prefixes: tuple[int, ...] = (256, 512, 1024, 2048)
     cascade_batches: tuple[int, ...] = (16, 32, 64)
     cascade_steps: int = 24
     context_len: int = 8192
     num_contexts: int = 4
     repetitions: int = 3
-    unshared_repetitions: int = 16  # of what should make no difference
+    unshared_repetitions: int = 16  # where prefix caching should make no difference
 
 
 @dataclass(frozen=True)
 class Engines:
-    """Builds engines for one model, compiled once for each size."""
+    """Builds engines for one model. Each size is compiled once."""
 
     model: PreTrainedModel
     options: RunOptions
@@ -53,8 +56,11 @@ class Engines:
     def of_size(
         self, max_batch_size: int, max_seq_length: int | None = None, n_pages: int | None = None
     ) -> Callable[..., Inference]:
-        """A function that builds an engine with some switches. Default: for long contexts, with pages enough for all
-        requests of the experiments."""
+        """Compile the graphs for these sizes, and return a function that builds an engine with given switches.
+
+        Without `max_seq_length`, engines take contexts of `sizes.context_len`, and the pool has room for all
+        `sizes.num_requests` requests of `common_prefix`.
+        """
         sizes, options = self.sizes, self.options
         if max_seq_length is None:
             length = sizes.prefix_len + sizes.own_len + sizes.new_tokens
@@ -69,7 +75,7 @@ class Engines:
 
 
 def common_prefix(engines: Engines) -> list[dict]:
-    """Throughput of requests that begin alike."""
+    """Measure the throughput of requests with a common prefix."""
     sizes = engines.sizes
     (prefix,) = random_texts(1, sizes.prefix_len, seed=0)
     prompts = [prefix + own for own in random_texts(sizes.num_requests, sizes.own_len, seed=1)]
@@ -85,7 +91,7 @@ def common_prefix(engines: Engines) -> list[dict]:
 
 
 def conversation(engines: Engines) -> list[dict]:
-    """Time to first token of each turn, which extends all before it."""
+    """Measure the time to first token of each turn of a conversation. A turn extends all turns before it."""
     sizes = engines.sizes
 
     def ttfts(engine: Inference) -> list[float]:
@@ -109,16 +115,19 @@ def conversation(engines: Engines) -> list[dict]:
 
 
 def long_contexts(engines: Engines) -> list[dict]:
-    """Keys and values that one request holds on its way to a long context, and several at their peak, beside what they
-    would be if every layer held what full layers do."""
+    """Measure the KV memory of one request while its context grows, and the peak of several requests.
+
+    The result also has the memory that the requests would use if every layer held as many pages as full-attention
+    layers.
+    """
     sizes = engines.sizes
     with engines.of_size(sizes.num_requests)() as engine:
         geometry = engine.kv.geometry
         layers = Counter(geometry.pool_of(window) for window in geometry.layer_windows)
-        megabytes = geometry.page_size * token_bytes(engine.model) / 1e6  # of a page in a layer
+        megabytes = geometry.page_size * token_bytes(engine.model) / 1e6  # of one page in one layer
 
         def watch(num_requests: int) -> list[dict]:
-            """Each step, when its pages are reserved and none is given back yet."""
+            """Record the pages in use in each step, after pages are reserved and before pages are released."""
             rows, forward = [], engine.runner.forward
 
             def watched_forward(chunks: list[Chunk]) -> torch.Tensor:
@@ -132,7 +141,7 @@ def long_contexts(engines: Engines) -> list[dict]:
             engine.runner.forward = watched_forward
             prompts = random_texts(num_requests, sizes.context_len - sizes.new_tokens, seed=num_requests)
             seconds_of(engine, prompts, [sizes.new_tokens] * num_requests)
-            del engine.runner.forward  # the method again
+            del engine.runner.forward  # restore the method
             return [row | {"saved": 1 - row["MB"] / row["if all were full"]} for row in rows]
 
         one = watch(1)
@@ -142,14 +151,14 @@ def long_contexts(engines: Engines) -> list[dict]:
 
 
 def cascade(engines: Engines) -> list[dict]:
-    """A decode step of requests that begin alike, over their number and the length of what they share."""
+    """Measure a decode step of requests with a common prefix, over their number and the length of the prefix."""
     sizes = engines.sizes
 
     def step_time(engine: Inference, prefix_len: int) -> tuple[float, bool]:
-        """Median milliseconds, and whether the decodes were packed."""
+        """Return the median milliseconds of a step, and whether its decodes were packed."""
         engine.reset_prefix_cache()
         (prefix,) = random_texts(1, prefix_len, seed=3)
-        engine.generate(prefix, greedy(1), use_tqdm=False)  # its pages are known from here on
+        engine.generate(prefix, greedy(1), use_tqdm=False)  # its pages are cached from here on
         batch_size = engine.page_table.max_batch_size
         params, seconds = greedy(sizes.cascade_steps + batch_size * (sizes.own_len + engine.page_table.page_size)), []
         ids = [engine.add_request(prefix + own, params) for own in random_texts(batch_size, sizes.own_len, seed=4)]
@@ -180,7 +189,7 @@ def cascade(engines: Engines) -> list[dict]:
 
 
 def nothing_in_common(engines: Engines) -> list[dict]:
-    """Throughput of the benchmark's own workload, whose requests share nothing."""
+    """Measure the throughput of the benchmark's own workload, whose requests share no pages."""
     options = engines.options
     requests = options.requests()
     prompts, lengths = [list(r.prompt_token_ids) for r in requests], [r.max_tokens for r in requests]
@@ -200,9 +209,12 @@ PARTS = {part.__name__: part for part in (common_prefix, conversation, long_cont
 def report_savings(
     model: PreTrainedModel, options: RunOptions, sizes: Sizes, parts: list[str], console: Console
 ) -> None:
-    """Measure some of `PARTS`, or "all": a table each, then a line of JSON. Raises ValueError for other names."""
+    """Measure the named `PARTS`, or "all". Prints a table for each, then one JSON line.
+
+    Raises ValueError for other names.
+    """
     if unknown := set(parts) - {*PARTS, "all"}:
-        raise ValueError(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}, or all")
+        raise ValueError(f"unknown parts: {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}, or all")
     record = {"torch": torch.__version__, "device": device_name(model.device), "threads": torch.get_num_threads()}
     record |= {"model": options.model, "dtype": options.dtype}
     engines = Engines(model, options, sizes)
@@ -218,8 +230,11 @@ def report_savings(
 def in_turns(
     build: Callable[..., Inference], switch: str, measure: Callable[[Inference], object], repetitions: int
 ) -> dict[bool, list]:
-    """Measure on fresh engines with the switch off and on, one after the other, several times; every other time the
-    other one comes first."""
+    """Measure fresh engines with the switch on and with the switch off, `repetitions` times.
+
+    The order alternates: on before off in the first repetition, off before on in the second. Returns the measurements
+    for each value of the switch.
+    """
     results: dict[bool, list] = {False: [], True: []}
     for i in range(repetitions):
         for on in (False, True) if i % 2 else (True, False):

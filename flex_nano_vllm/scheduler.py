@@ -1,17 +1,17 @@
-"""Which tokens run in the next step. Knows nothing of torch, masks, text or the model.
+"""The scheduler chooses the tokens of the next step. Independent of torch, masks, text and the model.
 
-There is no prefill phase and no decode phase (vLLM V1's idea): each step lets `num_computed_tokens` of the
-running sequences catch up with their `token_ids`, within a budget of tokens. Chunked prefill, steps that mix
-prompts with decodes, and recomputation after preemption are all that one line of arithmetic.
+Like vLLM V1, the scheduler has no prefill phase and no decode phase. Each step advances `num_computed_tokens` of the
+running sequences towards the length of their `token_ids`, within a token budget. This rule covers chunked prefill,
+steps that mix prefills with decodes, and recomputation after preemption.
 
     waiting: [oldest … newest]  ──admit──►  running: [oldest … newest]  ──finish──►
                   ▲                                              │
                   └───────────── preempt the newest ─────────────┘
 
-Both queues are in order of arrival, and everybody who runs is older than everybody who waits. Hence:
-- the oldest running sequence always gets its tokens, so every step makes progress;
-- a decode never starves behind a long prompt: who was here before the prompt is served before it, and nobody is
-  admitted after the prompt while it still eats the budget.
+Both queues are in order of arrival, and every running sequence is older than every waiting one. Hence:
+- Every step makes progress, because the oldest running sequence is always scheduled.
+- A long prompt never starves a decode. Older sequences are scheduled before the prompt, and newer sequences are not
+  admitted while the prompt uses the whole budget.
 """
 
 from collections import deque
@@ -23,7 +23,7 @@ from flex_nano_vllm.sequence import Sequence
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens `start` to `start + length` of a sequence, to be computed in one step."""
+    """Tokens `start` to `start + length` of a sequence, which one step computes."""
 
     sequence: Sequence
     start: int
@@ -31,12 +31,12 @@ class Chunk:
 
     @property
     def needs_sample(self) -> bool:
-        """Whether the chunk ends at the sequence's last token, so that its logits give the next one."""
+        """Whether the chunk ends at the last token of the sequence, so that its logits give the next token."""
         return self.start + self.length == self.sequence.num_tokens
 
     @property
     def logprob_positions(self) -> range:
-        """Positions whose logits rate the prompt token that follows."""
+        """Positions in the chunk whose logits give the logprob of the next prompt token, where it is still missing."""
         sequence, end = self.sequence, self.start + self.length
         if not sequence.wants_prompt_logprobs:
             return range(0)
@@ -44,19 +44,20 @@ class Chunk:
 
     @property
     def num_logits(self) -> int:
-        """Of how many of its last tokens the logits are wanted: the last one at least."""
+        """Number of tokens at the end of the chunk whose logits are computed; at least 1."""
         positions = self.logprob_positions
         return max(1, self.start + self.length - positions.start) if positions else 1
 
 
 class Scheduler:
-    """Owns `waiting` and `running`, and asks the KV manager for room.
+    """Owns the queues `waiting` and `running`, and allocates rows and pages from the KV manager.
 
     Args:
-        kv: rows and pages; only the scheduler takes them and gives them back.
+        kv: rows and pages, which only the scheduler allocates and releases.
         max_num_batched_tokens: the token budget of a step, at least 1.
-        watermark: tokens by which every running request must still be able to grow before another one is admitted.
-            Admitting up to the last page would preempt at once, and recompute what was just computed.
+        watermark: tokens that every running sequence must still be able to grow by when another sequence is admitted.
+            Admission up to the last free page would soon cause a preemption, and the tokens that were just computed
+            would be computed again.
     """
 
     def __init__(self, kv: KVManager, max_num_batched_tokens: int, watermark: int):
@@ -66,7 +67,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
-        self.num_prompt_tokens = self.num_cached_tokens = 0  # of requests that have begun
+        self.num_prompt_tokens = self.num_cached_tokens = 0  # totals of requests that have computed a chunk
 
     def has_unfinished_requests(self) -> bool:
         return bool(self.waiting or self.running)
@@ -75,37 +76,39 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def schedule(self) -> list[Chunk]:
-        """Reserve pages for the next step and say what it computes. Empty only when there is nothing left to do.
+        """Choose the chunks of the next step and reserve their pages.
 
-        Reserving is all that happens: until `commit`, no sequence has moved, so a step that fails can be scheduled
-        again.
+        Returns an empty list only if there are no unfinished requests. A failed step can be scheduled again, because
+        only `commit` advances the sequences.
         """
         self._undo()
         chunks: list[Chunk] = []
         budget = self.max_num_batched_tokens
         for sequence in tuple(self.running):
-            if sequence.row is None:  # preempted for the sake of an older one
+            if sequence.row is None:  # preempted to free pages for an older sequence
                 break
             chunk = self._chunk(sequence, budget)
-            if not self._reserve(chunk):  # preempted itself
+            if not self._reserve(chunk):  # the sequence itself was preempted
                 break
             chunks.append(chunk)
             budget -= chunk.length
 
-        # Who was preempted in this step does not come back in the same step: fewer pages are free than it has lost.
+        # A sequence preempted in this step is not admitted again in it: fewer pages are free than it released.
         while self.waiting and budget and self._admit(self.waiting[0]):
             chunk = self._chunk(self.running[-1], budget)
             reserved = self._reserve(chunk)
-            assert reserved, "admitted without room"
+            assert reserved, "too few pages are free for the chunk of an admitted sequence"
             chunks.append(chunk)
             budget -= chunk.length
 
-        assert chunks or not self.has_unfinished_requests(), f"stalled: {self.waiting=}, {self.running=}"
+        assert chunks or not self.has_unfinished_requests(), f"no chunk was scheduled: {self.waiting=}, {self.running=}"
         return chunks
 
     def _undo(self) -> None:
-        """Forget what a step was to compute that failed: whoever was admitted in it may have counted on pages that
-        nobody has filled, and waits again."""
+        """Roll back a step that raised: remove its pages from the cache and requeue the sequences admitted in it.
+
+        These sequences may share pages that were never computed. After a committed step, this changes nothing.
+        """
         for sequence in tuple(self.running):
             self.kv.discard(sequence.row)
         while self.running and self.running[-1].num_computed_tokens == 0:
@@ -116,24 +119,25 @@ class Scheduler:
         return Chunk(sequence, start, min(sequence.num_tokens - start, budget))
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Let the first of those who wait run, with the pages it shares with others, if there is a row for it, and room
-        for all of it and for everybody to grow by the watermark.
+        """Admit the first waiting sequence if a row is free and the pool has room for it. Returns whether it did.
 
-        Alone, a request needs no watermark: the engine refuses at the door whatever does not fit into the pool.
+        The pool must have room for all tokens of the sequence, and for it and every running sequence to grow by
+        `watermark` tokens. The sequence shares cached pages, or the prompt of another sample of its request. If no
+        other sequence runs, the watermark is ignored: requests that exceed the pool were rejected on arrival.
         """
         needed = sum(map(self._growth, self.running))
         if len(self.running) == self.kv.geometry.max_batch_size or (self.running and needed >= self.kv.num_free_pages):
             return False
         siblings = [sibling for sibling in sequence.group if sibling.row is not None]
         if siblings and sequence.num_tokens == sequence.num_prompt_tokens:
-            # Who has come least far has given back the fewest pages of the prompt.
+            # The sibling with the fewest computed tokens has released the fewest pages of the prompt.
             done = [s for s in siblings if s.num_computed_tokens >= sequence.num_prompt_tokens]
             if not done:
-                return False  # their prompt is computed once
+                return False  # wait until a sibling has computed the prompt, which is computed only once
             nearest = min(done, key=lambda sibling: sibling.num_computed_tokens)
             sequence.row = self.kv.fork(nearest.row, sequence.num_prompt_tokens - 1, sequence.token_ids)
         if sequence.row is None:
-            # Cached tokens have no logits, so a prompt that still needs log-probabilities is computed.
+            # Cached tokens have no logits, so a prompt whose logprobs are still missing is computed.
             may_hit = (
                 not sequence.wants_prompt_logprobs or len(sequence.prompt_logprobs) == sequence.num_prompt_tokens - 1
             )
@@ -146,13 +150,15 @@ class Scheduler:
         return True
 
     def _growth(self, sequence: Sequence) -> int:
-        """Pages that a sequence with a row may need until it has grown by the watermark."""
+        """Return how many more pages a sequence with a row may need to grow by the watermark."""
         grown = min(sequence.num_tokens + self.watermark, sequence.max_total_tokens)
         return self.kv.geometry.most_pages(grown) - self.kv.num_pages(sequence.row)
 
     def _reserve(self, chunk: Chunk) -> bool:
-        """Get the pages of a chunk, preempting the newest while there are too few. False when it came to the chunk's
-        own sequence."""
+        """Reserve the pages of a chunk; preempt the newest running sequence while too few pages are free.
+
+        Returns False if the sequence of the chunk itself was preempted.
+        """
         end = chunk.start + chunk.length
         while not self.kv.reserve(chunk.sequence.row, end):
             if self.preempt_newest() is chunk.sequence:
@@ -160,8 +166,11 @@ class Scheduler:
         return True
 
     def preempt_newest(self) -> Sequence:
-        """Send the newest running sequence back to the head of the queue, without its pages: it keeps its tokens and
-        will compute them again."""
+        """Preempt the newest running sequence, and return it.
+
+        It moves to the head of the waiting queue, and its row and pages are released. It keeps its tokens, which are
+        computed again later.
+        """
         victim = self._send_back()
         victim.metrics.num_preemptions += 1
         self.num_preemptions += 1
@@ -180,9 +189,14 @@ class Scheduler:
         sequence.row = None
 
     def commit(self, chunks: list[Chunk], token_ids: list[int]) -> list[Sequence]:
-        """Take a step's result: for each chunk the token that follows it, or a negative number if there was none to
-        sample, because the numbers were not finite. Returns who has finished, and gives their pages back."""
-        invalidated = set()  # by what somebody in whose part of the step a number was not finite was to fill
+        """Apply the result of a step, and return the sequences that finished. Their rows and pages are released.
+
+        Args:
+            chunks: the chunks of the step.
+            token_ids: the sampled token of each chunk. It is negative if there is none, because values were not finite
+                or no token was allowed.
+        """
+        invalidated = set()  # rows that share pages which a failed sequence was supposed to fill in this step
         for chunk, token_id in zip(chunks, token_ids, strict=True):
             if token_id < 0:
                 invalidated |= self.kv.discard(chunk.sequence.row)
@@ -191,12 +205,12 @@ class Scheduler:
         finished = []
         for chunk, token_id in zip(chunks, token_ids):
             sequence = chunk.sequence
-            if sequence.row is None:  # it waits again
+            if sequence.row is None:  # requeued above
                 continue
-            needs_sample = chunk.needs_sample  # before the token is appended
+            needs_sample = chunk.needs_sample  # read before the token is appended
             if sequence.num_cached_tokens is None:
                 sequence.num_cached_tokens = chunk.start
-                if sequence.index == 0:  # forks share by right, not by luck
+                if sequence.index == 0:  # forks are not counted: their shared prompt is not a cache hit
                     self.num_prompt_tokens += sequence.num_prompt_tokens
                     self.num_cached_tokens += chunk.start
             sequence.num_computed_tokens = chunk.start + chunk.length
@@ -211,7 +225,7 @@ class Scheduler:
         return finished
 
     def finish(self, sequence: Sequence, reason: str) -> None:
-        """End a sequence, wherever it is."""
+        """End a running or waiting sequence with a finish reason."""
         if sequence.row is None:
             self.waiting.remove(sequence)
         else:
@@ -219,30 +233,32 @@ class Scheduler:
         sequence.finish_reason = reason
 
     def abort(self, request_id: int, reason: str = "abort") -> list[Sequence]:
-        """Take a request's samples out, wherever they are. Returns those that were unfinished."""
+        """End all unfinished samples of a request, running or waiting, and return them."""
         aborted = [sequence for sequence in (*self.running, *self.waiting) if sequence.request_id == request_id]
         for sequence in aborted:
             self.finish(sequence, reason)
         return aborted
 
     def reset(self) -> None:
-        """Forget every request and start from an empty pool. Works from any state, even one left by an interrupt."""
+        """Remove all requests and empty the pools. Works from any state, even one left by an interrupt."""
         self.waiting.clear()
         self.running.clear()
         self.kv.reset()
 
     def check_invariants(self) -> None:
-        """Raises AssertionError when a request is in two places, out of order, or holds what it should not."""
-        assert len(self.running) <= self.max_num_batched_tokens, "more sequences run than a step has tokens"
-        everyone = [*self.running, *self.waiting]
-        ids = [(sequence.request_id, sequence.index) for sequence in everyone]
-        assert ids == sorted(set(ids)), f"not in order of arrival: running and waiting are {ids}"
-        assert all(sequence.finish_reason is None for sequence in everyone), "a finished request is still queued"
-        assert all(s.row is None and s.num_computed_tokens == 0 for s in self.waiting), "a waiting request holds pages"
+        """Raise AssertionError if a sequence is queued twice, out of order, or has a wrong row or wrong pages."""
+        assert len(self.running) <= self.max_num_batched_tokens, "more sequences run than the token budget allows"
+        sequences = [*self.running, *self.waiting]
+        ids = [(sequence.request_id, sequence.index) for sequence in sequences]
+        assert ids == sorted(set(ids)), f"sequences are duplicated or not in order of arrival: {ids}"
+        assert all(sequence.finish_reason is None for sequence in sequences), "a finished sequence is still queued"
+        assert all(s.row is None and s.num_computed_tokens == 0 for s in self.waiting), (
+            "a waiting sequence has a row or computed tokens"
+        )
         rows = sorted(sequence.row for sequence in self.running)
-        assert rows == sorted(self.kv.primary.allocated_rows), "rows held by nobody, or by somebody who does not run"
+        assert rows == sorted(self.kv.primary.allocated_rows), "allocated rows differ from rows of running sequences"
         for sequence in self.running:
             assert sequence.num_computed_tokens <= self.kv.primary.num_tokens(sequence.row), (
-                "tokens were computed into pages that are not held"
+                "a sequence has more computed tokens than its row has tokens reserved"
             )
         self.kv.check_invariants()

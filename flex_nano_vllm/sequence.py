@@ -1,4 +1,4 @@
-"""A request on its way through the engine. Knows nothing of torch, pages or queues."""
+"""The state of one sample of a request in the engine. Independent of torch, pages and queues."""
 
 import logging
 from dataclasses import dataclass, field
@@ -18,20 +18,20 @@ logger = logging.getLogger(__name__)
 
 
 class TokenLogprob(NamedTuple):
-    """How likely the model found a token at its place."""
+    """Log-probability and rank of a token at its position, with the most likely alternatives."""
 
     logprob: float
-    rank: int  # 1: the most likely
-    top: list[tuple[int, float]]  # the most likely tokens and their log-probabilities
+    rank: int  # 1 for the most likely token
+    top: list[tuple[int, float]]  # the most likely tokens at this position and their log-probabilities
 
 
 @dataclass(eq=False)
 class Sequence:
-    """A sample of a request on its way; of most requests the only one.
+    """One sample of a request; most requests have only one.
 
-    `token_ids` is the prompt and what was generated; `num_computed_tokens` of them have their keys and values
-    in the pool. Each step lets the second catch up with the first: a decode is a sequence one token behind, a
-    prefill is one many tokens behind, a preempted sequence has computed nothing and holds nothing.
+    `token_ids` contains the prompt and the generated tokens. The keys and values of the first `num_computed_tokens`
+    of them are computed. Each step advances `num_computed_tokens` towards `num_tokens`: a decode has one token left to
+    compute, and a prefill has several. A preempted sequence has no computed tokens, no row and no pages.
     """
 
     request_id: int
@@ -39,25 +39,26 @@ class Sequence:
     token_ids: list[int]
     num_prompt_tokens: int
     params: SamplingParams
-    seed: int  # params.seed, or one drawn at arrival
+    seed: int  # params.seed, or one drawn on arrival, plus the index of the sample
     eos_token_ids: frozenset[int]  # empty with ignore_eos
-    max_total_tokens: int  # prompt + output, as far as max_tokens, the model and the pool allow
-    stop_string_ids: frozenset[int] = frozenset()  # special tokens that are a stop string by themselves
-    cache_salt: str | None = None  # shares pages with sequences of the same salt only
-    text: Detokenizer | None = None  # of the output, where somebody follows it token by token
-    allowed: np.ndarray | None = None  # bits of the tokens that may come, see `sampler.Draw`
-    grammar: Follower | None = None  # says the same anew for each token
+    max_total_tokens: int  # limit of prompt + output, given by max_tokens, the model and the pool
+    stop_string_ids: frozenset[int] = frozenset()  # special tokens whose text is a stop string
+    cache_salt: str | None = None  # pages are shared only between sequences with equal salts
+    text: Detokenizer | None = None  # decodes the output token by token, for streams and stop strings
+    allowed: np.ndarray | None = None  # bit mask of the allowed tokens, see `sampler.Draw`
+    grammar: Follower | None = None  # computes such a bit mask for each next token
     num_computed_tokens: int = 0
-    num_cached_tokens: int | None = None  # how many of the prompt's were found computed; None before its first step
-    row: int | None = None  # of the page table, while running
+    num_cached_tokens: int | None = None  # prompt tokens that were computed before its first step; None until then
+    row: int | None = None  # of the page table; None unless running
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    error: RequestError | None = None  # why there is no next token
-    logprobs: list[TokenLogprob] = field(default_factory=list)  # of the output, if `logprobs` were asked for
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # from the second token on, as far as computed
-    metrics: RequestMetrics = field(default_factory=RequestMetrics)  # of the request: one for all of its samples
-    # All samples of the request, in order, until all have ended: then nobody needs the circle, which only the collector
-    # could free, and the collector comes late where there are as many objects as torch has.
+    error: RequestError | None = None  # details of finish_reason "error"
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of the output tokens, if `params.logprobs` is set
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # from the second prompt token on, if computed
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)  # of the request, shared by all of its samples
+    # All samples of the request, in order. Replaced by an empty list when the request ends: the list and its members
+    # refer to each other, so that only Python's cycle collector could free them, and the collector runs rarely in a
+    # process with as many objects as torch creates.
     group: list["Sequence"] = field(default_factory=list, repr=False)
 
     def __post_init__(self):
@@ -78,23 +79,23 @@ class Sequence:
 
     @property
     def stop_token_ids(self) -> frozenset[int]:
-        """All tokens that end the output."""
+        """All tokens that end the output: EOS tokens, stop tokens, and special tokens that are stop strings."""
         return self.eos_token_ids.union(self.params.stop_token_ids or (), self.stop_string_ids)
 
     @property
     def hidden_token_ids(self) -> frozenset[int]:
-        """Tokens without text: those that end the output, unless the text is to show what ended it."""
+        """Tokens left out of the text: EOS tokens and stop tokens, unless `include_stop_str_in_output` is set."""
         ends = self.eos_token_ids.union(self.params.stop_token_ids or ())
         return frozenset() if self.params.include_stop_str_in_output else ends
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Whether its prompt's tokens are rated: of a request's samples the first one does that for all."""
+        """Whether this sequence computes prompt logprobs. The first sample computes them for the whole request."""
         return self.params.prompt_logprobs is not None and self.index == 0
 
     @cached_property
     def penalties(self) -> Penalties | None:
-        """What keeps account of the logits that its parameters change; None if there are none."""
+        """Tracks the logit edits of this sequence; None if its parameters change no logits."""
         params = self.params
         if not (params.logit_bias or params.penalises or (params.min_tokens and self.stop_token_ids)):
             return None
@@ -102,32 +103,39 @@ class Sequence:
         return Penalties(params, prompt, self.stop_token_ids, self.max_total_tokens - self.num_prompt_tokens)
 
     def allowed_tokens(self) -> np.ndarray | None:
-        """Bits of the tokens that may come next, None if all may. Where the structure leaves none, no bit is set, and
-        `error` says why: the request ends there."""
+        """Return the bit mask of the tokens that may come next, None if all may.
+
+        If the structured output cannot continue, no bit is set and `error` has the reason. The sequence then fails.
+        """
         if self.grammar is None:
             return self.allowed
         try:
             allowed = self.grammar.allowed(self.output_token_ids)
         except ValueError as error:
-            logger.warning("request %s: its structure cannot be followed any further: %s", self.request_id, error)
-            self._note(f"the structure cannot be followed after {self.output_len} tokens: {error}")
+            logger.warning("request %s: the grammar cannot be followed any further: %s", self.request_id, error)
+            self._note(f"the grammar cannot be followed after {self.output_len} output tokens: {error}")
             return np.zeros(self.grammar.num_words, dtype=np.int32)
         if self.allowed is not None:
             allowed = allowed & self.allowed
             if not allowed.any():
-                self._note(f"no token of allowed_token_ids continues the structure after {self.output_len} tokens")
+                self._note(
+                    f"no token of allowed_token_ids continues the structured output after {self.output_len} tokens"
+                )
         return allowed
 
     def _note(self, message: str) -> None:
         self.error = RequestError(message, "structured_outputs")
 
     def fail(self) -> None:
-        """End for want of a next token. Where `allowed_tokens` has not said why, the model's numbers are the reason."""
+        """End with finish_reason "error", because no next token could be sampled.
+
+        If `allowed_tokens` has not set `error`, the reason is that values computed by the model were not finite.
+        """
         self.finish_reason = "error"
-        self.error = self.error or RequestError("the model's numbers were not finite")
+        self.error = self.error or RequestError("the model computed values that are not finite (NaN or infinite)")
 
     def append(self, token_id: int) -> None:
-        """Take a sampled token and see whether it was the last."""
+        """Append a sampled token, and set `finish_reason` if it is the last token."""
         self.token_ids.append(token_id)
         if token_id in self.eos_token_ids:
             self.finish_reason = "stop"

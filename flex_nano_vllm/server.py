@@ -1,9 +1,9 @@
-"""The OpenAI API over HTTP, in front of an engine that is shared. Knows nothing of steps, pages or masks.
+"""The OpenAI API over HTTP, for a shared engine. Does not depend on steps or masks.
 
     uv run --extra serve python -m flex_nano_vllm.server --model tiny-gemma2
 
-Clients are not trusted: every size is bounded before it is used, every path but `/health` and the page at `/` asks for
-the API key if there is one, and no error holds a prompt or the contents of a file.
+Clients are not trusted. Every size is limited before it is used. If there is an API key, every path requires it, except
+`/health` and the page at `/`. No error message contains a prompt or the contents of a file.
 """
 
 import asyncio
@@ -48,15 +48,15 @@ logger = logging.getLogger(__name__)
 PAGE = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 MAX_SHOWN_PAGES, MAX_SHOWN_REQUESTS = 4096, 64
-MAX_CHARS_PER_TOKEN = 32  # texts of more on average are too long whatever they say, and are not tokenized to see
+MAX_CHARS_PER_TOKEN = 32  # limit per token of the context; longer texts are rejected without being tokenized
 ERRORS = {status: {"model": replies.ErrorResponse} for status in (400, 401, 404, 413, 415, 429, 500, 503)}
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events of requests, which end when the client stops reading them."""
+    """The server-sent events of a submission. If the client disconnects, its requests are aborted."""
 
     def __init__(self, events: AsyncIterator[bytes], submission: Submission):
-        # The page finds its own request in `/state` by these ids.
+        # The page uses these ids to find its own request in `/state`.
         headers = {"Cache-Control": "no-cache", "x-engine-request-id": ",".join(map(str, submission.request_ids))}
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self.submission = submission
@@ -64,15 +64,15 @@ class EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
-        finally:  # not in the iterator: it may never have been started
+        finally:  # not in the iterator, which may never have been started
             self.submission.abort()
 
 
 class API:
-    """The endpoints. Each answers from the engine, or raises.
+    """The endpoints. Each of them returns a response of the engine or raises an exception.
 
     Args:
-        defaults: of `SamplingParams`, for what a request does not say.
+        defaults: values of `SamplingParams` fields that a request does not set.
     """
 
     def __init__(self, shared: AsyncInference, model_name: str, defaults: dict[str, Any]):
@@ -87,7 +87,7 @@ class API:
         num_choices = len(body.prompts) * params.n
         if num_choices > protocol.MAX_CHOICES:
             raise APIError(
-                400, f"{num_choices} completions in one request, more than {protocol.MAX_CHOICES}", param="n"
+                400, f"{num_choices} choices (prompts times n) exceed the limit of {protocol.MAX_CHOICES}", param="n"
             )
         self.check_length("prompt", *(prompt for prompt in body.prompts if isinstance(prompt, str)))
         submission = await self.shared.submit(body.prompts, params, body.cache_salt, follow=bool(body.stream))
@@ -95,8 +95,10 @@ class API:
             num_echoed = submission.num_prompt_tokens * params.n * (params.prompt_logprobs + 1)
             if num_echoed > protocol.MAX_ECHOED:
                 submission.abort()
-                most = f"more than the {protocol.MAX_ECHOED} that one answer may have"
-                raise APIError(400, f"echo and logprobs give {num_echoed} log-probabilities, {most}", param="logprobs")
+                most = f"more than the limit of {protocol.MAX_ECHOED}: use fewer prompts or logprobs"
+                raise APIError(
+                    400, f"echo with logprobs returns {num_echoed} log-probabilities, {most}", param="logprobs"
+                )
         if body.stream:
             writer = CompletionChunks(self.tokenizer, self.model_name, body, params, submission)
             return EventStream(self.events(submission, writer), submission)
@@ -139,7 +141,7 @@ class API:
         return JSONResponse(writer.whole(output))
 
     async def chat_turn(self, body: ChatCompletionRequest) -> ChatTurn:
-        """Hand a chat over to the engine."""
+        """Submit a chat to the engine."""
         params, form = body.to_params(self.defaults), call_form(template_of(self.tokenizer))
         prompt = await self.chat_prompt(body.messages, body.known_tools)
         if body.known_tools:
@@ -167,7 +169,7 @@ class API:
         return {"object": "list", "data": [self.served_model]}
 
     async def model(self, name: str) -> Response:
-        if not name:  # the list with a slash behind it
+        if not name:  # the path of the list with a slash at the end
             return RedirectResponse("/v1/models")
         self.check_model(name)
         return JSONResponse(self.served_model)
@@ -188,7 +190,7 @@ class API:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def state(self) -> dict:
-        """What the page draws: queues, and who holds which page."""
+        """Return the data that the page draws: the queues, and the row that uses each page."""
         return await self.shared.call(self._state)
 
     def _state(self) -> dict:
@@ -211,28 +213,28 @@ class API:
 
     def check_model(self, name: str) -> None:
         if name != self.model_name:
-            raise APIError(404, f"this server has the model {self.model_name!r} only", "model_not_found", "model")
+            raise APIError(404, f"this server only has the model {self.model_name!r}", "model_not_found", "model")
 
     def check_length(self, param: str, *texts: str) -> None:
         most = MAX_CHARS_PER_TOKEN * self.engine.max_seq_length
         for text in texts:
             if len(text) > most:
-                message = f"a text of {len(text)} characters has more than {most}: shorten it"
+                message = f"a text of {len(text)} characters exceeds the limit of {most}: shorten it"
                 limit = f"the maximum context length is {self.engine.max_request_tokens} tokens"
                 raise APIError(400, f"{message} ({limit})", "context_length_exceeded", param)
 
     async def chat_prompt(self, messages: list[protocol.Message], tools: list[dict] | None = None) -> list[int]:
         conversation = [message.to_dict() for message in messages]
-        if len(messages) > self.engine.max_seq_length:  # each has a token at least
+        if len(messages) > self.engine.max_seq_length:  # each message has at least one token
             limit = f"the maximum context length is {self.engine.max_request_tokens} tokens"
-            message = f"{len(messages)} messages have more tokens than fit: {limit}"
+            message = f"{len(messages)} messages are too many: {limit}"
             raise APIError(400, message, "context_length_exceeded", "messages")
         self.check_length("tools", json.dumps(tools, ensure_ascii=False) if tools else "")
         self.check_length("messages", "".join(part for message in messages for part in message.texts))
         return await self.shared.chat_prompt(conversation, tools or None)
 
     async def whole(self, submission: Submission, request: Request) -> list[RequestOutput]:
-        """The requests' answers, in order. A client that leaves ends them."""
+        """Return the outputs of the requests, in order. Abort the requests if the client disconnects."""
         with submission:
             watching = asyncio.create_task(_leave_with_client(request, submission))
             try:
@@ -251,7 +253,7 @@ class API:
         return JSONResponse(envelope.with_choices(choices, usage=replies.usage_of(outputs)))
 
     async def events(self, submission: Submission, writer: EventWriter) -> AsyncIterator[bytes]:
-        """The events of a stream. Those of one time are sent together."""
+        """Yield the events of a stream. Events that are available at the same time are sent together."""
         outputs, data = {}, writer.begin()
         try:
             async for updates in submission:
@@ -272,16 +274,16 @@ class API:
 
 
 def _check_ending(item: CompletionOutput | CompletionDelta) -> None:
-    """Raises for an answer that has ended for want of a next token."""
+    """Raise an error if an output has ended with finish_reason "error"."""
     if item.finish_reason != "error":
         return
-    if item.error.param is not None:  # the request's own mistake
+    if item.error.param is not None:  # a parameter of the request caused the error
         raise APIError(400, item.error.message, param=item.error.param)
     raise EngineError(item.error.message)
 
 
 async def _leave_with_client(request: Request, submission: Submission) -> None:
-    """End the requests of a client that leaves: starlette would notice only when it sends the answer."""
+    """Abort the requests when the client disconnects. Starlette notices that only when it sends the response."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
     submission.abort()
@@ -295,28 +297,28 @@ def create_app(
     allowed_origins: tuple[str, ...] = (),
     defaults: dict[str, Any] | None = None,
 ) -> FastAPI:
-    """The application. It closes `shared` when it ends, after all requests have finished.
+    """Build the application. At shutdown, after all requests have finished, the application closes `shared`.
 
     Args:
-        model_name: what requests must call the model.
-        api_key: None asks for none.
-        allowed_origins: of pages elsewhere whose scripts may call this server; "*" for all.
-        defaults: of `SamplingParams`, for what a request does not say.
+        model_name: the model name that requests must contain.
+        api_key: the key that clients must send; None requires no key.
+        allowed_origins: origins of other web pages that may call this server; "*" for all.
+        defaults: values of `SamplingParams` fields that a request does not set.
     """
     if shared.engine.tokenizer is None:
-        raise ValueError("the engine has no tokenizer, and the API is about texts")
-    if api_key == "":  # the variable of an environment that was meant to hold one
-        raise ValueError("the API key is empty: give one, or none at all")
+        raise ValueError("the engine has no tokenizer, which the API needs")
+    if api_key == "":  # for example an environment variable that is set but empty
+        raise ValueError("the API key is empty: pass a key, or None to require no key")
     api = API(shared, model_name, defaults or {})
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        await shared.close(timeout=5.0)  # requests have ended, or were cancelled
+        await shared.close(timeout=5.0)  # all requests have ended or were cancelled before
 
     app = FastAPI(title="flex-nano-vllm", lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS)
     app.add_middleware(Guard, api_key=api_key, limits=limits or Limits())
-    if allowed_origins:  # before the guard: a browser asks whether it may send the key without sending it
+    if allowed_origins:  # before the guard: a browser's preflight request does not contain the key
         exposed = ["x-request-id", "x-engine-request-id", "retry-after"]
         everything = dict(allow_methods=["*"], allow_headers=["*"], expose_headers=exposed)
         app.add_middleware(CORSMiddleware, allow_origins=list(allowed_origins), **everything)
@@ -329,7 +331,7 @@ def create_app(
 
     async def on_http_error(request: Request, error: HTTPException) -> Response:
         response = APIError(error.status_code, error.detail).response()
-        response.headers.update(error.headers or {})  # Allow
+        response.headers.update(error.headers or {})  # the Allow header
         return response
 
     app.add_exception_handler(RequestValidationError, on_invalid)
@@ -356,52 +358,52 @@ def create_app(
 
 
 class GenerationConfigSource(str, Enum):
-    """Where the defaults of sampling come from."""
+    """Source of the sampling defaults."""
 
     model = "model"
     none = "none"
 
 
 def server_defaults(engine: Inference) -> dict[str, Any]:
-    """The defaults of `SamplingParams` by the model's generation config. Logs them, and what cannot be applied."""
+    """Return the sampling defaults of the model's generation config. Log them and the settings that are not applied."""
     config = engine.model.generation_config
     defaults, missing = sampling_defaults(config), not_expressed(config)
     if defaults:
-        logger.info("defaults of the model's generation_config: %s", defaults)
+        logger.info("sampling defaults from the model's generation_config: %s", defaults)
     if missing:
-        logger.warning("the model's generation_config states what is not applied: %s", ", ".join(missing))
+        logger.warning("settings of the model's generation_config that are not applied: %s", ", ".join(missing))
     return defaults
 
 
 def serve(
-    model: Annotated[str, typer.Option(help="Folder, hub id, or tiny-gemma2.")] = "tiny-gemma2",
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 for any that is free.")] = 8000,
+    model: Annotated[str, typer.Option(help="Model folder, hub id, or tiny-gemma2.")] = "tiny-gemma2",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 listens on all interfaces.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 selects a free port.")] = 8000,
     api_key: Annotated[
-        str | None, typer.Option(envvar="FLEX_NANO_VLLM_API_KEY", help="What clients must send.")
+        str | None, typer.Option(envvar="FLEX_NANO_VLLM_API_KEY", help="API key that clients must send.")
     ] = None,
-    served_model_name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of weights and KV: auto, float32, bfloat16, ...")] = "auto",
-    max_batch_size: Annotated[int, typer.Option(help="Sequences that run at once.")] = 32,
-    max_seq_length: Annotated[int | None, typer.Option(help="Prompt and output, in tokens.")] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="Model name that clients send.")] = None,
+    dtype: Annotated[str, typer.Option(help="Type of weights and KV cache: auto, float32, bfloat16, ...")] = "auto",
+    max_batch_size: Annotated[int, typer.Option(help="Most sequences that run at once.")] = 32,
+    max_seq_length: Annotated[int | None, typer.Option(help="Most tokens of prompt and output together.")] = None,
     n_pages: Annotated[int | None, typer.Option(help="Pages of the KV pool.")] = None,
-    page_size: Annotated[int | None, typer.Option(help="Tokens of a page.")] = None,
+    page_size: Annotated[int | None, typer.Option(help="Tokens per page.")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Token budget of a step.")] = None,
-    compile: Annotated[bool, typer.Option(help="Compile the model, before the first request.")] = True,
+    compile: Annotated[bool, typer.Option(help="Compile the model before the first request.")] = True,
     generation_config: Annotated[
-        GenerationConfigSource, typer.Option(help="Defaults of sampling: the model's own, or none.")
+        GenerationConfigSource, typer.Option(help="Sampling defaults: from the model, or none.")
     ] = GenerationConfigSource.model,
     allowed_origins: Annotated[
-        list[str] | None, typer.Option(help="A page elsewhere that may call (CORS), * for all; may be repeated.")
+        list[str] | None, typer.Option(help="Web origin that may call the server (CORS), * for all; may be repeated.")
     ] = None,
-    max_waiting: Annotated[int, typer.Option(help="Samples that may wait; more get a 429.")] = 1024,
-    request_timeout: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 600.0,
-    drain_timeout: Annotated[int, typer.Option(help="Seconds that requests have to finish after SIGTERM.")] = 30,
+    max_waiting: Annotated[int, typer.Option(help="Most sequences that may wait; further requests get a 429.")] = 1024,
+    request_timeout: Annotated[float, typer.Option(help="Most seconds that a request may take.")] = 600.0,
+    drain_timeout: Annotated[int, typer.Option(help="Seconds for requests to finish after SIGTERM.")] = 30,
 ) -> None:
     """Serve a model over the OpenAI API."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     if api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
-        logger.warning("anybody who reaches %s may use the model: there is no --api-key", host)
+        logger.warning("there is no --api-key: every client that reaches %s can use the model", host)
     try:
         engine = Inference.from_pretrained(
             model,
@@ -418,8 +420,8 @@ def serve(
     try:
         defaults = server_defaults(engine) if generation_config == GenerationConfigSource.model else {}
     except ValueError as error:
-        raise SystemExit(f"the model's generation_config: {error}; --generation-config none ignores it") from None
-    engine.warns_of_defaults = False  # the option decides, and what it leaves out has been logged
+        raise SystemExit(f"invalid generation_config: {error}; --generation-config none ignores it") from None
+    engine.warns_of_defaults = False  # --generation-config decides, and settings that are not applied are logged
     shared = AsyncInference(engine, max_waiting)
     if engine.runner.compiled:
         logger.info("compiling, which takes minutes the first time")

@@ -1,9 +1,10 @@
-"""One step, packed: the chunks of the scheduler as tensors and block masks. Does not know why these chunks.
+"""One step as a batch: the chunks of the scheduler as tensors and block masks. Independent of scheduling policy.
 
-The model sees the tokens of all chunks in one row, `input_ids` [1, T], with nothing between them. Attention cannot: a
-FlexAttention query block walks one list of pages, so a block should not mix sequences. Hence *tiles*: a tile is up
-to `tile_len` consecutive tokens of one chunk, and a chunk goes into the smallest kind of tile that holds it, or is
-cut into tiles of the largest kind. To FlexAttention every tile is a batch entry of one query block:
+The model receives the tokens of all chunks as one sequence `input_ids` [1, T], one chunk directly after another.
+Attention needs another layout: a FlexAttention query block reads one list of pages, so a block should not mix
+sequences. Therefore the tokens are cut into *tiles*. A tile holds up to `tile_len` consecutive tokens of one chunk. A
+chunk goes into the smallest kind of tile that holds it. If no kind holds it, it is cut into tiles of the largest kind.
+For FlexAttention, every tile is a batch entry with one query block:
 
     chunks        a: 1 token   b: 1 token   c: 5 tokens            kinds of tile: 1 and 4 tokens long
 
@@ -11,16 +12,15 @@ cut into tiles of the largest kind. To FlexAttention every tile is a batch entry
     tiles of 1  [ a0 | b7 | ·  | ·  ]                              4 tiles (a bucket), 2 used
     tiles of 4  [ c0 c1 c2 c3 | c4 · · · ]                         2 tiles
 
-One call of FlexAttention per kind of tile, then every token picks up its output again. Tokens that decode ride in
-small tiles and read each page once for few rows; prompts ride in large ones, at matrix-multiply speed. Padding
-costs a row that sees nothing. The number of tiles is rounded up to a bucket, so that the compiled kernels meet a
-handful of shapes and never another.
+FlexAttention is called once per kind of tile. The outputs are then put back into the order of the tokens. Decodes use
+small tiles, in which each page is read for few query rows. Prompts use large tiles, at matrix-multiply speed. A padding
+query sees nothing. The number of tiles is rounded up to a bucket, so that the compiled kernels get only a few shapes.
 
-Decodes whose sequences share many pages may be packed into tiles together, in the layers of the widest window only: see
+Decodes whose sequences share many pages may be packed into common tiles, only in the layers of the widest window: see
 `cascade.py`.
 
 Dimensions, here and in every trailing comment of the package: T tokens in the step, C chunks in the step, W tokens
-whose logits are wanted, H query heads, K kv heads, G = H / K query heads per kv head, D head dim, V vocabulary, P
+whose logits are computed, H query heads, K kv heads, G = H / K query heads per kv head, D head dim, V vocabulary, P
 physical pages, N logical pages of a row, L tile_len.
 """
 
@@ -42,7 +42,7 @@ from flex_nano_vllm.transfer import upload
 
 @dataclass(frozen=True)
 class TileKind:
-    """Tiles of `tile_len` tokens, whose number is rounded up to one of `buckets` (None: not rounded)."""
+    """Tiles of `tile_len` tokens. Their number is rounded up to one of `buckets` (None: no rounding)."""
 
     tile_len: int
     buckets: tuple[int, ...] | None
@@ -53,17 +53,17 @@ class TileKind:
 
 @dataclass(frozen=True)
 class TileLayout:
-    """How steps are cut for attention: fixed for the life of an engine.
+    """How steps are cut into tiles for attention. Fixed for the lifetime of an engine.
 
     Args:
-        kinds: by ascending `tile_len`.
+        kinds: in ascending order of `tile_len`.
         num_kv_heads: K.
-        group_size: G; the heads of a group share their keys, so they are folded into the rows of a query block.
-        windows: of the layers, each once; None for full attention.
-        last_window: of the last layer.
-        whole_pool: attention is always handed the whole pool, so that its shape never changes; otherwise only the
-            part in use (the uncompiled FlexAttention looks at every slot it is handed).
-        cascade: when decodes share tiles, None: never.
+        group_size: G; the heads of a group share their keys, so they become rows of one query block.
+        windows: the distinct windows of the layers; None for full attention.
+        last_window: the window of the last layer.
+        whole_pool: attention always receives the whole pool, so that its shape never changes. If False, it receives
+            only the used part, because uncompiled FlexAttention evaluates every slot that it receives.
+        cascade: the rule for packing decodes into common tiles; None: they are never packed.
     """
 
     kinds: tuple[TileKind, ...]
@@ -79,7 +79,7 @@ class TileLayout:
         return max(self.windows, key=lambda window: window or math.inf)
 
     def kind_index(self, chunk_len: int) -> int:
-        """The smallest kind of tile that holds the chunk, or the largest kind there is."""
+        """Return the index of the smallest kind of tile that holds the chunk, or of the largest kind if none does."""
         return next((i for i, kind in enumerate(self.kinds) if chunk_len <= kind.tile_len), len(self.kinds) - 1)
 
 
@@ -87,25 +87,28 @@ class TileLayout:
 class Cut:
     """All tiles of one kind in a step, on the host."""
 
-    tokens: np.ndarray  # [tiles, L] of the step, -1 where padded
-    rows: np.ndarray  # [tiles] of the page table, 0 where padded; or [tiles, L], of packed decodes
+    tokens: np.ndarray  # [tiles, L] index of each token in the step, -1 for padding
+    rows: np.ndarray  # [tiles] page-table row of each tile, 0 for padding; [tiles, L] for packed decodes
     packed: PackedDecodes | None = None
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """The same on the device."""
+    """All tiles of one kind in a step, on the device."""
 
-    query_rows: Tensor  # [tiles, K, L * G] int64, token * H + head of each query; token 0 where padded
-    block_masks: dict[int | None, BlockMask]  # physical, by the window of the layer
+    query_rows: Tensor  # [tiles, K, L * G] int64, token * H + head of each query; token 0 for padding
+    block_masks: dict[int | None, BlockMask]  # physical masks, by the window of the layer
 
 
 @dataclass(frozen=True)
 class TiledQueries:
-    """Queries on their way into FlexAttention and back: of all T tokens of a step, or the W whose logits are wanted."""
+    """Tiles of queries, and the indices of their outputs.
 
-    tiles: tuple[Tiles, ...]  # of each kind in use
-    output_rows: Tensor  # [T, H] int64, where each head's output stands in the concatenated rows of the tiles
+    The queries are those of all T tokens of a step, or of the W tokens whose logits are computed.
+    """
+
+    tiles: tuple[Tiles, ...]  # one entry for each kind in use
+    output_rows: Tensor  # [T, H] int64, index of each output in the concatenated query rows of all tiles
 
     @classmethod
     def build(
@@ -116,7 +119,7 @@ class TiledQueries:
         kv: KVManager,
         layout: TileLayout,
     ) -> "TiledQueries":
-        """Bring tiles to the device, with a mask for each of the windows. `positions` [T] are those of the queries."""
+        """Upload tiles, with a mask for each of the windows. `positions` [T] are the positions of the queries."""
         query_rows, output_rows = _rows([cut.tokens for cut in cuts], len(positions), layout)
         output_rows, *uploaded = upload([output_rows, *query_rows, *(cut.rows for cut in cuts)], kv.device)
         tiles = []
@@ -138,15 +141,15 @@ class TiledQueries:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One step as tensors on the device, complete when built, and never changed."""
+    """One step as tensors on the device. Complete when built, and never changed."""
 
     input_ids: Tensor  # [1, T] int64
     position_ids: Tensor  # [1, T] int64, 0-based
-    slots: dict[int | None, Tensor]  # [T] int64 by the window of the layer, where each token's keys and values go
-    chunk_ends: Tensor  # [C] int64, the last token of each chunk
-    logits_indices: Tensor  # [W] int64, tokens whose logits are wanted: the ends, and in some chunks tokens before it
+    slots: dict[int | None, Tensor]  # [T] int64 slot of each token, by the window of the layer
+    chunk_ends: Tensor  # [C] int64, index of the last token of each chunk
+    logits_indices: Tensor  # [W] int64, tokens whose logits are computed: chunk ends, and more for prompt logprobs
     queries: dict[int | None, TiledQueries]  # by the window of the layer
-    end_queries: TiledQueries  # of `logits_indices`, all that the last layer attends with
+    end_queries: TiledQueries  # for `logits_indices`, the only queries of the last layer
 
     @property
     def num_tokens(self) -> int:
@@ -156,9 +159,10 @@ class StepBatch:
     def build(
         cls, chunks: list[Chunk], kv: KVManager, layout: TileLayout, packed: PackedDecodes | None = None
     ) -> "StepBatch":
-        """Pack chunks whose pages are reserved. Host work is numpy over whole arrays, uploaded in a few transfers.
+        """Build the step of chunks whose pages are reserved.
 
-        `packed` decodes share their tiles in the layers of the widest window.
+        The host computes with numpy on whole arrays, and uploads them in a few transfers. `packed` decodes share tiles
+        in the layers of the widest window.
         """
         kv.sync()
         starts, lengths = np.array([(chunk.start, chunk.length) for chunk in chunks]).T
@@ -189,7 +193,7 @@ class StepBatch:
 
 
 def pack_decodes(chunks: list[Chunk], kv: KVManager, layout: TileLayout) -> PackedDecodes | None:
-    """The way in which a step's decodes should share tiles in the layers of the widest window, if they should."""
+    """Return how the decodes of a step share tiles in the layers of the widest window; None if they should not."""
     if layout.cascade is None or any(chunk.length > 1 for chunk in chunks):
         return None
     rows, positions = np.array([(chunk.sequence.row, chunk.start) for chunk in chunks]).T
@@ -198,8 +202,8 @@ def pack_decodes(chunks: list[Chunk], kv: KVManager, layout: TileLayout) -> Pack
 
 
 def cut_into_tiles(rows: np.ndarray, lengths: np.ndarray, layout: TileLayout) -> list[Cut]:
-    """Cut chunks, in the order of their tokens in the step, given their page-table rows and lengths (both [C])."""
-    firsts = np.cumsum(lengths) - lengths  # each chunk's first token
+    """Cut chunks into tiles, given their page-table rows and lengths (both [C], in the order of the step)."""
+    firsts = np.cumsum(lengths) - lengths  # [C] index of the first token of each chunk
     kind_of_chunk = np.array([layout.kind_index(length) for length in lengths])
     cuts = []
     for index in np.unique(kind_of_chunk):
@@ -209,19 +213,23 @@ def cut_into_tiles(rows: np.ndarray, lengths: np.ndarray, layout: TileLayout) ->
 
 
 def cut_packed(rows: np.ndarray, packed: PackedDecodes, layout: TileLayout) -> Cut:
-    """Packed decodes of a step, [C], in tiles. Chunks in none of them are padding: their output is anybody's."""
+    """Return the tiles of packed decodes, given the page-table rows [C] of the chunks.
+
+    Chunks in none of the tiles are padding. Their output is undefined.
+    """
     packed = packed.padded(layout.cascade.num_tiles)
     return Cut(packed.members, np.where(packed.members < 0, 0, rows[packed.members]), packed)
 
 
 def _rows(tiles: list[np.ndarray], num_tokens: int, layout: TileLayout) -> tuple[list[np.ndarray], np.ndarray]:
-    """The way of queries into tiles and of outputs back.
+    """Return the indices that put queries into tiles, and those that put outputs back into the order of the tokens.
 
     Args:
-        tiles: for each kind, the tokens of its tiles, [tiles, L] with -1 where padded.
+        tiles: for each kind, the tokens of its tiles, [tiles, L] with -1 for padding.
     Returns:
-        For each kind `query_rows` [tiles, K, L * G], rows of the step's queries seen as [T * H, D]; and `output_rows`
-        [T, H], rows of the outputs of all tiles, each kind's [tiles, K, L * G, D] seen as [tiles * K * L * G, D].
+        `query_rows` for each kind, [tiles, K, L * G]: indices into the queries of the step, viewed as [T * H, D].
+        `output_rows` [T, H]: indices into the concatenated outputs of all tiles. The outputs of each kind,
+        [tiles, K, L * G, D], are viewed as [tiles * K * L * G, D].
     """
     heads = np.arange(layout.num_kv_heads * layout.group_size).reshape(layout.num_kv_heads, 1, layout.group_size)
     query_rows, output_rows, num_rows = [], np.zeros((num_tokens, heads.size), dtype=np.int64), 0
@@ -236,10 +244,10 @@ def _rows(tiles: list[np.ndarray], num_tokens: int, layout: TileLayout) -> tuple
 
 
 def _cut(kind: TileKind, rows: np.ndarray, firsts: np.ndarray, lengths: np.ndarray) -> Cut:
-    """Cut chunks (page-table row, first token in the step, length) into tiles of one kind."""
+    """Cut chunks, given by page-table row, index of the first token and length, into tiles of one kind."""
     tiles_per_chunk = cdiv(lengths, kind.tile_len)
     num_tiles = tiles_per_chunk.sum()
-    chunk = np.repeat(np.arange(len(lengths)), tiles_per_chunk)  # [tiles] the chunk of each tile
+    chunk = np.repeat(np.arange(len(lengths)), tiles_per_chunk)  # [tiles] chunk of each tile
     number = np.arange(num_tiles) - np.repeat(np.cumsum(tiles_per_chunk) - tiles_per_chunk, tiles_per_chunk)
     offset = number[:, None] * kind.tile_len + np.arange(kind.tile_len)  # [tiles, L] within the chunk
     num_padded = kind.num_padded_tiles(num_tiles)
@@ -251,34 +259,34 @@ def _cut(kind: TileKind, rows: np.ndarray, firsts: np.ndarray, lengths: np.ndarr
 
 
 def logical_block_mask(q_pos: np.ndarray, window: int | None, group_size: int, kv: KVManager) -> BlockMask:
-    """The mask of a step in logical positions: which logical pages each tile needs, and the layer's mask_mod.
+    """Return the mask of a step in logical positions: the logical pages of each tile, and the mask_mod of the layer.
 
-    Built from first and last position of each tile, on the host, and uploaded: O(tiles x N) small integers, where
-    `create_block_mask` would evaluate the mask for every query and every slot of the pool.
+    The host builds the lists of pages from the first and last position of each tile, and uploads O(tiles x N) small
+    integers. `create_block_mask` would evaluate the mask for every query and every slot of the pool.
 
     Args:
-        q_pos: [tiles, L], position of each query in its sequence; -1 where padded, which sees nothing.
-        window: the layer's sliding window, None for full attention.
-        group_size: G; a tile has L * G rows, G consecutive ones for each token.
-        kv: for the page size and N.
+        q_pos: [tiles, L], position of each query in its sequence; -1 for padding, which sees nothing.
+        window: the sliding window of the layer, None for full attention.
+        group_size: G; a tile has L * G query rows, G consecutive ones for each token.
+        kv: gives the page size and N.
     """
     page_size, max_pages = kv.geometry.page_size, kv.geometry.max_pages_per_row
     tile_len = q_pos.shape[1]
-    first, last = q_pos[:, :1], q_pos.max(axis=1, keepdims=True)  # [tiles, 1]; -1 for padding: no page is needed
+    first, last = q_pos[:, :1], q_pos.max(axis=1, keepdims=True)  # [tiles, 1]; -1 for padding, which needs no pages
     first_page, end_page, first_full, end_full = visible_pages(first, last, window, page_size)
     num_pages = end_page - first_page
-    # Pages that all queries of a tile see whole: there the kernel need not evaluate mask_mod for every single score.
+    # Full pages, on which the kernel does not evaluate mask_mod
     num_full = np.maximum(end_full - first_full, 0)
     steps = np.arange(max_pages)
     partial_pages = first_page + steps
     partial_pages += np.where(partial_pages >= first_full, num_full, 0)
     full_pages = first_full + steps
-    last_page = max_pages - 1  # past its end a list is never visited, but translated
+    last_page = max_pages - 1  # entries past the end of a list are never visited, but are translated
     arrays = [num_pages - num_full, partial_pages.clip(max=last_page), num_full, full_pages.clip(max=last_page)]
     uploaded = upload([*arrays, q_pos], kv.device, np.int32)
     num_partial, partial_pages, num_full, full_pages, q_pos = uploaded
     return BlockMask.from_kv_blocks(
-        num_partial[:, None],  # [tiles, 1, 1]: of all heads, one block of queries
+        num_partial[:, None],  # [tiles, 1, 1]: for all heads, one query block
         partial_pages[:, None, None],  # [tiles, 1, 1, N]
         num_full[:, None],
         full_pages[:, None, None],

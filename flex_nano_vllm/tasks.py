@@ -1,7 +1,7 @@
-"""Questions with one right answer, drawn from a seeded grammar: what a tiny model can be taught.
+"""Questions with one right answer that a tiny model can learn, drawn by a seeded random generator.
 
-Every task makes a prompt and its answer from a random generator. A hash of the prompt says whether a question is held
-out, so training and evaluation need no lists of each other. Knows only the standard library.
+Every task draws a prompt and its answer. A hash of the prompt determines whether a question is held out, so training
+and evaluation need no lists of each other's questions. Uses only the standard library.
 """
 
 import hashlib
@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 HELD_OUT_SHARE = 1 / 8
-# The first under which every single answer can be learned: of a fact of the known lists, never all three forms of its
-# question are held out, of a list's neighbours (and the few months or primes after one) never more than one form, and
-# the first two steps into a list are not.
+# The first salt with which every answer can be learned. At most two of the three wordings of a question about a fact of
+# a known list are held out. For neighbours in a list (and for the few months or primes after one), at most one wording
+# is held out. Prompts that show only the first one or two items of a list, to be continued, are never held out.
 SALT = 117617
 
-# More of each than a list of pairs can hold, so that no key comes twice.
+# Each list is longer than the longest list of pairs, so that no name or thing occurs twice.
 NAMES = """Adam Alice Amir Anna Arthur Ben Bella Boris Carla Carl Chloe Clara Cora Dan Daisy David Diana Dora Edgar Ella
 Elias Emil Emma Eric Eva Felix Fiona Flora Frank Fred Gina George Grace Greta Gus Hanna Harry Heidi Helen Henry Hugo Ida
 Igor Ines Iris Isaac Ivan Jack Jane Jasper Jill Joan Joel John Julia Karen Karl Kate Kevin Kim Lara Laura Lea Leo Lily
@@ -35,7 +35,7 @@ window""".split()
 MONTHS = "January February March April May June July August September October November December".split()
 WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 LETTERS = [chr(ord("A") + i) for i in range(26)]
-# How a known list is asked about: every fact in three ways.
+# Questions about a known list: three wordings of every fact
 FORMS = {
     "piece": [
         "List the {kind}s from {first} to {last}.",
@@ -63,7 +63,7 @@ PRIMES = "2 3 5 7 11 13 17 19 23 29 31 37 41 43 47 53 59 61 67 71".split()
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt and the only right answer to it, without blanks around either."""
+    """A prompt and its only right answer, both without surrounding blanks."""
 
     task: str
     prompt: str
@@ -71,22 +71,25 @@ class Question:
 
     @property
     def separator(self) -> str:
-        """What stands between prompt and answer in a bare text: a sentence goes on, a question gets a line below."""
+        """The separator of prompt and answer in text without a chat template.
+
+        It is a newline after a question mark or a full stop. Otherwise the answer continues the sentence after a blank.
+        """
         return "\n" if self.prompt[-1] in "?." else " "
 
     @property
     def held_out(self) -> bool:
-        """Whether the question is kept from training: decided by its prompt alone."""
+        """Whether the question is excluded from training. Depends only on its prompt."""
         first = int.from_bytes(hashlib.sha256(f"{SALT}:{self.prompt}".encode()).digest()[:4], "big")
         return first < HELD_OUT_SHARE * 2**32
 
 
 def _known_list(items: list[str], heading: str, kind: str) -> Callable[[random.Random], tuple[str, str]]:
-    """Questions about a list that one knows by heart: go on with it, cut a piece out of it, name neighbours."""
+    """Return a function that draws questions about a memorized list: continue it, list a part, name neighbours."""
 
     def draw(rng: random.Random) -> tuple[str, str]:
         form = rng.choice(["go on", *FORMS])
-        i = rng.randrange(1, len(items) - (form == "few"))  # a few are at least two
+        i = rng.randrange(1, len(items) - (form == "few"))  # "few" needs at least two following items
         if form == "go on":
             return f"{heading}: {', '.join(items[:i])},", f"{', '.join(items[i:])}."
         if form == "piece":
@@ -126,15 +129,16 @@ def _reversing(rng: random.Random) -> tuple[str, str]:
 
 
 def draw_pairs(rng: random.Random, num_pairs: int) -> dict[str, str]:
-    """People with one thing each."""
+    """Draw names with one thing each."""
     return dict(zip(rng.sample(NAMES, num_pairs), rng.sample(THINGS, num_pairs)))
 
 
 def lookup(pairs: dict[str, str], asked: list[str]) -> tuple[str, str]:
-    """All pairs, a line of three tokens each in the tiny model's vocabulary, and a question for some of them.
+    """Return a prompt with all pairs and a question about some of them, and the answer.
 
-    The answer is in lines of the list: the model says a name, and then looks up what followed it. A name begins a line
-    in both, and so is the same token (after a blank it would be another one).
+    A pair is one line, which is three tokens in the tiny model's vocabulary. The answer consists of lines of the list:
+    the model writes a name, and then looks up the thing after that name. A name begins a line in the list and in the
+    answer, so it is the same token in both (after a blank it would be another token).
     """
     told = "\n".join(f"{name} {thing}" for name, thing in pairs.items())
     answer = "\n".join(f"{name} {pairs[name]}" for name in asked)
@@ -147,7 +151,7 @@ def _lookup(rng: random.Random) -> tuple[str, str]:
 
 
 def _long_lookup(rng: random.Random) -> tuple[str, str]:
-    """The pair asked for has 64 to 100 pairs behind it: 192 tokens and more, three times a window of 64."""
+    """Draw a lookup with 64 to 100 pairs after the requested pair: at least 192 tokens, three times a window of 64."""
     num_behind = rng.randint(64, 100)
     pairs = draw_pairs(rng, rng.randint(num_behind + 1, 110))
     return lookup(pairs, [list(pairs)[-1 - num_behind]])
@@ -186,7 +190,7 @@ TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
 
 
 def draw_question(task: str, rng: random.Random, held_out: bool) -> Question:
-    """A question of a task, from the held-out ones or from the others."""
+    """Draw a question of a task, from its held-out questions or from the others."""
     while True:
         question = Question(task, *TASKS[task](rng))
         if question.held_out == held_out:
@@ -194,8 +198,8 @@ def draw_question(task: str, rng: random.Random, held_out: bool) -> Question:
 
 
 def held_out_questions(task: str, num: int, seed: int) -> list[Question]:
-    """Up to `num` different held-out questions: all of them where a task has fewer."""
-    rng = random.Random(f"{seed}:{task}")  # a text seeds it the same in every process
+    """Return up to `num` different held-out questions; fewer if 20 * num draws do not find as many."""
+    rng = random.Random(f"{seed}:{task}")  # a string seed gives the same numbers in every process
     questions: dict[Question, None] = {}  # in the order drawn
     for _ in range(20 * num):
         questions[draw_question(task, rng, held_out=True)] = None
@@ -205,7 +209,7 @@ def held_out_questions(task: str, num: int, seed: int) -> list[Question]:
 
 
 def prompt_text(question: Question, chat_tokenizer: object | None = None) -> str:
-    """The question as the model reads it: bare, or as a user's turn when a tokenizer with a chat template is given."""
+    """Return the prompt as the model reads it: bare, or as a user turn if a tokenizer with a chat template is given."""
     if chat_tokenizer is None:
         return question.prompt
     messages = [{"role": "user", "content": question.prompt}]
@@ -213,5 +217,5 @@ def prompt_text(question: Question, chat_tokenizer: object | None = None) -> str
 
 
 def is_right(question: Question, text: str) -> bool:
-    """Whether a completion is the answer, and nothing else."""
+    """Return whether a completion is exactly the answer, except for surrounding whitespace."""
     return text.strip() == question.answer

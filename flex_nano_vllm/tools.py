@@ -1,4 +1,5 @@
-"""Tool calls: how models write them, the grammar of a valid one, and how to find them in an output. Knows no HTTP.
+"""Tool calls: the forms in which models write them, the grammar of valid calls, and a parser that finds calls in an
+output. Independent of HTTP.
 
 tools ─► the model's chat template ─► the model writes   <tool_call>
       ─► a grammar of valid calls                        {"name": "add", "arguments": {"a": 1, "b": 2}}
@@ -14,24 +15,24 @@ from typing import Any, NamedTuple
 
 from flex_nano_vllm.grammar import MAX_SCHEMA_BYTES, check_schema, json_rule
 
-MAX_CALLS = 16  # in one answer
+MAX_CALLS = 16  # in one output
 MAX_TOOLS = 128  # OpenAI's limit
 
 
 @dataclass(frozen=True)
 class CallForm:
-    """How a family of models writes calls."""
+    """The form in which a family of models writes tool calls."""
 
-    marker: str  # what a chat template of the family contains
-    begin: str  # of each call
-    end: str
+    marker: str  # text that the chat templates of the family contain
+    begin: str  # before each call
+    end: str  # after each call
     opening: str  # before the first call
-    between: str
-    closing: str
-    arguments: str  # the key of a call's arguments
+    between: str  # between two calls
+    closing: str  # after the last call
+    arguments: str  # JSON key of a call's arguments
 
 
-# The first whose marker is in the chat template.
+# The first form whose marker is in the chat template is used.
 CALL_FORMS = (
     CallForm("<tool_call>", "<tool_call>\n", "\n</tool_call>", "", "\n", "", "arguments"),  # Hermes, Qwen, tiny-gemma2
     CallForm("[TOOL_CALLS]", "", "", "[", ", ", "]", "arguments"),  # Mistral; the marker is a special token
@@ -40,7 +41,7 @@ CALL_FORMS = (
 
 
 def call_form(chat_template: str) -> CallForm:
-    """The form of the model that a chat template belongs to."""
+    """Return the form of tool calls for a chat template."""
     return next(form for form in CALL_FORMS if form.marker in chat_template)
 
 
@@ -52,17 +53,19 @@ def tools_grammar(
     otherwise: str | None = None,
     max_string_len: int | None = None,
 ) -> str | None:
-    """The grammar of outputs whose calls are valid, in llguidance's Lark.
+    """Return the grammar of outputs whose calls are valid, in llguidance's Lark syntax.
 
     Args:
-        tools: JSON schemas of the arguments, by the names of the tools.
-        is_required: the output is one call or more. Otherwise it may be text, with calls where the model begins one;
-            None if calls begin with no sign of their own, so that text cannot be told from a call that is not valid.
-        max_calls: in one output.
-        otherwise: the right side of a rule for an output without calls, instead of any text.
+        tools: JSON schemas of the arguments, by tool name.
+        is_required: the output must be one call or more. If False, outputs without calls are allowed too.
+        max_calls: maximum number of calls in one output.
+        otherwise: right side of a grammar rule for outputs without calls. None allows any text, which calls may follow.
         max_string_len: see `grammar.bounded`.
+    Returns:
+        The grammar. None if calls are optional, `otherwise` is None and `form.begin` is empty: an invalid call could
+        not be distinguished from text.
     Raises:
-        ValueError: for a schema that is malformed or too large, alone or together with the other ones.
+        ValueError: a schema is malformed or too large, alone or together with the other schemas.
     """
     if not is_required and not form.begin and otherwise is None:
         return None
@@ -85,7 +88,7 @@ def tools_grammar(
         return "\n".join([f"start: {calls}", *rules])
     if otherwise is not None:
         return "\n".join([f"start: {calls} | otherwise", f"otherwise: {otherwise}", *rules])
-    # Lazy: as soon as a call begins, there is no way back to text.
+    # Lazy: after the begin of a call, the output cannot return to text.
     start = "start: TEXT | text_and_begin tool_and_end"
     rules += [
         f"text_and_begin[lazy]: TEXT {begin}",
@@ -96,11 +99,11 @@ def tools_grammar(
 
 
 def check_tools(tools: dict[str, dict]) -> None:
-    """Raises ValueError for schemas that together are larger than one schema may be."""
+    """Raise ValueError if all schemas together exceed the limits of a single schema."""
     try:
         size = len(json.dumps(tools, ensure_ascii=False).encode())
         if size > MAX_SCHEMA_BYTES:
-            raise ValueError(f"their schemas have {size} bytes, more than the {MAX_SCHEMA_BYTES} allowed")
+            raise ValueError(f"their schemas have {size} bytes, more than the limit of {MAX_SCHEMA_BYTES}")
         check_schema({"properties": tools})
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"all tools together: {error}") from error
@@ -109,7 +112,7 @@ def check_tools(tools: dict[str, dict]) -> None:
 def culprit(
     form: CallForm, tools: dict[str, dict], compile_rule: Callable[[str], object]
 ) -> tuple[str, ValueError] | None:
-    """The first tool whose schema cannot be compiled, and why."""
+    """Return the first tool whose schema cannot be compiled, with the error; None if all schemas compile."""
     for name, schema in tools.items():
         try:
             compile_rule(json_rule(_call_schema(form, name, schema), is_for_tools=True))
@@ -119,10 +122,13 @@ def culprit(
 
 
 def _call_schema(form: CallForm, name: str, schema: dict) -> dict:
-    """The schema of a whole call. References of a tool's schema are to definitions at its root."""
+    """Return the schema of a whole call.
+
+    The definitions of the tool's schema move to the root, because its references are relative to the root.
+    """
     if schema.get("type", "object") != "object":
-        raise ValueError(f"type {schema['type']!r} is no object")
-    if "x-guidance" in schema:  # llguidance's own options
+        raise ValueError(f"type must be 'object', got {schema['type']!r}")
+    if "x-guidance" in schema:  # options of llguidance
         raise ValueError("x-guidance is not supported")
     definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     arguments = {"type": "object"} | {key: value for key, value in schema.items() if key not in definitions}
@@ -135,13 +141,13 @@ def _quoted(text: str) -> str:
 
 
 class TextPiece(NamedTuple):
-    """Text of an answer that is no part of a call."""
+    """Text of an output outside of calls."""
 
     text: str
 
 
 class CallStart(NamedTuple):
-    """The name of call number `index` of an answer."""
+    """The start of call number `index` of an output, with the name of the tool."""
 
     index: int
     name: str
@@ -156,31 +162,32 @@ class CallArguments(NamedTuple):
 
 Piece = TextPiece | CallStart | CallArguments
 
-# What comes before the arguments of a call. Llama writes a type at times, and takes either key.
+# The JSON of a call before its arguments. Llama models sometimes write a type, and use either key for the arguments.
 _HEAD = re.compile(
     r'\s*\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"(?P<name>[^"\\]*)"\s*,'
     r'\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
 )
-MAX_HEAD_LEN = 256  # characters: what has no head of a call in them is text
+MAX_HEAD_LEN = 256  # characters; output without the head of a call within this length is text
 
 
 class CallParser:
-    """Finds the calls of known tools in an output, in whatever pieces the text comes.
+    """Finds the calls of known tools in an output that arrives in pieces of any size.
 
-    What only looks like a call stays text: an unknown name, JSON without a name. White space around calls is dropped.
+    Text that only looks like a call stays text: a call with an unknown name, or JSON without a name. Whitespace around
+    calls is dropped.
     """
 
     def __init__(self, form: CallForm, names: set[str], max_calls: int = MAX_CALLS):
         self.form, self.names, self.max_calls = form, names, max_calls
         self.num_calls = 0
         self._begin, self._end = form.begin.strip(), form.end.strip()
-        self._take = self._text  # what the next characters are part of
+        self._take = self._text  # the method that parses the next characters
         self._buffer = ""
         self._has_said = False
-        self._depth, self._in_string, self._is_escaped = 0, False, False  # in the arguments
+        self._depth, self._in_string, self._is_escaped = 0, False, False  # within the arguments
 
     def feed(self, text: str, is_complete: bool = False) -> list[Piece]:
-        """The pieces that are certain with more text. `is_complete`: nothing follows."""
+        """Take more text and return the pieces that are final. `is_complete`: no more text follows."""
         self._buffer += text
         pieces: list[Piece] = []
         while True:
@@ -196,14 +203,14 @@ class CallParser:
                 self._take, certain = self._head, len(self._buffer[:start].rstrip())
                 return self._say(self._buffer[:certain], certain)
             certain = len(self._buffer) - _overlap(self._buffer, self._begin)
-        else:  # calls are all that an output has
+        else:  # an output is either calls or text
             if self._buffer.lstrip()[:1] in ("{", "[") and not self._has_said:
                 self._take = self._head
                 return []
             certain = len(self._buffer)
         if is_complete:
             return self._say(self._buffer.rstrip() if self.num_calls else self._buffer, len(self._buffer))
-        certain = len(self._buffer[:certain].rstrip())  # a call may follow
+        certain = len(self._buffer[:certain].rstrip())  # whitespace is dropped if a call follows
         return self._say(self._buffer[:certain], certain)
 
     def _head(self, is_complete: bool) -> list[Piece]:
@@ -243,26 +250,26 @@ class CallParser:
         match = re.match(rf"\s*\}}\s*{re.escape(self._end)}\s*{separator}", self._buffer)
         if match and (match.end() < len(self._buffer) or is_complete):
             self._take, self._buffer = self._text, self._buffer[match.end() :]
-        elif is_complete and f"}}\n{self._end}".startswith(self._buffer.strip()):  # cut off
+        elif is_complete and f"}}\n{self._end}".startswith(self._buffer.strip()):  # cut off within the end of a call
             self._take, self._buffer = self._text, ""
-        elif is_complete or len(self._buffer) > MAX_HEAD_LEN:  # something else than the end of a call
+        elif is_complete or len(self._buffer) > MAX_HEAD_LEN:  # not the end of a call
             self._take = self._text
         return []
 
     def _say(self, text: str, length: int) -> list[Piece]:
-        """Take `length` characters from the buffer, and say `text` of them."""
+        """Remove `length` characters from the buffer and return `text`, the part of them to emit."""
         self._buffer = self._buffer[length:]
         self._has_said |= bool(text.strip())
         return [TextPiece(text)] if text else []
 
 
 def _overlap(text: str, begin: str) -> int:
-    """How many of the last characters of a text may be the first ones of `begin`."""
+    """Return how many of the last characters of a text may be the start of `begin`."""
     return next((n for n in range(min(len(text), len(begin) - 1), 0, -1) if text.endswith(begin[:n])), 0)
 
 
 def _joined(pieces: list[Piece]) -> list[Piece]:
-    """Neighbours of one kind as one piece."""
+    """Merge neighbouring text pieces, and neighbouring argument pieces of the same call."""
     joined: list[Piece] = []
     for piece in pieces:
         last = joined[-1] if joined else None
@@ -274,6 +281,6 @@ def _joined(pieces: list[Piece]) -> list[Piece]:
 
 
 def tool_schemas(tools: list[dict[str, Any]]) -> dict[str, dict]:
-    """The schemas of the arguments by the names of the tools, given in OpenAI's form."""
+    """Return the schemas of the arguments by tool name, for tools in OpenAI's form."""
     empty = {"type": "object", "properties": {}, "additionalProperties": False}
     return {tool["function"]["name"]: tool["function"].get("parameters") or empty for tool in tools}

@@ -1,12 +1,12 @@
-"""What one token stands for in a text: its bytes and its name. Knows no model and no request.
+"""The bytes and the name of a token in a text. Independent of models and requests.
 
-Everything that is said about the place of a token in a text is derived from its bytes: the text of an output, the
-offsets and `bytes` of its log-probabilities, where a stop string ends. So they cannot disagree.
+The bytes of tokens determine the text of an output, the offsets and `bytes` of its log-probabilities, and the position
+where a stop string ends. Therefore these cannot disagree.
 
-    Llama-2      "▁fox"      b" fox"   (b"fox" where it begins a text: the decoder drops one space)
+    Llama-2      "▁fox"      b" fox"   (b"fox" at the beginning of a text: the decoder drops one space)
     Gemma        "<0xF0>"    b"\\xf0"   (the first byte of an emoji)
     GPT-2, Qwen  "Ġfox"      b" fox"
-    all          "<eos>"     b"<eos>", or b"" where special tokens are skipped
+    all          "<eos>"     b"<eos>", or b"" if special tokens are skipped
 """
 
 import codecs
@@ -17,40 +17,42 @@ from collections.abc import Sequence as SequenceOf
 
 from transformers import PreTrainedTokenizerBase
 
-MAX_DRIFT = 3  # characters that a tokenizer may have taken from a text or added to it, such as spaces
-REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not UTF-8
-# By tokenizer: (token id, skip_special_tokens, begins_text) to bytes.
+MAX_DRIFT = 3  # characters that a tokenizer may remove from a text or add to it, such as spaces
+REPLACEMENT = "\ufffd"  # written by a decoder for bytes that are not UTF-8
+# By tokenizer: (token id, skip_special_tokens, begins_text) to bytes
 _known: "weakref.WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[int, bool, bool], bytes]]"
 _known = weakref.WeakKeyDictionary()
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], skip_special_tokens: bool) -> str:
-    """The text of tokens by the tokenizer. `clean_up_tokenization_spaces`, which some tokenizers have switched on, was
-    made for English word pieces and removes spaces from code."""
+    """Decode tokens with the tokenizer, without `clean_up_tokenization_spaces`.
+
+    Some tokenizers enable this option. It was made for English word pieces and removes spaces from code.
+    """
     return tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
 
 
 def token_bytes(
     tokenizer: PreTrainedTokenizerBase, token_id: int, skip_special_tokens: bool, begins_text: bool = False
 ) -> bytes:
-    """The UTF-8 bytes that a token adds to a text.
+    """Return the UTF-8 bytes that a token adds to a text.
 
     Args:
-        skip_special_tokens: a special token then adds nothing.
-        begins_text: no token before this one has text of its own. Some decoders then drop a leading space.
+        skip_special_tokens: special tokens add nothing.
+        begins_text: no token before this one has text. Some decoders then drop a leading space.
     """
     known = _known.setdefault(tokenizer, {})
     key = token_id, skip_special_tokens, begins_text
     if key not in known:
         text = _token_bytes(tokenizer, *key)
         if not text and tokenizer.convert_ids_to_tokens(token_id) is None:
-            return b""  # beyond the vocabulary; not remembered, because tokens can be added to it later
+            return b""  # id outside the vocabulary; not cached, because tokens can be added later
         known[key] = text
     return known[key]
 
 
 def has_text(tokenizer: PreTrainedTokenizerBase, token_id: int, skip_special_tokens: bool) -> bool:
-    """Whether a token adds anything to a text, at its beginning or later."""
+    """Return whether a token adds anything to a text, at its beginning or later."""
     return any(token_bytes(tokenizer, token_id, skip_special_tokens, begins_text) for begins_text in (False, True))
 
 
@@ -58,9 +60,9 @@ def _token_bytes(
     tokenizer: PreTrainedTokenizerBase, token_id: int, skip_special_tokens: bool, begins_text: bool
 ) -> bytes:
     text = alone = decode(tokenizer, [token_id], skip_special_tokens)
-    if not begins_text:  # the second of two, without the first
+    if not begins_text:  # decode the token twice and remove the first copy
         text = decode(tokenizer, [token_id, token_id], skip_special_tokens).removeprefix(alone)
-    if REPLACEMENT in alone + text:  # part of a character: only the name says which bytes
+    if REPLACEMENT in alone + text:  # part of a character: only the token's name contains the bytes
         name = tokenizer.convert_ids_to_tokens(token_id)
         if re.fullmatch("<0x[0-9A-F]{2}>", name):  # byte fallback: Llama, Gemma
             return bytes([int(name[3:5], 16)])
@@ -70,8 +72,11 @@ def _token_bytes(
 
 
 def _byte_of_char() -> dict[str, int]:
-    """GPT-2's alphabet, in which a byte-level vocabulary is written: printable bytes are Latin-1 characters, the other
-    ones, in order, are the characters from 256 on (https://github.com/openai/gpt-2/blob/master/src/encoder.py)."""
+    """Return GPT-2's alphabet, in which byte-level vocabularies are written, as a map from character to byte.
+
+    Printable bytes are Latin-1 characters. The other bytes, in order, are the characters from 256 on
+    (https://github.com/openai/gpt-2/blob/master/src/encoder.py).
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -81,8 +86,10 @@ BYTE_OF_CHAR = _byte_of_char()
 
 
 def token_name(content: bytes) -> str:
-    """How log-probabilities call a token: by its text, or as `bytes:\\xf0\\x9f` (OpenAI's form) where it is part of a
-    character."""
+    """Return the name of a token in log-probabilities.
+
+    The name is the token's text, or `bytes:\\xf0\\x9f` (OpenAI's form) if the token is part of a character.
+    """
     try:
         return content.decode()
     except UnicodeDecodeError:
@@ -90,11 +97,11 @@ def token_name(content: bytes) -> str:
 
 
 class TextWriter:
-    """Turns the tokens of a text into characters, each of them as soon as its last byte is there.
+    """Converts the tokens of a text to characters, each as soon as its last byte is known.
 
     Args:
-        prompt_token_ids: what the text continues. A character that the prompt leaves unfinished belongs to the text.
-        has_own_start: the first token keeps its leading space even if the prompt has no text.
+        prompt_token_ids: the tokens before the text. A character that the prompt leaves unfinished is part of the text.
+        has_own_start: the first token keeps its leading space, even if the prompt has no text.
     """
 
     def __init__(
@@ -116,25 +123,25 @@ class TextWriter:
         self._utf8.decode(end)
 
     def write(self, token_id: int) -> str:
-        """The characters that are complete with one more token."""
+        """Take one token and return the characters that it completes."""
         content = token_bytes(self.tokenizer, token_id, self.skip_special_tokens, self.begins_text)
         if self.begins_text:
             self.begins_text = not has_text(self.tokenizer, token_id, self.skip_special_tokens)
         return self._utf8.decode(content)
 
     def finish(self) -> str:
-        """The sign for a character that stays unfinished, if there is one."""
+        """Return the replacement character for an unfinished last character; "" if the text is complete."""
         return self._utf8.decode(b"", final=True)
 
 
 class OffsetCounter:
-    """Where tokens begin in a text, token by token, from a position on."""
+    """Computes where tokens begin in a text, starting at a position."""
 
     def __init__(self, writer: TextWriter, position: int = 0):
         self.writer, self.position = writer, position
 
     def take(self, token_ids: SequenceOf[int]) -> list[int]:
-        """The offsets of further tokens, in characters."""
+        """Take more tokens and return their offsets in characters."""
         offsets = []
         for token_id in token_ids:
             offsets.append(self.position)
@@ -145,10 +152,10 @@ class OffsetCounter:
 def echo(
     tokenizer: PreTrainedTokenizerBase, prompt: str | None, token_ids: list[int], skip_special_tokens: bool
 ) -> tuple[str, list[int]]:
-    """The text of a prompt and the offset of each of its tokens.
+    """Return the text of a prompt and the offset of each of its tokens.
 
-    A prompt that came as a text is given back as it came. Tokens that are not in it (BOS) have no width. Where a
-    tokenizer normalises what it reads, offsets within the prompt are as near as the widths of its tokens allow.
+    A prompt given as a string is returned unchanged. Tokens that it does not contain (BOS) have no width. If the
+    tokenizer normalizes its input, offsets within the prompt are only as accurate as the widths of its tokens allow.
     """
     writer = TextWriter(tokenizer, skip_special_tokens or prompt is not None)
     if prompt is None:
@@ -158,7 +165,8 @@ def echo(
     for token_id in token_ids:
         piece, start = writer.write(token_id), position
         name = tokenizer.convert_ids_to_tokens(token_id)
-        if name and not has_text(tokenizer, token_id, skip_special_tokens=True):  # a special token, written or added
+        # A special token is in the prompt or was added by the tokenizer.
+        if name and not has_text(tokenizer, token_id, skip_special_tokens=True):
             last = position and position + MAX_DRIFT
             found = prompt.find(name, max(0, position - MAX_DRIFT), last + len(name))
             piece, start = ("", position) if found < 0 else (name, max(found, offsets[-1] if offsets else 0))

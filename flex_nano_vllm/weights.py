@@ -1,4 +1,4 @@
-"""Whether a model's weights are still those that cached pages were computed with. Knows no engine."""
+"""Detects changes of a model's weights, after which cached pages are invalid. Independent of the engine."""
 
 from typing import Any
 
@@ -7,11 +7,13 @@ from torch import nn
 
 
 class WeightsWatch:
-    """Notices changes of a model between two looks: parameters written to (`load_state_dict`, an optimizer's step) or
-    replaced, modules exchanged, and PEFT's adapters switched, exchanged or scaled.
+    """Detects changes of a model between two checks.
 
-    A look costs about a microsecond a parameter. It does not see writes through `.data` or to buffers, parameters that
-    were made in inference mode, or forward hooks.
+    It detects parameters that were written to (`load_state_dict`, an optimizer step) or replaced, modules that were
+    replaced, and PEFT adapters that were enabled, disabled, exchanged or scaled.
+
+    A check costs about a microsecond per parameter. It does not detect writes through `.data` or to buffers, writes to
+    parameters that were created in inference mode, or forward hooks.
     """
 
     def __init__(self, model: nn.Module):
@@ -19,7 +21,7 @@ class WeightsWatch:
         self._remember()
 
     def has_changed(self) -> bool:
-        """Whether there has been a change since the last look."""
+        """Return whether the model has changed since the last check."""
         if self._look() == self._seen:
             return False
         self._remember()

@@ -1,11 +1,11 @@
-"""The benchmark's work: the same requests for every engine, on every machine. Knows only the standard library."""
+"""The benchmark's workload: the same requests for every engine on every machine. Uses only the standard library."""
 
 import hashlib
 import json
 import random
 from dataclasses import dataclass, field
 
-TOKEN_IDS = range(5, 259)  # ordinary tokens of every vocabulary: in that of tiny-gemma2 five special ones come before
+TOKEN_IDS = range(5, 259)  # ordinary tokens of every vocabulary; tiny-gemma2 has five special tokens before them
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ def make_workload(
     token_ids: range,
     seed: int,
 ) -> list[WorkloadRequest]:
-    """Requests with lengths and tokens drawn uniformly, both ends of a length range included.
+    """Return requests with uniformly drawn lengths and tokens. Length ranges include both ends.
 
-    Drawn by `random.Random`, whose sequence Python keeps stable across versions and processes (`hash()` of a text is
-    salted per process and would give every run its own workload).
+    `random.Random` gives the same sequence in all Python versions and processes. (`hash()` of a string is salted per
+    process and would give every run another workload.)
     """
     rng = random.Random(seed)
     return [
@@ -39,7 +39,7 @@ def make_workload(
 
 
 def digest(requests: list[WorkloadRequest]) -> str:
-    """A short name for the workload: runs may be compared when it is the same."""
+    """Return a short hash of the workload. Two runs can be compared only if their hashes are equal."""
     content = json.dumps([[request.prompt_token_ids, request.max_tokens] for request in requests])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -49,7 +49,9 @@ DEFAULT_MODELS = {"cuda": "google/gemma-2-2b", "cpu": "tiny-gemma2"}
 
 @dataclass
 class RunOptions:
-    """What the benchmarks of all engines take. Sizes left at None depend on the device: see `fill_in`."""
+    """Options that the benchmarks of all engines share. The default of a size that is None depends on the device, see
+    `fill_in`.
+    """
 
     model: str | None = field(
         default=None,
@@ -66,16 +68,19 @@ class RunOptions:
     max_new_tokens: int | None = field(default=None, metadata={"help": "default: 512 on a GPU, 128 on a CPU"})
     max_batch_size: int | None = field(default=None, metadata={"help": "default: 256 on a GPU, 32 on a CPU"})
     max_seq_length: int = 1024
-    n_pages: int | None = field(default=None, metadata={"help": "of the KV pool; default: what the batch can need"})
+    n_pages: int | None = field(
+        default=None, metadata={"help": "pages of the KV pool; default: what the batch can need"}
+    )
     page_size: int | None = field(default=None, metadata={"help": "default: 128 on a GPU, 64 on a CPU"})
     max_num_batched_tokens: int | None = field(default=None, metadata={"help": "token budget of a step"})
     compile: bool = True
     seed: int = 0
 
     def fill_in(self, device_type: str) -> None:
-        """Give the sizes that were not asked for their defaults on a device, "cuda" or "cpu".
+        """Set `dtype` and the sizes that are None to the defaults for a device type, "cuda" or "cpu".
 
-        Raises SystemExit when the longest request could not be answered.
+        Raises:
+            SystemExit: the longest request does not fit into `max_seq_length`.
         """
         on_gpu = device_type == "cuda"
         for name, gpu_default, cpu_default in (
@@ -89,9 +94,7 @@ class RunOptions:
             if getattr(self, name) is None:
                 setattr(self, name, gpu_default if on_gpu else cpu_default)
         if self.max_prompt_len + self.max_new_tokens > self.max_seq_length:
-            raise SystemExit(
-                f"max_prompt_len and max_new_tokens add up to more than max_seq_length={self.max_seq_length}"
-            )
+            raise SystemExit(f"max_prompt_len + max_new_tokens must be at most max_seq_length={self.max_seq_length}")
 
     def requests(self) -> list[WorkloadRequest]:
         return make_workload(
