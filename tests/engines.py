@@ -19,7 +19,7 @@ from flex_nano_vllm import SamplingParams
 from flex_nano_vllm.random_models import BYTE_VOCABULARY
 from flex_nano_vllm.sampler import NOT_FINITE
 
-# Of the two machines that draw requests: what a step does to them takes its time.
+# Settings of both state machines, whose steps take long
 MACHINE = dict(
     stateful_step_count=40,
     deadline=None,
@@ -27,14 +27,14 @@ MACHINE = dict(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 SIZES = dict(max_batch_size=3, max_seq_length=32, n_pages=25, page_size=4, compile=False)
-# Seven usable pages for sequences of up to 4 + 2 + 4 pages, cut into chunks of at most 8 tokens: somebody is preempted.
+# Seven usable pages for sequences of up to 4, 2 and 4 pages, in steps of at most 8 tokens. This causes preemptions.
 TIGHT = dict(SIZES, n_pages=8, max_num_batched_tokens=8, watermark=0)
-# Where tests compile the small Gemma-2 with the same sizes, the first one's kernels are on disk for the others. Room
-# for the longest of them alone: others are preempted.
+# Tests that compile the small Gemma-2 share these sizes, so that later tests find the kernels of the first one on disk.
+# The pool has room for the longest request alone, so that other requests are preempted.
 COMPILED = dict(max_batch_size=5, page_size=16, n_pages=11, max_num_batched_tokens=80, watermark=0)
 TEXTS = ["abcdefg", "hi", "xyz0123456"]
-LENGTHS = [6, 3, 5]  # of the answers
-MAX_STEPS = 200  # of any workload here; more of them is a hang
+LENGTHS = [6, 3, 5]  # tokens of the outputs for TEXTS
+MAX_STEPS = 200  # of any workload here; a workload with more steps hangs
 
 
 def greedy(max_tokens):
@@ -46,7 +46,7 @@ def prompt_of(length, seed=0):
 
 
 def byte_model():
-    """The same weights on every call, with a vocabulary for the byte tokenizer."""
+    """Return a model with the vocabulary of the byte tokenizer, and the same weights on every call."""
     config = CONFIGS["gemma2"]()
     config.vocab_size = BYTE_VOCABULARY
     with torch.random.fork_rng():
@@ -56,7 +56,7 @@ def byte_model():
 
 @functools.cache
 def own_model(name):
-    """A model that nobody else takes over; one for each group of tests that shares an engine."""
+    """Return a copy of the tiny Gemma-2 that only the engines of tests with this `name` patch."""
     return copy.deepcopy(tiny_model("gemma2"))
 
 
@@ -65,15 +65,15 @@ def tokens_of(outputs):
 
 
 def drain(engine, max_steps=MAX_STEPS):
-    """Step until nothing is left. Returns the outputs by request id."""
+    """Run steps until all requests are finished. Returns the outputs by request id."""
     outputs = {}
     for _ in range(max_steps):
         if not engine.has_unfinished_requests():
             return outputs
         for output in engine.run_one_step():
-            assert output.request_id not in outputs, "answered twice"
+            assert output.request_id not in outputs, "a request was returned twice"
             outputs[output.request_id] = output
-    raise AssertionError(f"not finished after {max_steps} steps")
+    raise AssertionError(f"requests are unfinished after {max_steps} steps")
 
 
 def assert_empty(engine):
@@ -85,7 +85,7 @@ def assert_empty(engine):
 
 
 def raise_at_call(monkeypatch, owner, name, number, exception, after=False):
-    """Let the `number`-th call of `owner.name` raise, before its work or after it."""
+    """Make the `number`-th call of `owner.name` raise, before its work or after it."""
     original = getattr(owner, name)
     calls = itertools.count(1)
 
@@ -98,7 +98,7 @@ def raise_at_call(monkeypatch, owner, name, number, exception, after=False):
             raise exception("injected")
         return result
 
-    is_bound = inspect.isclass(owner) and inspect.ismethod(original)  # a classmethod brings its class
+    is_bound = inspect.isclass(owner) and inspect.ismethod(original)  # a classmethod is already bound to its class
     monkeypatch.setattr(owner, name, staticmethod(call) if is_bound else call)
 
 
@@ -106,8 +106,11 @@ PROMPTS = [prompt_of(5), prompt_of(9), prompt_of(2)]
 
 
 def inverse_cdf(logits, temperature, level):
-    """The oracle of sampling: the first token at which the running sum of exp(logit / temperature) exceeds `level` of
-    the whole, and how far (in probability) the nearest rival is."""
+    """The oracle of sampling: return a token, and the distance of `level` from the nearest boundary of a token.
+
+    The token is the first at which the running sum of exp(logit / temperature) exceeds `level` times the total. The
+    distance is in probability.
+    """
     largest = max(logits)
     sums = list(itertools.accumulate(math.exp((logit - largest) / temperature) for logit in logits))
     token = bisect.bisect_right(sums, level * sums[-1])
@@ -115,14 +118,14 @@ def inverse_cdf(logits, temperature, level):
 
 
 def token_of(logits, draw, changes, allowed, is_double, margin=1e-9):
-    """The oracle of all that changes a distribution: the token of one row, by the order that `SamplingParams` states.
+    """The oracle of all changes to a distribution: return the token of a logits row, in the order of `SamplingParams`.
 
     Args:
-        draw: without its arrays, which are given as
-        changes: {token id: (bias, divisor, penalty)}, and
-        allowed: a set of token ids, or None.
+        draw: its arrays `edits` and `allowed` are ignored, because they are given by the next arguments.
+        changes: the logit edits, {token id: (bias, divisor, penalty)}.
+        allowed: the set of allowed token ids; None: all tokens.
     Returns:
-        NOT_FINITE where there is no token, None where a probability is within `margin` of deciding otherwise.
+        NOT_FINITE if no token can be chosen; None if a probability is within `margin` of another result.
     """
     if any(math.isnan(logit) or logit == math.inf for logit in logits):
         return NOT_FINITE
@@ -146,7 +149,7 @@ def token_of(logits, draw, changes, allowed, is_double, margin=1e-9):
     if draw.top_p < 1:
         before, total, last = 0.0, math.fsum(weights.values()), math.inf
         for i in sorted(weights, key=lambda i: -scaled[i]):
-            if before == 0 or scaled[i] < last:  # not one of several that are as likely
+            if before == 0 or scaled[i] < last:  # not a tie with the previous token
                 margins += [abs(before / total - draw.top_p)] * (before > 0)
                 if before / total >= draw.top_p:
                     break
@@ -165,9 +168,10 @@ def num_graphs() -> int:
 
 
 def dense_flex(query, key, value, score_mod=None, block_mask=None, scale=None, kernel_options=None):
-    """What `flex_attention` computes, by the words of its documentation: every query against every slot.
+    """Compute `flex_attention` as documented, with scores for every query and every slot.
 
-    PyTorch's own uncompiled function is traced anew for each size of pool, half a second for a test's first steps.
+    PyTorch's own uncompiled function is traced again for each size of the pool. This takes half a second in the first
+    steps of a test.
     """
     batch, rows, slots = len(query), query.shape[2], key.shape[2]
     b, q, kv = torch.arange(batch)[:, None, None], torch.arange(rows)[:, None], torch.arange(slots)
@@ -180,11 +184,11 @@ def dense_flex(query, key, value, score_mod=None, block_mask=None, scale=None, k
 
 
 def visible_slots(batch, window):
-    """The slots that the kernel visits for each token of a step, and does not mask. Layouts of one head."""
+    """Return the slots that the kernel visits and does not mask, for each token of a step. For layouts of one head."""
     seen = []
     zero = torch.zeros((), dtype=torch.int32)
     queries = batch.queries[window]
-    in_tiles = queries.output_rows[:, 0].tolist()  # one head: a row of a tile is a token
+    in_tiles = queries.output_rows[:, 0].tolist()  # one head: each query row is a token
     for tiles in queries.tiles:
         mask = tiles.block_masks[window]
         tile_len, page_size = mask.BLOCK_SIZE
@@ -201,5 +205,5 @@ def visible_slots(batch, window):
                 slots += [slot for slot in visited if lists is whole[1] or allowed[query][slot]]
             seen.append(slots)
             is_padding = len(seen) - 1 not in in_tiles
-            assert not (is_padding and any(allowed[query])), "padding sees something"
+            assert not (is_padding and any(allowed[query])), "a padding query sees a slot"
     return [seen[query] for query in in_tiles]

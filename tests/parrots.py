@@ -1,4 +1,4 @@
-"""Parrots: engines that say what a test tells them to, so that each way to call a tool comes up. With tools to call."""
+"""Parrots: engines that generate the text that a test chooses, so that every form of a tool call occurs. Also tools."""
 
 import copy
 from functools import cache
@@ -19,8 +19,11 @@ def gemma_tokenizer():
 
 
 def parrot_of(engine):
-    """The engine, which from now on computes nothing: token by token it says what comes behind the last "SAY:" of its
-    prompt, and ends, if it may. Where something else has to come, it chooses what ends soonest."""
+    """Turn an engine into a parrot and return it.
+
+    The engine no longer runs its model. It generates, token by token, the text after the last "SAY:" of its prompt, and
+    then EOS. Where a grammar forbids the next token, EOS and the tokens that close a JSON value are the most likely.
+    """
     tokenizer, num_logits = copy.deepcopy(engine.tokenizer), engine.input_processor.num_logits
     eos_id, *closing = tokenizer.convert_tokens_to_ids(["<eos>", '"', "}", "]"])
     likely = torch.zeros(num_logits)
@@ -69,7 +72,7 @@ def call_text(form, name, arguments):
 
 
 def written(form, *calls):
-    """An output that is nothing but calls."""
+    """Return an output that contains only calls."""
     return form.opening + form.between.join(call_text(form, *call) for call in calls) + form.closing
 
 

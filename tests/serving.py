@@ -1,4 +1,4 @@
-"""A gate that holds an engine's steps, a server in a thread of this process, and clients that speak HTTP by hand."""
+"""Helpers: a gate that holds the steps of an engine, a server in a thread of this process, and HTTP clients."""
 
 import asyncio
 import http.client
@@ -22,21 +22,21 @@ from flex_nano_vllm.random_models import byte_tokenizer
 from flex_nano_vllm.server import create_app
 
 HERE = str(Path(__file__).parents[1]).encode()
-PATIENCE = 60  # seconds after which a test has hung; nothing here waits for a time to pass
+PATIENCE = 60  # seconds after which a test has hung; no helper waits for a fixed time
 MODEL = "tiny-random"
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 ROOMY = dict(max_batch_size=4, max_seq_length=64, n_pages=65, page_size=4, compile=False)
 
 
 def new_engine(**sizes: object) -> Inference:
-    """The same weights every time, so that one of two can say what the other one should."""
+    """Build an engine with the same weights on every call, so that one engine can be the oracle of another."""
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
     return Inference(byte_model(), tokenizer, **(ROOMY | sizes))
 
 
 def run(coroutine: Awaitable) -> Any:
-    """Run a coroutine in a loop of its own."""
+    """Run a coroutine in its own event loop, for at most `PATIENCE` seconds."""
 
     async def bounded() -> Any:
         return await asyncio.wait_for(coroutine, PATIENCE)
@@ -45,13 +45,13 @@ def run(coroutine: Awaitable) -> Any:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Let the others go on until something holds."""
+    """Let other coroutines run until a condition is true."""
     while not condition():
         await asyncio.sleep(0)
 
 
 class Gate:
-    """Each step of an engine stands here, its requests chosen, until it is let through."""
+    """Holds each step of an engine, after its requests were scheduled, until the test lets the step pass."""
 
     def __init__(self, engine: Inference):
         self._arrived, self._permits, self._is_open = threading.Semaphore(0), threading.Semaphore(0), False
@@ -60,14 +60,14 @@ class Gate:
         def gated(chunks: list) -> Any:
             self._arrived.release()
             if not self._is_open:
-                assert self._permits.acquire(timeout=PATIENCE), "nobody lets the step through"
+                assert self._permits.acquire(timeout=PATIENCE), "the test does not let the step pass"
             return forward(chunks)
 
         engine.runner.forward = gated
 
     def wait(self) -> None:
-        """Until a step stands at the gate."""
-        assert self._arrived.acquire(timeout=PATIENCE), "no step comes"
+        """Wait until a step arrives at the gate."""
+        assert self._arrived.acquire(timeout=PATIENCE), "no step arrives"
 
     async def arrival(self) -> None:
         await asyncio.to_thread(self.wait)
@@ -76,7 +76,7 @@ class Gate:
         self._permits.release()
 
     def open(self) -> None:
-        """For good."""
+        """Let this step and all later steps pass."""
         self._is_open = True
         self._permits.release()
 
@@ -97,11 +97,11 @@ class Calls:
         monkeypatch.setattr(owner, name, call)
 
     def wait(self) -> None:
-        assert self._semaphore.acquire(timeout=PATIENCE), "it is not called"
+        assert self._semaphore.acquire(timeout=PATIENCE), "the method is not called"
 
 
 class Served:
-    """A server that runs."""
+    """A running server, with methods that send requests to it."""
 
     def __init__(self, shared: AsyncInference, port: int):
         self.shared, self.engine, self.port = shared, shared.engine, port
@@ -114,7 +114,7 @@ class Served:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
 
     def begin(self, path: str, body: dict, **headers: str) -> http.client.HTTPConnection:
-        """Send a request, and leave its answer unread."""
+        """Send a request, and return the connection with the response unread."""
         connection = self.connection()
         connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"} | headers)
         return connection
@@ -122,7 +122,10 @@ class Served:
     def ask(
         self, method: str, path: str, body: object = None, headers: dict | None = None
     ) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers and body of an answer; a body that is neither bytes nor text is sent as JSON."""
+        """Send a request, and return the status, headers and body of the response.
+
+        A body that is neither bytes nor text is sent as JSON.
+        """
         connection = self.connection()
         if body is not None and not isinstance(body, str | bytes):
             body = json.dumps(body)
@@ -137,10 +140,10 @@ class Served:
             connection.close()
 
     def raw(self, request: bytes) -> bytes:
-        """What comes back to bytes that may be no HTTP at all."""
+        """Send bytes, which need not be valid HTTP, and return the bytes of the response."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as connection:
             parts = []
-            with suppress(BrokenPipeError, ConnectionResetError):  # refused before all of it was read
+            with suppress(BrokenPipeError, ConnectionResetError):  # rejected before the server has read all bytes
                 connection.sendall(request)
             with suppress(ConnectionResetError):
                 while part := connection.recv(65536):
@@ -148,7 +151,7 @@ class Served:
             return b"".join(parts)
 
     def between_steps(self, function: Callable[[], Any]) -> Any:
-        """What a function returns in the thread that owns the engine; all commands before it are done."""
+        """Run a function in the thread that owns the engine, after all earlier commands, and return its result."""
         return run(self.shared.call(function))
 
     def wait_until_idle(self) -> None:
@@ -179,7 +182,7 @@ def serving(
         timeout_graceful_shutdown=PATIENCE,
     )
     server = uvicorn.Server(config)
-    listener = socket.create_server(("127.0.0.1", 0))  # whoever connects before the thread is up waits in the queue
+    listener = socket.create_server(("127.0.0.1", 0))  # clients that connect before the thread runs wait in the backlog
     if send_buffer is not None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     thread = threading.Thread(target=server.run, kwargs=dict(sockets=[listener]), daemon=True)
@@ -189,11 +192,11 @@ def serving(
     finally:
         server.should_exit = True
         thread.join(PATIENCE)
-        assert not thread.is_alive(), "the server does not end"
+        assert not thread.is_alive(), "the server does not stop"
 
 
 def events_of(body: bytes) -> list[dict | str]:
-    """The data of server-sent events."""
+    """Return the data of server-sent events."""
     *events, rest = body.split(b"\n\n")
     assert rest == b"" and all(event.startswith(b"data: ") for event in events), body
     data = [event.removeprefix(b"data: ").decode() for event in events]
@@ -205,7 +208,7 @@ def client_of(served, key="none"):
 
 
 def assert_is_error(status, body):
-    """OpenAI's shape. Returns the error."""
+    """Check that a body is an error in OpenAI's format. Returns the error."""
     body = body.encode() if isinstance(body, str) else body
     error = json.loads(body)["error"]
     assert set(error) == {"message", "type", "param", "code"}, error

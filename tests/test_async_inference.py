@@ -1,5 +1,5 @@
-"""Many callers, one engine: everybody gets what the engine alone would have said, whoever leaves gives back what it
-held, and whatever fails, nobody waits for ever."""
+"""Many callers share one engine: they get the outputs of the engine alone, cancelled requests release their pages, and
+a failure leaves no caller waiting."""
 
 import asyncio
 import gc
@@ -46,7 +46,7 @@ def engine():
 
 @asynccontextmanager
 async def sharing(engine, **options):
-    """Everything is given back in the end."""
+    """Share an engine. At the end, no request, page or mailbox is left."""
     async with AsyncInference(engine, **(dict(stream_interval=0) | options)) as shared:
         yield shared
         await shared.call(lambda: None)
@@ -63,7 +63,7 @@ def expected_of(oracle, prompt, params):
 
 
 async def together(shared, *submissions):
-    """Hand requests over so that they begin in the same step."""
+    """Submit requests so that they can start in the same step."""
     is_set = threading.Event()
     blocking = asyncio.ensure_future(shared.call(lambda: is_set.wait(PATIENCE)))
     await asyncio.sleep(0)
@@ -79,10 +79,10 @@ async def last(answers):
         return output
 
 
-# --- answers -----------------------------------------------------------------------------------------------------
+# --- outputs -----------------------------------------------------------------------------------------------------
 
 
-def test_many_callers_get_what_the_engine_says_to_each_alone(engine, oracle):
+def test_many_concurrent_callers_get_the_same_outputs_as_alone(engine, oracle):
     pairs = [*zip(PROMPTS, PARAMS), *zip(PROMPTS[1:], PARAMS), *zip(PROMPTS[2:], PARAMS)]
     expected = [expected_of(oracle, prompt, params) for prompt, params in pairs]
 
@@ -95,7 +95,7 @@ def test_many_callers_get_what_the_engine_says_to_each_alone(engine, oracle):
     assert len({output.request_id for output in outputs}) == len(outputs)
 
 
-def test_joined_the_deltas_of_many_streams_are_the_engines_answers(engine, oracle):
+def test_the_joined_deltas_of_concurrent_streams_equal_the_outputs_of_the_engine(engine, oracle):
     pairs = [*zip(PROMPTS, PARAMS), *zip(PROMPTS[1:], PARAMS)]
     expected = [oracle.generate([prompt], params, use_tqdm=False)[0].outputs for prompt, params in pairs]
 
@@ -120,7 +120,7 @@ def test_joined_the_deltas_of_many_streams_are_the_engines_answers(engine, oracl
                 assert all(delta.logprobs is None for delta in own)
 
 
-def test_a_conversation_is_answered_as_the_engine_answers_it(engine, oracle):
+def test_a_chat_has_the_prompt_and_the_output_of_the_engines_chat(engine, oracle):
     messages = [{"role": "user", "content": "hi"}]
     (expected,) = oracle.chat(messages, greedy(5), use_tqdm=False)
 
@@ -133,7 +133,7 @@ def test_a_conversation_is_answered_as_the_engine_answers_it(engine, oracle):
     assert prompt == output.prompt_token_ids == expected.prompt_token_ids
 
 
-def test_requests_handed_over_together_are_told_apart(engine, oracle):
+def test_requests_submitted_together_are_identified_by_their_index(engine, oracle):
     expected = [expected_of(oracle, prompt, greedy(4)) for prompt in PROMPTS]
 
     async def main():
@@ -155,7 +155,7 @@ def test_requests_handed_over_together_are_told_apart(engine, oracle):
         (["a"], "greedy", "sampling_params"),
     ],
 )
-def test_a_mistake_raises_before_anything_is_taken(engine, prompts, params, match):
+def test_an_invalid_request_raises_and_is_not_queued(engine, prompts, params, match):
     async def main():
         async with sharing(engine) as shared:
             with pytest.raises(ValueError, match=match):
@@ -166,16 +166,16 @@ def test_a_mistake_raises_before_anything_is_taken(engine, prompts, params, matc
     assert engine.stats().num_steps == 0
 
 
-def test_an_engine_with_unfinished_requests_is_not_shared(engine):
+def test_an_engine_with_unfinished_requests_cannot_be_shared(engine):
     engine.add_request("a")
     with pytest.raises(ValueError, match="unfinished"):
         AsyncInference(engine)
 
 
-# --- who reads slowly, and who leaves ----------------------------------------------------------------------------
+# --- slow readers and cancelled requests -------------------------------------------------------------------------
 
 
-def test_a_stream_that_nobody_reads_holds_nobody_up_and_loses_nothing(engine, oracle):
+def test_an_unread_stream_does_not_block_other_requests_and_loses_no_output(engine, oracle):
     (expected,) = oracle.generate(["slow"], greedy(20), use_tqdm=False)
 
     async def main():
@@ -187,14 +187,14 @@ def test_a_stream_that_nobody_reads_holds_nobody_up_and_loses_nothing(engine, or
             await shared.call(lambda: None)
             return first, others, [delta async for delta in slow]
 
-    first, others, (rest,) = run(main())  # all that had piled up is one delta
+    first, others, (rest,) = run(main())  # the unread output is one delta
     assert len(others) == len(PROMPTS)
     assert first.token_ids + rest.token_ids == expected.outputs[0].token_ids
     assert first.text + rest.text == expected.outputs[0].text
     assert rest.finish_reason == "length"
 
 
-def test_deltas_that_come_faster_than_the_interval_are_joined_but_the_first_and_the_last(engine, oracle):
+def test_the_stream_interval_delays_all_deltas_except_the_first_and_the_last(engine, oracle):
     (expected,) = oracle.generate(["fast"], greedy(12), use_tqdm=False)
 
     async def main():
@@ -207,11 +207,11 @@ def test_deltas_that_come_faster_than_the_interval_are_joined_but_the_first_and_
     assert first.text + rest.text == expected.outputs[0].text
 
 
-def test_streams_that_take_long_to_tell_are_told_less_often(engine, monkeypatch):
+def test_streams_are_notified_less_often_if_notifying_takes_long(engine, monkeypatch):
     async def main():
         async with sharing(engine) as shared:
             deltas = [delta async for delta in shared.stream("fast", greedy(12))]
-            await asyncio.sleep(0)  # the last time is noted after it was read
+            await asyncio.sleep(0)  # the event loop notes the last time after the stream was read
             assert len(deltas) > 2 and min(shared._notify_times) > 0
             monkeypatch.setattr(shared, "_note_notifying", lambda started: None)
             shared._notify_times = 3600.0, 3600.0
@@ -224,9 +224,9 @@ def test_streams_that_take_long_to_tell_are_told_less_often(engine, monkeypatch)
 @pytest.mark.parametrize(
     ("telling_times", "stream_interval", "expected"),
     [((0.0, 0.0), 0.04, 0.04), ((0.002, 0.001), 0.04, 0.05), ((9.0, 0.0001), 0.04, 0.04), ((9.0, 9.0), 0.04, 0.25)],
-    ids=["few streams", "many streams", "a pause", "more than can be told in time"],
+    ids=["few streams", "many streams", "a pause", "above the maximum interval"],
 )
-def test_telling_takes_a_fiftieth_of_the_time_unless_streams_would_wait_too_long(
+def test_the_stream_interval_grows_with_the_time_of_notifying_up_to_the_maximum(
     engine, telling_times, stream_interval, expected
 ):
     async def main():
@@ -237,21 +237,21 @@ def test_telling_takes_a_fiftieth_of_the_time_unless_streams_would_wait_too_long
     assert run(main()) == pytest.approx(expected)
 
 
-def test_who_is_cancelled_before_it_begins_takes_nothing(engine):
+def test_a_request_cancelled_before_it_starts_runs_no_step(engine):
     async def main():
         async with sharing(engine) as shared:
             task = asyncio.create_task(shared.generate("a", greedy(5)))
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-            stream = shared.stream("a", greedy(5))  # never asked for anything
+            stream = shared.stream("a", greedy(5))  # never iterated
             del stream
 
     run(main())
     assert engine.stats().num_steps == 0
 
 
-def test_who_is_cancelled_while_its_prompt_is_tokenized_never_reaches_the_engine(engine, monkeypatch):
+def test_a_request_cancelled_during_tokenization_never_reaches_the_engine(engine, monkeypatch):
     begun, may_go_on = threading.Event(), threading.Event()
     request = engine.input_processor.request
 
@@ -280,7 +280,7 @@ def test_who_is_cancelled_while_its_prompt_is_tokenized_never_reaches_the_engine
 
 
 @pytest.mark.parametrize("streams", [False, True])
-def test_who_is_cancelled_while_it_waits_leaves_the_queue_before_the_next_step(oracle, monkeypatch, streams):
+def test_a_request_cancelled_while_waiting_leaves_the_queue_before_the_next_step(oracle, monkeypatch, streams):
     with new_engine(max_batch_size=1) as engine:
         gate, aborted = Gate(engine), Calls(monkeypatch, engine, "abort")
 
@@ -313,7 +313,7 @@ async def consumed(shared, prompt, params, streams):
 
 
 @pytest.mark.parametrize("streams", [False, True])
-def test_who_is_cancelled_while_it_runs_has_no_pages_in_the_next_step(engine, oracle, monkeypatch, streams):
+def test_a_request_cancelled_while_running_is_not_part_of_the_next_step(engine, oracle, monkeypatch, streams):
     gate, aborted = Gate(engine), Calls(monkeypatch, engine, "abort")
 
     async def main():
@@ -338,7 +338,7 @@ def test_who_is_cancelled_while_it_runs_has_no_pages_in_the_next_step(engine, or
     assert aborted.number == 1
 
 
-def test_who_has_its_answer_is_not_aborted(engine, monkeypatch):
+def test_a_finished_request_is_not_aborted(engine, monkeypatch):
     aborted = Calls(monkeypatch, engine, "abort")
 
     async def main():
@@ -357,7 +357,7 @@ def test_who_has_its_answer_is_not_aborted(engine, monkeypatch):
     assert aborted.number == 0
 
 
-def test_a_stream_that_is_broken_off_ends_its_request(engine, monkeypatch):
+def test_breaking_out_of_a_stream_aborts_its_request(engine, monkeypatch):
     gate, aborted = Gate(engine), Calls(monkeypatch, engine, "abort")
 
     async def main():
@@ -366,7 +366,7 @@ def test_a_stream_that_is_broken_off_ends_its_request(engine, monkeypatch):
             async for delta in shared.stream("a", greedy(30)):
                 assert delta.token_ids
                 break
-            await until(lambda: len(shared._commands) == 1)  # the garbage collector's word to the loop
+            await until(lambda: len(shared._commands) == 1)  # deleting the generator sends the abort
             gate.open()
             await shared.call(lambda: None)
             assert aborted.number == 1
@@ -376,7 +376,7 @@ def test_a_stream_that_is_broken_off_ends_its_request(engine, monkeypatch):
     assert engine.stats().num_generated_tokens <= 2
 
 
-def test_a_stream_that_is_thrown_away_ends_its_request(engine, monkeypatch):
+def test_a_stream_deleted_by_the_garbage_collector_aborts_its_request(engine, monkeypatch):
     gate, aborted = Gate(engine), Calls(monkeypatch, engine, "abort")
 
     async def main():
@@ -397,7 +397,7 @@ def test_a_stream_that_is_thrown_away_ends_its_request(engine, monkeypatch):
     run(main())
 
 
-def test_an_aborted_request_gives_what_it_has(engine, oracle):
+def test_an_aborted_request_returns_its_output_so_far(engine, oracle):
     (expected,) = oracle.generate(["abc"], greedy(30), use_tqdm=False)
     gate = Gate(engine)
 
@@ -420,10 +420,10 @@ def test_an_aborted_request_gives_what_it_has(engine, oracle):
     assert expected.outputs[0].text.startswith(output.outputs[0].text)
 
 
-# --- limits and the end ------------------------------------------------------------------------------------------
+# --- limits and closing ------------------------------------------------------------------------------------------
 
 
-def test_one_request_too_many_is_refused_and_nothing_of_it_is_taken():
+def test_a_request_that_exceeds_the_queue_is_rejected_and_takes_no_place_in_it():
     with new_engine(max_batch_size=1) as engine:
         gate = Gate(engine)
 
@@ -432,7 +432,7 @@ def test_one_request_too_many_is_refused_and_nothing_of_it_is_taken():
                 running = asyncio.create_task(shared.generate("runs", greedy(3)))
                 await gate.arrival()
                 for too_many in (shared.submit(["a", "b", "c"], greedy(2)), shared.generate("a", SamplingParams(n=3))):
-                    with pytest.raises(ValueError, match="3 sequences are more than the 2 that may wait"):
+                    with pytest.raises(ValueError, match="3 sequences exceed max_waiting=2"):
                         await too_many
                 assert shared.num_waiting == 0
                 two = await shared.submit(["a", "b"], greedy(2))
@@ -451,7 +451,7 @@ def test_one_request_too_many_is_refused_and_nothing_of_it_is_taken():
         assert engine.stats().num_finished_requests == 4
 
 
-def test_to_close_lets_everybody_finish_and_takes_nobody_else(engine, oracle):
+def test_close_lets_accepted_requests_finish_and_rejects_new_requests(engine, oracle):
     gate = Gate(engine)
 
     async def main():
@@ -467,7 +467,7 @@ def test_to_close_lets_everybody_finish_and_takes_nobody_else(engine, oracle):
                 await refused
         gate.open()
         await closing
-        await shared.close()  # twice is fine
+        await shared.close()  # a second call does nothing
         return await streaming, await waiting
 
     deltas, output = run(main())
@@ -476,7 +476,7 @@ def test_to_close_lets_everybody_finish_and_takes_nobody_else(engine, oracle):
     assert answers_of(output) == expected_of(oracle, "x", greedy(4))
 
 
-def test_who_is_still_there_when_the_time_to_close_is_over_gets_what_it_has(engine):
+def test_a_request_unfinished_at_the_close_timeout_returns_its_output_so_far(engine):
     gate = Gate(engine)
 
     async def main():
@@ -494,7 +494,7 @@ def test_who_is_still_there_when_the_time_to_close_is_over_gets_what_it_has(engi
     assert_empty(engine)
 
 
-def test_a_step_that_never_ends_does_not_hold_the_end_up(engine, monkeypatch):
+def test_close_does_not_wait_forever_for_a_step(engine, monkeypatch):
     gate = Gate(engine)
     monkeypatch.setattr(async_inference, "STEP_TIMEOUT", 0.0)
 
@@ -503,7 +503,7 @@ def test_a_step_that_never_ends_does_not_hold_the_end_up(engine, monkeypatch):
         task = asyncio.create_task(shared.generate("abc", greedy(30)))
         await gate.arrival()
         await shared.close(timeout=0)
-        with pytest.raises(EngineDead, match="does not come to its end"):
+        with pytest.raises(EngineDead, match="did not finish in time"):
             await task
         gate.open()
         await asyncio.to_thread(shared._thread.join, PATIENCE)
@@ -513,7 +513,7 @@ def test_a_step_that_never_ends_does_not_hold_the_end_up(engine, monkeypatch):
     assert_empty(engine)
 
 
-def test_while_it_is_shared_an_engine_is_nobody_elses(engine):
+def test_a_shared_engine_rejects_calls_of_other_callers(engine):
     gate = Gate(engine)
 
     async def main():
@@ -529,11 +529,11 @@ def test_while_it_is_shared_an_engine_is_nobody_elses(engine):
             return await task
 
     assert len(run(main()).outputs[0].token_ids) == 3
-    engine.generate("x", greedy(1), use_tqdm=False)  # and then its own again
+    engine.generate("x", greedy(1), use_tqdm=False)  # other callers can use it again
 
 
 @pytest.mark.parametrize("number", [1, 3])
-def test_news_that_cannot_be_told_are_an_error_of_their_request_only(engine, oracle, monkeypatch, number):
+def test_deltas_that_cannot_be_built_fail_only_their_request(engine, oracle, monkeypatch, number):
     async def main():
         async with sharing(engine) as shared:
             rated = SamplingParams(temperature=0, max_tokens=6, logprobs=1, ignore_eos=True)
@@ -546,7 +546,7 @@ def test_news_that_cannot_be_told_are_an_error_of_their_request_only(engine, ora
     assert answers_of(other) == expected_of(oracle, "xyz", greedy(6))
 
 
-def test_an_answer_that_cannot_be_made_is_no_error_of_those_who_go_on(engine, oracle, monkeypatch):
+def test_an_output_that_cannot_be_built_does_not_fail_requests_that_continue(engine, oracle, monkeypatch):
     async def main():
         async with sharing(engine) as shared:
             answers = await together(shared, shared.submit(["abc"], greedy(2)), shared.submit(["xyz"], greedy(6)))
@@ -558,7 +558,7 @@ def test_an_answer_that_cannot_be_made_is_no_error_of_those_who_go_on(engine, or
     assert answers_of(other) == expected_of(oracle, "xyz", greedy(6))
 
 
-def test_who_is_tokenized_while_the_engine_closes_is_refused(engine, monkeypatch):
+def test_a_request_tokenized_while_the_engine_closes_is_rejected(engine, monkeypatch):
     begun, may_go_on = threading.Event(), threading.Event()
     request = engine.input_processor.request
 
@@ -582,7 +582,7 @@ def test_who_is_tokenized_while_the_engine_closes_is_refused(engine, monkeypatch
     run(main())
 
 
-# --- what fails --------------------------------------------------------------------------------------------------
+# --- failures ----------------------------------------------------------------------------------------------------
 
 TOKENIZER = type(byte_tokenizer())
 SEAMS = [
@@ -594,7 +594,7 @@ SEAMS = [
     (ModelRunner, "forward", 1),
     (ModelRunner, "forward", 3),
     (inference, "take_samples", 1),
-    (ModelRunner, "sample", 4),  # of the last step
+    (ModelRunner, "sample", 4),  # in the last step
     (Scheduler, "commit", 1),
     (Scheduler, "commit", 4),
     (Scheduler, "_release", 1),
@@ -613,7 +613,7 @@ SEAMS = [
 @pytest.mark.parametrize(
     ("owner", "name", "number"), SEAMS, ids=lambda value: getattr(value, "__name__", str(value)).rpartition(".")[2]
 )
-def test_a_step_that_fails_ends_those_who_took_part_and_the_next_request_works(
+def test_a_failed_step_fails_its_requests_and_the_next_request_works(
     engine, oracle, monkeypatch, owner, name, number, after, streams
 ):
     raise_at_call(monkeypatch, owner, name, number, OSError, after)
@@ -625,7 +625,7 @@ def test_a_step_that_fails_ends_those_who_took_part_and_the_next_request_works(
             results = await asyncio.gather(*(last(answer) for answer in answers), return_exceptions=True)
             monkeypatch.undo()
             errors = [result for result in results if isinstance(result, Exception)]
-            assert type(results[0]) is EngineError  # the second one may not have been chosen yet
+            assert type(results[0]) is EngineError  # the second request may not have been scheduled yet
             assert all(type(e) is EngineError and "OSError" in str(e) and "injected" not in str(e) for e in errors)
             for output in results[len(errors) :]:
                 assert answers_of(output) == expected_of(oracle, "xyz", greedy(4))
@@ -634,7 +634,7 @@ def test_a_step_that_fails_ends_those_who_took_part_and_the_next_request_works(
     assert answers_of(run(main())) == expected_of(oracle, "abc", greedy(4))
 
 
-def test_who_waits_while_a_step_fails_is_not_touched(oracle, monkeypatch):
+def test_a_request_that_waits_during_a_failed_step_is_not_affected(oracle, monkeypatch):
     with new_engine(max_batch_size=1) as engine:
         raise_at_call(monkeypatch, ModelRunner, "forward", 2, OSError)
 
@@ -650,7 +650,7 @@ def test_who_waits_while_a_step_fails_is_not_touched(oracle, monkeypatch):
         assert answers_of(run(main())) == expected_of(oracle, "xyz", greedy(4))
 
 
-def test_of_requests_handed_over_together_one_failure_ends_all(oracle, monkeypatch):
+def test_a_failed_request_ends_all_requests_submitted_with_it(oracle, monkeypatch):
     with new_engine(max_batch_size=1) as engine:
         raise_at_call(monkeypatch, ModelRunner, "forward", 2, OSError)
 
@@ -663,7 +663,7 @@ def test_of_requests_handed_over_together_one_failure_ends_all(oracle, monkeypat
         assert engine.stats().num_generated_tokens < 20
 
 
-def test_a_text_that_cannot_be_decoded_is_an_error_of_its_request_only(engine, oracle, monkeypatch):
+def test_a_text_that_cannot_be_decoded_fails_only_its_request(engine, oracle, monkeypatch):
     async def main():
         async with sharing(engine) as shared:
             answers = await together(shared, shared.submit(["abc"], greedy(6)), shared.submit(["xyz"], greedy(6)))
@@ -675,7 +675,7 @@ def test_a_text_that_cannot_be_decoded_is_an_error_of_its_request_only(engine, o
     assert answers_of(second) == expected_of(oracle, "xyz", greedy(6))
 
 
-def test_numbers_that_are_not_finite_are_an_error_of_their_request_only(engine, oracle, monkeypatch):
+def test_logits_that_are_not_finite_fail_only_their_request(engine, oracle, monkeypatch):
     forward = engine.runner.forward
 
     def spoiled(chunks):
@@ -720,7 +720,7 @@ def kill_by_closing_it(monkeypatch, engine):
 
 
 @pytest.mark.parametrize("kill", [kill_with_interrupt, kill_with_broken_books, kill_by_closing_it])
-def test_when_the_engine_dies_everybody_is_told_and_nobody_hangs(monkeypatch, kill):
+def test_when_the_engine_dies_every_caller_gets_an_error_and_none_hangs(monkeypatch, kill):
     with new_engine(max_batch_size=1) as engine:
         kill(monkeypatch, engine)
 
@@ -734,7 +734,8 @@ def test_when_the_engine_dies_everybody_is_told_and_nobody_hangs(monkeypatch, ki
             )
             results = await asyncio.gather(*(last(answer) for answer in answers), return_exceptions=True)
             assert all(isinstance(result, EngineError) for result in results)
-            assert all(isinstance(result, EngineDead) for result in results[1:])  # the first may have failed before
+            # The first request may have failed before the engine died.
+            assert all(isinstance(result, EngineDead) for result in results[1:])
             assert shared.error is not None
             for late in (shared.generate("a"), anext(shared.stream("a")), shared.call(lambda: None), shared.warmup()):
                 with pytest.raises(EngineDead):
@@ -748,8 +749,8 @@ def test_when_the_engine_dies_everybody_is_told_and_nobody_hangs(monkeypatch, ki
 
 
 @pytest.mark.parametrize("is_dead", [False, True], ids=["closed", "dead"])
-def test_who_was_let_in_just_before_the_end_is_told_as_well(monkeypatch, is_dead):
-    """Between the look at the door and the command another thread may end the engine."""
+def test_a_call_that_passed_the_check_before_the_engine_ended_raises(monkeypatch, is_dead):
+    """Another thread may end the engine between `check_open` and the command."""
     with new_engine() as engine:
 
         async def main():
@@ -771,10 +772,10 @@ def test_who_was_let_in_just_before_the_end_is_told_as_well(monkeypatch, is_dead
         engine.scheduler.reset()
 
 
-# --- loops, and what is done between steps -----------------------------------------------------------------------
+# --- event loops, and functions that run between steps -----------------------------------------------------------
 
 
-def test_two_loops_in_two_threads_share_an_engine(engine, oracle):
+def test_two_event_loops_in_two_threads_share_an_engine(engine, oracle):
     expected = [expected_of(oracle, prompt, greedy(8)) for prompt in PROMPTS]
     shared = AsyncInference(engine, stream_interval=0)
     results = {}
@@ -801,7 +802,7 @@ def test_two_loops_in_two_threads_share_an_engine(engine, oracle):
 
 
 @pytest.mark.parametrize("follow", [False, True])
-def test_requests_of_a_loop_that_is_closed_end_and_others_do_not_notice(engine, oracle, follow):
+def test_requests_of_a_closed_event_loop_end_and_others_are_not_affected(engine, oracle, follow):
     gate = Gate(engine)
     shared = AsyncInference(engine, stream_interval=0)
     loop = asyncio.new_event_loop()
@@ -819,11 +820,11 @@ def test_requests_of_a_loop_that_is_closed_end_and_others_do_not_notice(engine, 
 
     assert answers_of(run(main())) == expected_of(oracle, "abc", greedy(6))
     assert_empty(engine)
-    # Who follows is missed at the first news, the others when there is an answer.
+    # The engine notices the closed loop at the first delta if it follows the request, otherwise at the complete output.
     assert engine.stats().num_generated_tokens == 6 + (1 if follow else 40)
 
 
-def test_functions_run_between_steps_and_bring_back_what_they_return_or_raise(engine, oracle):
+def test_call_runs_a_function_between_steps_and_returns_its_result_or_raises_its_error(engine, oracle):
     async def main():
         async with sharing(engine) as shared:
             running = [asyncio.create_task(shared.generate(prompt, greedy(20))) for prompt in PROMPTS]
@@ -845,7 +846,7 @@ def test_functions_run_between_steps_and_bring_back_what_they_return_or_raise(en
     assert [answers_of(output) for output in run(main())] == expected
 
 
-def test_a_function_whose_caller_is_cancelled_does_no_harm(engine, oracle):
+def test_a_function_is_not_run_if_its_caller_is_cancelled_first(engine, oracle):
     gate = Gate(engine)
 
     async def main():

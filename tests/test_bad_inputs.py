@@ -1,8 +1,7 @@
 """Bad inputs to the offline API: the constructor, `generate`, `add_request`, `abort` and `SamplingParams`.
 
-Whatever is wrong is refused at the door: a ValueError that names the numbers, before any page is taken. The fixtures of
-the engines ask for a good prompt after everything that their tests have thrown at them, so each group also claims that
-the engine has survived it.
+A bad input raises an error that names the values, before any page is allocated. After all tests of an engine, its
+fixture generates from a good prompt, which checks that the engine still works.
 """
 
 import copy
@@ -37,7 +36,7 @@ NAN, INFINITY = math.nan, math.inf
 
 
 def fresh_model(architecture="llama", **config_changes):
-    """A model of its own: a second engine on a shared one would take it over."""
+    """Return a model that no other engine uses."""
     if not config_changes:
         return copy.deepcopy(tiny_model(architecture))
     config = CONFIGS[architecture]()
@@ -63,7 +62,7 @@ def assert_empty(engine):
 
 
 def assert_refused(engine, call, match, error=ValueError):
-    """`call` raises, and the engine has not moved: no step, no page, no request, none of its counts."""
+    """Check that `call` raises, and that the engine is unchanged: no step, no page, no request, no count."""
     before = engine.stats()
     with pytest.raises(error, match=match):
         call()
@@ -87,26 +86,26 @@ def engine_that_must_survive(model, tokenizer, **sizes):
 
 @pytest.fixture(scope="module")
 def engine():
-    """Bound by max_seq_length=16; the pool holds 32 tokens."""
+    """An engine limited by max_seq_length=16; its pool holds 32 tokens."""
     yield from engine_that_must_survive(fresh_model(), None)
 
 
 @pytest.fixture(scope="module")
 def small_pool_engine():
-    """Bound by its pool of 3 usable pages of 4 tokens; max_seq_length=64."""
+    """An engine limited by its pool of 3 usable pages of 4 tokens; max_seq_length=64."""
     yield from engine_that_must_survive(fresh_model(), None, max_seq_length=64, n_pages=4)
 
 
 @pytest.fixture(scope="module")
 def text_engine():
-    """Speaks bytes."""
+    """An engine with a byte tokenizer."""
     model = fresh_model(vocab_size=BYTE_VOCABULARY)
     yield from engine_that_must_survive(model, byte_tokenizer(), max_seq_length=64, n_pages=33)
 
 
 @pytest.fixture(scope="module")
 def bare_model():
-    """Belongs to nobody. Whoever builds an engine on it gives it back."""
+    """A model without an engine. A test that builds an engine on it must close that engine."""
     return fresh_model()
 
 
@@ -140,7 +139,7 @@ def bare_model():
     ],
     ids=repr,
 )
-def test_what_is_no_prompt_is_refused(engine, prompts, match):
+def test_a_value_that_is_not_a_prompt_is_rejected(engine, prompts, match):
     assert_refused(engine, lambda: generate(engine, prompts), match)
 
 
@@ -167,7 +166,7 @@ def test_what_is_no_prompt_is_refused(engine, prompts, match):
     ],
     ids=lambda value: repr(value)[:20],
 )
-def test_what_is_no_token_id_is_refused(engine, prompts, match):
+def test_a_value_that_is_not_a_token_id_is_rejected(engine, prompts, match):
     assert_refused(engine, lambda: generate(engine, prompts), match)
 
 
@@ -189,13 +188,13 @@ def test_what_is_no_token_id_is_refused(engine, prompts, match):
     ],
     ids=lambda value: repr(value)[:20],
 )
-def test_add_request_refuses_what_generate_refuses(engine, prompt, match):
+def test_add_request_rejects_the_prompts_that_generate_rejects(engine, prompt, match):
     assert_refused(engine, lambda: engine.add_request(prompt, GREEDY), match)
 
 
 @pytest.mark.parametrize("bad", [[], [VOCABULARY], [True], "text", [5] * 16, None], ids=lambda bad: repr(bad)[:20])
 @pytest.mark.parametrize("index", [0, 1, 2])
-def test_one_bad_prompt_is_named_by_its_index_and_none_of_the_others_is_taken(engine, bad, index):
+def test_an_error_names_the_index_of_a_bad_prompt_and_no_other_prompt_is_queued(engine, bad, index):
     prompts = [[5, 6], [7, 8]]
     prompts.insert(index, bad)
     assert_refused(engine, lambda: generate(engine, prompts), f"^prompt {index} ")
@@ -221,24 +220,24 @@ def test_a_prompt_one_token_shorter_than_max_seq_length_gets_one_token(engine):
 
 
 @pytest.mark.parametrize("length", [16, 17, 1000])
-def test_a_prompt_of_max_seq_length_or_more_is_refused_with_the_numbers(engine, length):
+def test_a_prompt_of_max_seq_length_or_more_is_rejected_with_the_numbers(engine, length):
     match = rf"prompt 0 has {length} tokens.*length is 16 .*max_seq_length=16.*raise max_seq_length"
     assert_refused(engine, lambda: generate(engine, [[5] * length]), match)
 
 
-def test_a_prompt_that_leaves_the_pool_one_slot_gets_one_token(small_pool_engine):
+def test_a_prompt_that_leaves_one_slot_of_the_pool_gets_one_token(small_pool_engine):
     answer = completion(small_pool_engine, [5] * 11)
     assert (len(answer.token_ids), answer.finish_reason) == (1, "length")
 
 
 @pytest.mark.parametrize("length", [12, 13, 63])
-def test_a_prompt_that_fits_max_seq_length_but_not_the_pool_is_refused_with_the_numbers(small_pool_engine, length):
+def test_a_prompt_that_fits_max_seq_length_but_not_the_pool_is_rejected_with_the_numbers(small_pool_engine, length):
     match = rf"prompt 0 has {length} tokens.*length is 12 .*max_seq_length=64.*3 usable pages x 4.*raise n_pages"
     assert_refused(small_pool_engine, lambda: generate(small_pool_engine, [[5] * length]), match)
 
 
 @pytest.mark.parametrize("max_tokens", [8, 10**12, None])
-def test_a_request_that_would_outgrow_the_pool_ends_at_its_bound_without_preempting_itself(
+def test_a_request_that_would_exceed_the_pool_ends_at_the_limit_without_preempting_itself(
     small_pool_engine, max_tokens
 ):
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
@@ -248,13 +247,13 @@ def test_a_request_that_would_outgrow_the_pool_ends_at_its_bound_without_preempt
 
 
 @pytest.mark.parametrize("max_tokens", [12, 10**12, None])
-def test_a_request_that_would_outgrow_max_seq_length_ends_at_its_bound(engine, max_tokens):
+def test_a_request_that_would_exceed_max_seq_length_ends_at_the_limit(engine, max_tokens):
     answer = completion(engine, [5] * 5, SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True))
     assert (len(answer.token_ids), answer.finish_reason) == (16 - 5, "length")
     assert engine.stats().num_preemptions == 0
 
 
-def test_max_tokens_that_just_fit_are_all_given(engine):
+def test_max_tokens_that_just_fit_are_all_generated(engine):
     params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
     assert len(completion(engine, [5] * 13, params).token_ids) == 3
 
@@ -270,23 +269,23 @@ def test_max_seq_length_need_not_be_a_multiple_of_the_page_size(bare_model):
 
 
 @pytest.mark.parametrize(("prompts", "name"), [("", "prompt 0"), ([""], "prompt 0"), (["a", ""], "prompt 1")])
-def test_an_empty_text_is_refused_even_if_the_tokenizer_adds_a_bos(text_engine, prompts, name):
+def test_an_empty_text_is_rejected_even_if_the_tokenizer_adds_a_bos(text_engine, prompts, name):
     assert_refused(text_engine, lambda: generate(text_engine, prompts), f"{name} is empty")
 
 
 @pytest.mark.parametrize(("prompts", "index"), [("a", 0), (["a"], 0), ([[5], "a"], 1)])
-def test_a_text_without_a_tokenizer_is_refused(engine, prompts, index):
+def test_a_text_prompt_is_rejected_without_a_tokenizer(engine, prompts, index):
     assert_refused(engine, lambda: generate(engine, prompts), f"prompt {index} is a text.*no tokenizer")
 
 
 @pytest.mark.parametrize("text", ["\ud800", "a\udfffb", "\udc80\ud800"], ids=ascii)
-def test_a_lone_surrogate_is_refused(text_engine, text):
+def test_a_lone_surrogate_is_rejected(text_engine, text):
     assert_refused(text_engine, lambda: generate(text_engine, ["a", text]), "prompt 1 is not valid Unicode.*surrogate")
     assert_refused(text_engine, lambda: text_engine.add_request(text, GREEDY), "not valid Unicode")
 
 
 @pytest.mark.parametrize("text", ["\0", "a\0b", "\U0001f600", "שלום עולם", "\u202eabc", "e\u0301", "\r\n\t ", "�"])
-def test_odd_texts_are_taken_byte_by_byte(text_engine, text):
+def test_unusual_texts_are_tokenized_byte_by_byte(text_engine, text):
     (output,) = generate(text_engine, text)
     assert output.prompt == text
     assert len(output.prompt_token_ids) == 1 + len(text.encode())  # a BOS and one token per byte
@@ -294,12 +293,12 @@ def test_odd_texts_are_taken_byte_by_byte(text_engine, text):
     assert len(output.outputs[0].token_ids) == 3
 
 
-def test_a_text_longer_than_max_seq_length_is_refused_by_its_tokens(text_engine):
+def test_a_text_longer_than_max_seq_length_is_rejected_with_its_number_of_tokens(text_engine):
     assert_refused(text_engine, lambda: generate(text_engine, "é" * 40), "prompt 0 has 81 tokens.*max_seq_length=64")
     assert_refused(text_engine, lambda: generate(text_engine, " " * 100_000), "prompt 0 has 100001 tokens")
 
 
-def test_a_prompt_that_brings_its_bos_gets_no_second_one(text_engine):
+def test_a_prompt_that_begins_with_bos_gets_no_second_bos(text_engine):
     plain, with_bos = generate(text_engine, ["hello", "<bos>hello"])
     assert plain.prompt_token_ids == with_bos.prompt_token_ids
     assert with_bos.prompt_token_ids.count(text_engine.tokenizer.bos_token_id) == 1
@@ -307,13 +306,13 @@ def test_a_prompt_that_brings_its_bos_gets_no_second_one(text_engine):
     assert with_bos.outputs == plain.outputs
 
 
-def test_a_tokenizer_that_knows_more_tokens_than_the_model_is_caught(bare_model):
-    # The model has 211 rows of embeddings; the tokenizer's space is number 223.
+def test_a_token_that_only_the_tokenizer_has_is_rejected(bare_model):
+    # The model has 211 embeddings, but the tokenizer's id of a blank is 223.
     with Inference(bare_model, byte_tokenizer(), **SIZES) as engine:
         assert_refused(engine, lambda: generate(engine, ["ok", "not ok"]), "prompt 1 holds 223, .*0 to 210")
 
 
-def test_a_tokenizer_without_special_tokens_will_do(bare_model):
+def test_a_tokenizer_without_special_tokens_works(bare_model):
     tokenizer = byte_tokenizer()
     tokenizer.bos_token = tokenizer.eos_token = tokenizer.pad_token = None
     with Inference(bare_model, tokenizer, **SIZES) as engine:
@@ -333,7 +332,7 @@ def test_a_tokenizer_without_special_tokens_will_do(bare_model):
         *itertools.product(["ignore_eos"], [None, 0, 1, "yes"]),
     ],
 )
-def test_a_sampling_parameter_out_of_range_is_refused_with_its_value(name, value):
+def test_a_sampling_parameter_out_of_range_is_rejected_with_its_value(name, value):
     with pytest.raises(ValueError, match=name) as error:
         SamplingParams(**{name: value})
     assert repr(value) in str(error.value)
@@ -355,17 +354,17 @@ def test_a_sampling_parameter_out_of_range_is_refused_with_its_value(name, value
     ],
     ids=str,
 )
-def test_the_ends_of_the_ranges_are_in_range(parameters):
+def test_the_limits_of_the_ranges_are_accepted(parameters):
     SamplingParams(**parameters)
 
 
 @pytest.mark.parametrize("n", [True, 0, -1, 1.0, "2", None, 16_385, 10**9])
-def test_a_number_of_samples_out_of_range_is_refused(n):
+def test_a_number_of_samples_out_of_range_is_rejected(n):
     with pytest.raises(ValueError, match=r"n must be an int in \[1, 16384\]"):
         SamplingParams(n=n)
 
 
-def test_several_greedy_samples_are_the_same(engine):
+def test_greedy_samples_of_one_request_are_equal(engine):
     (output,) = generate(engine, [[5, 6]], SamplingParams(n=2, temperature=0, max_tokens=4))
     assert output.outputs[0].token_ids == output.outputs[1].token_ids
 
@@ -423,7 +422,7 @@ GOOD_PARAMETERS = dict(
 @pytest.mark.parametrize(
     ("name", "value"), [(name, value) for name, values in BAD_PARAMETERS.items() for value in values]
 )
-def test_a_parameter_out_of_range_is_refused_by_name(name, value):
+def test_a_parameter_out_of_range_is_rejected_with_its_name(name, value):
     with pytest.raises(ValueError, match=name) as error:
         SamplingParams(**{name: value})
     assert len(str(error.value)) < 300
@@ -432,18 +431,18 @@ def test_a_parameter_out_of_range_is_refused_by_name(name, value):
 @pytest.mark.parametrize(
     ("name", "value"), [(name, value) for name, values in GOOD_PARAMETERS.items() for value in values]
 )
-def test_a_parameter_in_range_is_taken(name, value):
+def test_a_parameter_in_range_is_accepted(name, value):
     assert getattr(SamplingParams(**{name: value}), name) is value
 
 
-def test_every_parameter_has_been_tested_at_its_ends():
+def test_every_parameter_is_tested_at_its_limits():
     names = {field.name for field in dataclasses.fields(SamplingParams)}
     assert names == BAD_PARAMETERS.keys() | {"n", "temperature", "seed", "max_tokens", "ignore_eos"}
     assert BAD_PARAMETERS.keys() == GOOD_PARAMETERS.keys()
 
 
 @pytest.mark.parametrize("given", [{}, dict(json={}, regex="a"), dict(json_object=False)], ids=str)
-def test_exactly_one_structure_is_wanted(given):
+def test_structured_outputs_need_exactly_one_structure(given):
     with pytest.raises(ValueError, match="exactly one"):
         StructuredOutputsParams(**given)
 
@@ -460,16 +459,16 @@ def test_exactly_one_structure_is_wanted(given):
     ],
     ids=str,
 )
-def test_what_the_model_does_not_have_is_refused_at_the_door(engine, parameters, match):
+def test_parameters_that_the_engine_cannot_apply_are_rejected_on_arrival(engine, parameters, match):
     assert_refused(engine, lambda: generate(engine, [[5], [6]], SamplingParams(**parameters)), f"prompt 0.*{match}")
 
 
-def test_a_parameter_that_nobody_knows_is_refused_by_name():
+def test_an_unknown_parameter_is_rejected_with_its_name():
     with pytest.raises(TypeError, match="best_of"):
         SamplingParams(best_of=2)
 
 
-def test_parameters_cannot_be_made_bad_afterwards():
+def test_parameters_are_immutable_and_a_changed_copy_is_validated():
     with pytest.raises(dataclasses.FrozenInstanceError):
         GREEDY.max_tokens = 0
     with pytest.raises(ValueError, match=r"max_tokens.*0"):
@@ -483,24 +482,24 @@ def test_a_temperature_next_to_zero_is_greedy(engine, temperature):
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
-def test_as_many_sampling_params_as_prompts_are_wanted(engine, count):
+def test_generate_needs_as_many_sampling_params_as_prompts(engine, count):
     match = f"2 prompts but {count} sampling_params"
     assert_refused(engine, lambda: generate(engine, [[5], [6]], [GREEDY] * count), match)
 
 
 @pytest.mark.parametrize("params", [5, 0, "x", {"temperature": 0}, {}, [None], [{}]], ids=repr)
-def test_generate_refuses_what_is_not_sampling_params(engine, params):
+def test_generate_rejects_values_that_are_not_sampling_params(engine, params):
     assert_refused(engine, lambda: generate(engine, [[5, 6]], params), "sampling_params")
 
 
 @pytest.mark.parametrize(
     "params", [5, 0, "x", {"temperature": 0}, {}, [], [GREEDY]], ids=lambda value: repr(value)[:20]
 )
-def test_add_request_refuses_what_is_not_sampling_params(engine, params):
+def test_add_request_rejects_values_that_are_not_sampling_params(engine, params):
     try:
         assert_refused(engine, lambda: engine.add_request([5, 6], params), "sampling_params")
     finally:
-        engine.scheduler.reset()  # so that a request that slipped through fails this test alone
+        engine.scheduler.reset()  # so that a request accepted by mistake fails this test only
 
 
 # --- sizes -------------------------------------------------------------------------------------------------------
@@ -511,34 +510,34 @@ BAD_SIZES = [
         ["max_batch_size", "max_seq_length", "page_size", "n_pages", "max_num_batched_tokens"],
         [0, -1, True, 1.5, "4", NAN],
     ),
-    ("max_seq_length", 1),  # a prompt token and a generated one
+    ("max_seq_length", 1),  # a sequence needs a prompt token and a generated token
     ("n_pages", 1),  # page 0 is reserved
     *itertools.product(["watermark"], [-1, True, 1.5, None]),
 ]
 
 
 @pytest.mark.parametrize(("name", "value"), BAD_SIZES)
-def test_a_size_out_of_range_is_refused_by_name_and_value(bare_model, name, value):
+def test_a_size_out_of_range_is_rejected_with_its_name_and_value(bare_model, name, value):
     with pytest.raises(ValueError, match=rf"{name} must be an int >= \d.*got {value!r}"):
         Inference(bare_model, None, **{**SIZES, name: value})
     assert_untouched(bare_model)
 
 
 @pytest.mark.parametrize(("name", "value"), [("page_size", 0), ("n_pages", 0), ("n_pages", 1), ("max_seq_length", 513)])
-def test_a_refused_size_leaves_the_engine_that_has_the_model_alone(bare_model, name, value):
+def test_a_rejected_size_does_not_disturb_the_engine_that_uses_the_model(bare_model, name, value):
     with Inference(bare_model, None, **SIZES) as engine:
         with pytest.raises(ValueError, match=name):
             Inference(bare_model, None, **{**SIZES, name: value})
         assert len(completion(engine, GOOD_PROMPT).token_ids) == 3
 
 
-def test_a_pool_of_one_token_is_refused(bare_model):
-    with pytest.raises(ValueError, match="n_pages=2 of page_size=1 hold no prompt token and a generated one"):
+def test_a_pool_of_one_token_is_rejected(bare_model):
+    with pytest.raises(ValueError, match="n_pages=2 of page_size=1 cannot hold a prompt token and a generated token"):
         Inference(bare_model, None, **{**SIZES, "n_pages": 2, "page_size": 1})
     assert_untouched(bare_model)
 
 
-def test_max_seq_length_ends_where_the_models_positions_do(bare_model):
+def test_max_seq_length_is_at_most_the_number_of_the_models_positions(bare_model):
     with pytest.raises(ValueError, match=r"max_seq_length=513 .*512 positions"):
         Inference(bare_model, None, **{**SIZES, "max_seq_length": 513})
     assert_untouched(bare_model)
@@ -548,7 +547,7 @@ def test_max_seq_length_ends_where_the_models_positions_do(bare_model):
         assert engine.max_seq_length == 512
 
 
-def test_the_smallest_engine_there_is_answers(bare_model):
+def test_the_smallest_possible_engine_generates(bare_model):
     smallest = dict(max_batch_size=1, max_seq_length=2, n_pages=2, page_size=2, max_num_batched_tokens=1, watermark=0)
     expected = hf_generate(bare_model, [5], 1, ignore_eos=True)
     with Inference(bare_model, None, compile=False, **smallest) as engine:
@@ -559,7 +558,7 @@ def test_the_smallest_engine_there_is_answers(bare_model):
 # --- memory ------------------------------------------------------------------------------------------------------
 
 
-def test_a_pool_larger_than_memory_is_refused_in_gb_and_the_next_engine_is_built(bare_model):
+def test_a_pool_larger_than_memory_is_rejected_in_gb_and_another_engine_can_be_built(bare_model):
     with pytest.raises(ValueError, match=r"1,000,000,000,000 pages of 4 .*[\d,]+\.\d GB.*[\d,]+\.\d GB .*n_pages="):
         Inference(bare_model, None, **{**SIZES, "n_pages": 10**12})
     assert_untouched(bare_model)
@@ -573,7 +572,7 @@ def pool_bytes(engine):
     return kv_bytes + sum(table.physical_to_logical.nbytes for table in engine.kv.pools.values())
 
 
-def test_the_n_pages_that_is_said_to_fit_is_the_largest_that_does(bare_model, monkeypatch):
+def test_the_n_pages_that_the_error_names_is_the_largest_that_fits(bare_model, monkeypatch):
     free = 100_000
     monkeypatch.setattr(memory, "free_bytes", lambda device: free)
     sizes = SIZES | dict(max_num_batched_tokens=8)
@@ -587,22 +586,22 @@ def test_the_n_pages_that_is_said_to_fit_is_the_largest_that_does(bare_model, mo
     assert_untouched(bare_model)
 
 
-def test_the_default_pool_leaves_half_of_the_memory(bare_model, monkeypatch):
+def test_the_default_pool_leaves_half_of_the_memory_free(bare_model, monkeypatch):
     free = 1_000_000
     monkeypatch.setattr(memory, "free_bytes", lambda device: free)
     sizes = dict(n_pages=None, max_batch_size=50, max_num_batched_tokens=64)
     with Inference(bare_model, None, **{**SIZES, **sizes}) as engine:
-        assert engine.page_table.n_pages < 1 + 50 * 4, "the workload fits: it shows nothing"
+        assert engine.page_table.n_pages < 1 + 50 * 4, "memory must limit the pool, or this test checks nothing"
         assert free / 4 < pool_bytes(engine) <= free / 2
         assert completion(engine, GOOD_PROMPT).finish_reason == "length"
 
 
-def test_the_default_pool_holds_a_full_batch_where_memory_allows(bare_model):
+def test_the_default_pool_holds_a_full_batch_if_memory_allows(bare_model):
     with Inference(bare_model, None, **{**SIZES, "n_pages": None}) as engine:
         assert engine.page_table.num_usable_pages == 2 * 4  # two sequences of 16 tokens
 
 
-def test_without_memory_for_a_page_the_default_pool_is_refused_for_want_of_memory(bare_model, monkeypatch):
+def test_the_default_pool_raises_an_error_in_gb_if_memory_is_too_small(bare_model, monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
     with pytest.raises(ValueError, match="GB"):
         Inference(bare_model, None, **{**SIZES, "n_pages": None})
@@ -625,14 +624,14 @@ def raise_at_call(monkeypatch, owner, name, number):
     [
         (inference.PageTable, "__init__", 1),
         (PagedKVCache, "__init__", 1),
-        (PagedKVCache, "__init__", 2),  # half of the layers have their cache
+        (PagedKVCache, "__init__", 2),  # half of the layers have their caches
         (patching.AttentionInterface, "register", 1),
-        (patching, "pruned_forward", 1),  # the layers have their caches, the last one not its forward
+        (patching, "pruned_forward", 1),  # all layers have their caches, but the last one has its old forward
         (runner, "patch_model", 1),
         (input_processor, "_eos_token_ids", 1),
     ],
 )
-def test_a_constructor_that_fails_anywhere_leaves_the_model_as_it_was(bare_model, monkeypatch, owner, name, number):
+def test_a_constructor_that_fails_leaves_the_model_unchanged(bare_model, monkeypatch, owner, name, number):
     raise_at_call(monkeypatch, owner, name, number)
     try:
         with pytest.raises(MemoryError, match="injected"):
@@ -642,19 +641,19 @@ def test_a_constructor_that_fails_anywhere_leaves_the_model_as_it_was(bare_model
         with Inference(bare_model, None, **SIZES) as engine:
             assert len(completion(engine, GOOD_PROMPT).token_ids) == 3
     finally:
-        patching.unpatch_model(bare_model)  # so that it is only this test that fails
+        patching.unpatch_model(bare_model)  # so that a failure affects this test only
 
 
 # --- compilation and models --------------------------------------------------------------------------------------
 
 
-def test_compiling_for_float64_is_refused(bare_model):
+def test_compiling_for_float64_is_rejected(bare_model):
     with pytest.raises(ValueError, match=r"compile=True.*torch\.float64"):
         Inference(bare_model, None, **{**SIZES, "compile": True})
     assert_untouched(bare_model)
 
 
-def test_without_a_wish_float64_runs_uncompiled(bare_model):
+def test_float64_runs_uncompiled_by_default(bare_model):
     with Inference(bare_model, None, **{**SIZES, "compile": None}) as engine:
         assert not engine.runner.compiled
         assert len(completion(engine, GOOD_PROMPT).token_ids) == 3
@@ -667,7 +666,7 @@ def assert_model_refused(model, match):
     assert getattr(getattr(model, "config", None), "_attn_implementation", None) == implementation
 
 
-def test_an_unsupported_model_is_refused_by_name():
+def test_an_unsupported_model_is_rejected_with_its_name():
     config = GPT2Config(
         n_layer=1, n_embd=8, n_head=2, n_positions=64, vocab_size=11, bos_token_id=1, eos_token_id=1, pad_token_id=0
     )
@@ -676,15 +675,15 @@ def test_an_unsupported_model_is_refused_by_name():
 
 
 @pytest.mark.parametrize("model", [None, "google/gemma-2-2b"])
-def test_what_is_no_model_is_refused(model):
+def test_a_value_that_is_not_a_model_is_rejected(model):
     assert_model_refused(model, "model")
 
 
-def test_a_model_without_a_head_is_refused():
+def test_a_model_without_a_language_model_head_is_rejected():
     assert_model_refused(AutoModel.from_config(CONFIGS["gemma2"]()).eval(), "Gemma2Model has no language-model head")
 
 
-def test_a_model_in_training_mode_is_refused():
+def test_a_model_in_training_mode_is_rejected():
     assert_model_refused(fresh_model().train(), r"training mode.*model\.eval\(\)")
 
 
@@ -709,26 +708,26 @@ DEFAULT = dict(rope_type="default", rope_theta=10_000.0)
         ("gemma3_text", dict(sliding_attention=DYNAMIC, full_attention=DEFAULT), "dynamic"),
     ],
 )
-def test_rope_that_depends_on_the_batch_is_refused(architecture, rope, name):
+def test_rope_that_depends_on_the_batch_is_rejected(architecture, rope, name):
     assert_model_refused(fresh_model(architecture, rope_parameters=rope), f"rope_type '{name}'")
 
 
-def test_rope_that_does_not_depend_on_the_batch_is_taken():
+def test_rope_that_does_not_depend_on_the_batch_is_accepted():
     model = fresh_model(rope_parameters=dict(ROPE, rope_type="linear"))
     expected = hf_generate(model, GOOD_PROMPT, 3, ignore_eos=True)
     with Inference(model, None, **SIZES) as engine:
         assert completion(engine, GOOD_PROMPT).token_ids == expected
 
 
-def test_a_model_spread_over_devices_is_refused():
+def test_a_model_on_several_devices_is_rejected():
     model = fresh_model()
     model.lm_head.to("meta")
     assert_model_refused(model, r"one device.*\['cpu', 'meta'\]")
 
 
-def test_a_model_without_weights_is_refused():
+def test_a_model_without_weights_is_rejected():
     assert_model_refused(fresh_model().to("meta"), r"one device.*\['meta'\]")
 
 
-def test_attention_in_both_directions_is_refused():
+def test_bidirectional_attention_is_rejected():
     assert_model_refused(fresh_model("gemma3_text", use_bidirectional_attention=True), "use_bidirectional_attention")

@@ -1,4 +1,4 @@
-"""benchmark.py notices a wrong engine; its workload is the same in every process; its report adds up."""
+"""benchmark.py detects a wrong engine, its workload is the same in every process, and its report adds up."""
 
 import json
 import os
@@ -18,8 +18,11 @@ ARGUMENTS += ["--max_new_tokens", "6", "--max_seq_length", "680"]
 
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
-    """Run the benchmark's main with arguments; its exit status, its stdout's last line, and where its CSV goes."""
-    monkeypatch.setattr(benchmark, "PROMPT_LENS", (1, 600))  # 600: well past the window of gemma2-tiny
+    """Return a function that runs the benchmark's main in a temporary folder.
+
+    It returns the exit status and the JSON of the last line of stdout.
+    """
+    monkeypatch.setattr(benchmark, "PROMPT_LENS", (1, 600))  # 600 is well beyond the window of gemma2-tiny
     monkeypatch.setattr(benchmark, "EXACTNESS_TOKENS", 8)
     monkeypatch.setattr(benchmark, "NUM_STRANGERS", 2)
     monkeypatch.setattr(benchmark, "QUESTIONS_PER_TASK", 1)
@@ -33,7 +36,7 @@ def run(monkeypatch, capsys, tmp_path):
     return run
 
 
-def test_report_adds_up_and_the_csv_has_a_line_per_step(run, monkeypatch, tmp_path):
+def test_the_report_adds_up_and_the_csv_has_a_line_per_step(run, monkeypatch, tmp_path):
     monkeypatch.setenv("ENABLE_PROFILING", "1")
     status, record = run()
     workload = make_workload(4, (1, 20), (2, 6), range(5, 259), seed=0)
@@ -51,16 +54,16 @@ def test_report_adds_up_and_the_csv_has_a_line_per_step(run, monkeypatch, tmp_pa
 
 
 @pytest.mark.parametrize("model", ["tiny-gemma2", "gemma2-tiny"])
-def test_a_wrong_mask_is_a_mismatch_and_exit_status_1(model, run, monkeypatch):
-    """Gemma-2 without its sliding window: what the original engine computed."""
+def test_a_wrong_mask_gives_a_mismatch_and_exit_status_1(model, run, monkeypatch):
+    """The mask is that of Gemma-2 without its sliding window, as in the original engine."""
     monkeypatch.setattr("flex_nano_vllm.inference.layer_windows", lambda model: [None] * len(model.model.layers))
     status, record = run("--model", model)
     assert status == 1
     assert record["exactness"]["mismatches"] > 0
 
 
-def test_an_answer_that_is_not_generates_is_exit_status_1(run, monkeypatch):
-    """Although each of its tokens may be the likeliest, given those before it."""
+def test_an_answer_that_differs_from_generate_gives_exit_status_1(run, monkeypatch):
+    """It does so even if each token is the most likely one after the preceding tokens."""
     monkeypatch.setattr(benchmark, "check_exactness", lambda engine, *_: engine.close())
     hf_generate = benchmark.hf_generate
     monkeypatch.setattr(benchmark, "hf_generate", lambda *args: hf_generate(*args)[:-1])
@@ -69,13 +72,13 @@ def test_an_answer_that_is_not_generates_is_exit_status_1(run, monkeypatch):
     assert record["answers"] == {"questions": 11, "right": 11, "right_by_generate": 11, "different": 11}
 
 
-def test_checks_that_do_not_fit_are_refused_at_the_start(run):
+def test_sizes_too_small_for_the_checks_are_rejected_at_the_start(run):
     for sizes in (["--max_seq_length", "679"], ["--n_pages", "4", "--page_size", "128"]):
         with pytest.raises(SystemExit, match="raise them, or pass --no_check"):
             run(*sizes)
 
 
-def test_workload_is_the_same_in_every_process():
+def test_the_workload_is_the_same_in_every_process():
     program = (
         "from flex_nano_vllm.workload import *; print(digest(make_workload(20, (1, 9), (1, 9), range(3, 99), seed=7)))"
     )
@@ -88,7 +91,7 @@ def test_workload_is_the_same_in_every_process():
     assert other_seed.encode() not in digests.pop()
 
 
-def test_a_model_that_cannot_be_had_is_an_error_only_if_it_was_asked_for(monkeypatch):
+def test_random_weights_replace_an_unavailable_model_only_if_it_is_the_default_of_a_gpu(monkeypatch):
     def no_hub(*args: object, **kwargs: object) -> None:
         raise OSError("no network")
 
@@ -102,7 +105,7 @@ def test_a_model_that_cannot_be_had_is_an_error_only_if_it_was_asked_for(monkeyp
             benchmark.load(name, float32, device, Console())
 
 
-def test_the_default_on_a_cpu_is_the_model_in_the_package():
+def test_the_default_model_on_a_cpu_is_the_one_in_the_package():
     cpu = benchmark.torch.device("cpu")
     model, tokenizer, name = benchmark.load(None, benchmark.torch.float32, cpu, Console())
     assert name == "tiny-gemma2" and model.config.sliding_window == 64

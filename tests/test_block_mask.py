@@ -1,11 +1,11 @@
-"""The isolation of requests: the masks of a packed step against their definition, slot by slot.
+"""Isolation of requests: compares the masks of a step with their definition, slot by slot.
 
     A query at position p of a sequence sees exactly the slots of positions max(0, p - window + 1) .. p of that
     sequence, each of them once. A padding query sees nothing.
 
-The oracle walks these words in plain loops over lists of pages that the tests keep themselves. The code under test is
-read in both ways that FlexAttention reads it: `mask_mod` at every (query, slot), which is all that the uncompiled
-function knows, and the pages listed for each tile combined with `mask_mod`, which is what the kernels visit.
+The oracle computes this definition in plain loops, over lists of pages that the tests keep themselves. The masks are
+checked in both ways in which FlexAttention uses them. The uncompiled function uses only `mask_mod`, at every (query,
+slot). The kernels visit the pages that are listed for each tile, and use `mask_mod` on the partial pages.
 """
 
 from dataclasses import replace
@@ -27,7 +27,7 @@ N_PAGES = 13
 
 
 def token_id(row: int, position: int) -> int:
-    """A token that says where it comes from."""
+    """Return a token id that encodes row and position."""
     return 1000 * row + position
 
 
@@ -46,7 +46,7 @@ def make_sequence(row: int, num_tokens: int) -> Sequence:
 
 
 class Scene:
-    """A fragmented page table and some chunks, with the pages of each row also kept in plain lists."""
+    """A fragmented page table and some chunks. The pages of each row are also kept in plain lists."""
 
     def __init__(self, page_size: int, max_pages_per_row: int = 5, max_batch_size: int = 4):
         self.page_size = page_size
@@ -56,7 +56,10 @@ class Scene:
         self.chunks: list[Chunk] = []
 
     def grow(self, row: int) -> bool:
-        """One more page for `row`. The lowest free page is handed out first, which is how its number is known."""
+        """Reserve one more page for `row`. Returns False if that is not possible.
+
+        The number of the page is known, because the lowest free page is reserved first.
+        """
         self.pages.setdefault(row, [])
         taken = {page for pages in self.pages.values() for page in pages}
         free = [page for page in range(1, N_PAGES) if page not in taken]
@@ -74,12 +77,12 @@ class Scene:
         return self.pages[row][position // self.page_size] * self.page_size + position % self.page_size
 
     def visible(self, row: int, position: int, window: int | None) -> list[int]:
-        """The definition, word for word."""
+        """Return the slots that a query sees, by the definition at the top of this file."""
         first = 0 if window is None else max(0, position - window + 1)
         return sorted(self.slot(row, seen) for seen in range(first, position + 1))
 
     def tokens(self) -> list[tuple[int, int]]:
-        """(row, position) of each token of the step, in order."""
+        """Return (row, position) of each token of the step, in order."""
         return [
             (chunk.sequence.row, position)
             for chunk in self.chunks
@@ -92,18 +95,18 @@ def scenes(draw, page_size: int) -> Scene:
     scene = Scene(page_size)
     rows = [scene.kv.allocate([]) for _ in range(scene.kv.geometry.max_batch_size)]
     synced = draw(st.booleans())
-    # Rows that grow in turns and are erased in between: their pages are neither neighbours nor in order.
+    # Rows grow in turns and are erased in between, so that their pages are neither adjacent nor in order.
     turns = st.tuples(st.sampled_from(rows), st.sampled_from(["grow", "grow", "erase and grow"]))
     for row, turn in draw(st.lists(turns, min_size=8, max_size=30)):
         if turn != "grow" and scene.pages.get(row):
             scene.erase(row)
             assert scene.kv.allocate([]) == row
         scene.grow(row)
-        if synced:  # what the device knows already may be out of date by the time of the step
+        if synced:  # the device tables may be outdated when the step is built
             scene.kv.sync()
     holders = draw(st.permutations([row for row in rows if scene.pages.get(row)]))
     for row in holders[draw(st.integers(0, len(holders) - 1)) :]:
-        # The last page may be half full, and tokens may be waiting for which there are no pages yet.
+        # The last page may be partly filled, and the sequence may have tokens without pages yet.
         end = len(scene.pages[row]) * page_size - draw(st.integers(0, page_size - 1))
         decodes = draw(st.booleans())
         start = end - 1 if decodes else draw(st.integers(0, end - 1))
@@ -121,14 +124,14 @@ def layouts(draw, tile_lens: tuple[int, ...], group_size: int) -> TileLayout:
 
 
 def queries_of(batch: StepBatch) -> TiledQueries:
-    """Of all layers: nothing is packed here."""
+    """Return the queries, which are equal for all layers because no decodes are packed here."""
     queries, *others = batch.queries.values()
     assert all(other is queries for other in others)
     return queries
 
 
 def tiles_of(batch: StepBatch, layout: TileLayout):
-    """(tiles, their length, the token of each query or None where padded), for each kind in use. One kv head."""
+    """Yield (tiles, tile length, token of each query or None for padding) for each kind in use. For one kv head."""
     token_at = {
         row // layout.group_size: token for token, (row, *_) in enumerate(queries_of(batch).output_rows.tolist())
     }
@@ -145,12 +148,12 @@ def tiles_of(batch: StepBatch, layout: TileLayout):
 
 
 def kv_len(batch: StepBatch) -> int:
-    """Slots of the pool that attention is handed."""
+    """Return how many slots of the pool attention receives."""
     return next(iter(queries_of(batch).tiles[0].block_masks.values())).seq_lengths[1]
 
 
 def evaluate(block_mask, kv_len: int) -> np.ndarray:
-    """mask_mod at every (row of a tile, slot), the rows of all tiles one after another."""
+    """Evaluate mask_mod at every (query row, slot). The query rows of all tiles are concatenated."""
     num_tiles, rows_per_tile = block_mask.kv_num_blocks.shape[0], block_mask.seq_lengths[0]
     zero = torch.zeros((), dtype=torch.int32)
     tile = torch.arange(num_tiles, dtype=torch.int32)[:, None, None]
@@ -161,7 +164,7 @@ def evaluate(block_mask, kv_len: int) -> np.ndarray:
 
 
 def listed(counts: torch.Tensor, lists: torch.Tensor) -> list[list[int]]:
-    """The pages that a kernel visits for each tile, in order."""
+    """Return the pages that a kernel visits for each tile, in order."""
     return [pages[:count] for count, pages in zip(counts[:, 0, 0].tolist(), lists[:, 0, 0].tolist())]
 
 
@@ -187,25 +190,25 @@ def assert_isolated(scene: Scene, batch: StepBatch, layout: TileLayout) -> None:
                 tile, token = q_row // rows_per_tile, token_of_query[q_row // layout.group_size]
                 expected = [] if token is None else scene.visible(*tokens[token], window)
                 assert np.flatnonzero(allowed[q_row]).tolist() == expected
-                visited = [  # with repetition: a page listed twice would count twice in the softmax
+                visited = [  # with repetition, because a page listed twice counts twice in the softmax
                     slot
                     for pages, is_masked in ((partial[tile], True), (whole[tile], False))
                     for page in pages
                     for slot in range(page * page_size, page * page_size + page_size)
                     if allowed[q_row, slot] or not is_masked
                 ]
-                # What padding makes of the tile's whole pages is picked up by nobody.
+                # Padding queries also read the full pages of their tile, but their output is not used.
                 assert token is None or sorted(visited) == expected
                 needed[tile].update(slot // page_size for slot in expected)
             for tile, pages in enumerate(needed):
-                assert sorted(partial[tile] + whole[tile]) == sorted(pages), "a page is listed that nobody needs"
-    assert sorted(seen_tokens) == list(range(len(tokens))), "a token without a query, or with two"
+                assert sorted(partial[tile] + whole[tile]) == sorted(pages), "listed pages are not those needed"
+    assert sorted(seen_tokens) == list(range(len(tokens))), "a token has no query, or two"
 
 
 @pytest.mark.parametrize("group_size", [1, 2])
 @pytest.mark.parametrize("tile_lens", [(1,), (4,), (1, 4)], ids=str)
 @pytest.mark.parametrize("page_size", [1, 2, 4])
-def test_a_query_sees_the_tokens_before_it_in_its_own_sequence_and_nothing_else(page_size, tile_lens, group_size):
+def test_a_query_sees_exactly_the_tokens_in_its_window_of_its_own_sequence(page_size, tile_lens, group_size):
     @settings(max_examples=40, deadline=None, database=None)
     @given(scene=scenes(page_size), layout=layouts(tile_lens, group_size))
     def holds(scene, layout):
@@ -217,7 +220,7 @@ def test_a_query_sees_the_tokens_before_it_in_its_own_sequence_and_nothing_else(
 
 @settings(max_examples=60, deadline=None, database=None)
 @given(data=st.data())
-def test_a_step_says_of_each_token_what_it_is_where_it_stands_and_where_it_goes(data):
+def test_a_step_has_the_id_the_position_and_the_slots_of_each_token(data):
     scene = data.draw(st.sampled_from([1, 2, 4]).flatmap(scenes))
     layout = data.draw(st.sampled_from([(1,), (4,), (1, 4), (2, 3)]).flatmap(lambda lens: layouts(lens, 2)))
     batch = StepBatch.build(scene.chunks, scene.kv, layout)
@@ -241,7 +244,7 @@ def test_a_step_says_of_each_token_what_it_is_where_it_stands_and_where_it_goes(
 
 @settings(max_examples=60, deadline=None, database=None)
 @given(data=st.data())
-def test_going_into_the_tiles_and_back_is_the_identity_on_tokens_and_heads(data):
+def test_output_rows_are_the_inverse_of_query_rows_for_all_tokens_and_heads(data):
     scene = data.draw(st.sampled_from([1, 2, 4]).flatmap(scenes))
     num_kv_heads, group_size = data.draw(st.sampled_from([(1, 1), (1, 3), (2, 1), (2, 3)]))
     layout = data.draw(st.sampled_from([(1,), (4,), (1, 4), (2, 3)]).flatmap(lambda lens: layouts(lens, group_size)))
@@ -251,7 +254,7 @@ def test_going_into_the_tiles_and_back_is_the_identity_on_tokens_and_heads(data)
     in_tiles = [values.flatten()[tiles.query_rows] for tiles in queries_of(batch).tiles]
     assert torch.equal(torch.cat([part.flatten() for part in in_tiles])[queries_of(batch).output_rows], values)
     assert queries_of(batch).output_rows.unique().numel() == values.numel()
-    # In a tile, a kv head has the queries of its own group, token by token.
+    # In a tile, each kv head has the queries of its own group of heads, token by token.
     for tiles in queries_of(batch).tiles:
         head = tiles.query_rows % values.shape[1]
         assert torch.equal(head // group_size, torch.arange(num_kv_heads)[:, None].expand_as(head[0]).expand_as(head))
@@ -261,7 +264,7 @@ def test_going_into_the_tiles_and_back_is_the_identity_on_tokens_and_heads(data)
 
 @settings(max_examples=60, deadline=None, database=None)
 @given(data=st.data())
-def test_the_ends_of_chunks_attend_in_the_last_layer_as_if_they_were_a_step_of_their_own(data):
+def test_end_queries_equal_the_queries_of_a_step_with_only_the_last_tokens_of_chunks(data):
     scene = data.draw(st.sampled_from([1, 2, 4]).flatmap(scenes))
     layout = data.draw(st.sampled_from([(1,), (4,), (1, 4), (2, 3)]).flatmap(lambda lens: layouts(lens, 2)))
     batch = StepBatch.build(scene.chunks, scene.kv, layout)
@@ -280,7 +283,7 @@ def test_the_ends_of_chunks_attend_in_the_last_layer_as_if_they_were_a_step_of_t
 
 @settings(max_examples=60, deadline=None, database=None)
 @given(data=st.data())
-def test_a_chunk_goes_into_the_smallest_tile_that_holds_it_and_tiles_are_padded_to_a_bucket(data):
+def test_a_chunk_uses_the_smallest_tile_that_holds_it_and_tiles_are_padded_to_a_bucket(data):
     scene = data.draw(st.sampled_from([1, 2, 4]).flatmap(scenes))
     layout = data.draw(st.sampled_from([(1,), (4,), (1, 4), (2, 3)]).flatmap(lambda lens: layouts(lens, 1)))
     batch = StepBatch.build(scene.chunks, scene.kv, layout)
@@ -295,15 +298,13 @@ def test_a_chunk_goes_into_the_smallest_tile_that_holds_it_and_tiles_are_padded_
         buckets = layout.kinds[0].buckets
         padded = used if buckets is None else min(bucket for bucket in buckets if bucket >= used)
         assert tiles.query_rows.shape == (padded, 1, tile_len)
-        assert tiles.query_rows.min() >= 0, "padding reads a token that exists"
+        assert tiles.query_rows.min() >= 0, "padding must read an existing token"
 
 
 @pytest.mark.parametrize("whole_pool", [True, False])
 @settings(max_examples=30, deadline=None, database=None)
 @given(data=st.data())
-def test_attention_is_handed_the_whole_pool_or_the_part_in_use_and_lists_as_wide_as_the_cpu_kernel_wants(
-    whole_pool, data
-):
+def test_attention_gets_the_whole_or_the_used_pool_and_lists_as_wide_as_the_cpu_kernel_needs(whole_pool, data):
     scene = data.draw(st.sampled_from([1, 2, 4]).flatmap(scenes))
     kinds = (TileKind(1, (2, 64)), TileKind(4, (2, 64)))
     batch = StepBatch.build(scene.chunks, scene.kv, TileLayout(kinds, 1, 2, (None, 3), 3, whole_pool))
@@ -314,7 +315,7 @@ def test_attention_is_handed_the_whole_pool_or_the_part_in_use_and_lists_as_wide
             for pages in (block_mask.kv_indices, block_mask.full_kv_indices):
                 assert pages.shape[-1] >= kv_len(batch) // scene.page_size
                 assert pages.dtype == block_mask.kv_num_blocks.dtype == torch.int32
-                assert pages.min() >= 0 and pages.max() < N_PAGES, "past the list's end, too, stand pages that exist"
+                assert pages.min() >= 0 and pages.max() < N_PAGES, "entries past the end must be pages too"
 
 
 def test_the_drawing_in_the_docstring_of_step_holds():
@@ -325,7 +326,7 @@ def test_the_drawing_in_the_docstring_of_step_holds():
     scene.chunks = [
         Chunk(make_sequence(a, 1), 0, 1),
         Chunk(make_sequence(b, 8), 7, 1),
-        Chunk(make_sequence(c, 6), 0, 5),  # the last token of c's prompt does not run in this step
+        Chunk(make_sequence(c, 6), 0, 5),  # the last prompt token of c is not in this step
     ]
     layout = TileLayout(
         (TileKind(1, (4, 8)), TileKind(4, (2, 8))),
@@ -340,12 +341,12 @@ def test_the_drawing_in_the_docstring_of_step_holds():
     assert batch.input_ids.tolist() == [[token_id(a, 0), token_id(b, 7), *c_ids]]
     assert batch.chunk_ends.tolist() == [0, 1, 6]
     small, large = queries_of(batch).tiles
-    # Two heads, so two rows a token.
+    # Two heads, so two query rows for each token
     assert small.query_rows.flatten().tolist() == [0, 1, 2, 3, 0, 1, 0, 1]
     assert large.query_rows.flatten().tolist() == [4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 0, 1, 0, 1, 0, 1]
     assert queries_of(batch).output_rows.tolist() == [[0, 1], [2, 3], [8, 9], [10, 11], [12, 13], [14, 15], [16, 17]]
-    # The one token of a sees a quarter of its page; that of b sees both of its pages whole, and so does c4 the first
-    # page of c, of which c0 to c2 do not see all.
+    # The token of a sees a quarter of its page. The token of b sees both of its pages completely. Token c4 sees the
+    # first page of c completely, but tokens c0 to c2 do not.
     assert small.block_masks[None].kv_num_blocks.flatten().tolist() == [1, 0, 0, 0]
     assert small.block_masks[None].full_kv_num_blocks.flatten().tolist() == [0, 2, 0, 0]
     assert large.block_masks[None].kv_num_blocks.flatten().tolist() == [1, 1]
@@ -353,12 +354,12 @@ def test_the_drawing_in_the_docstring_of_step_holds():
     assert_isolated(scene, batch, layout)
 
 
-def test_padding_on_row_0_sees_nothing_and_writes_to_page_0():
-    """What `ModelRunner.warmup` runs: a step of nothing but sequences that own nothing."""
+def test_padding_in_row_0_sees_nothing_and_writes_to_page_0():
+    """`ModelRunner.warmup` runs such steps, which contain only padding sequences without pages."""
     scene = Scene(page_size=2)
     row = scene.kv.allocate([])
     for _ in range(4):
-        scene.grow(row)  # somebody's pages, for padding to see if it could
+        scene.grow(row)  # pages of another row, which padding must not see
     layout = TileLayout(
         (TileKind(1, (4,)), TileKind(4, (4,))),
         num_kv_heads=1,
@@ -375,7 +376,7 @@ def test_padding_on_row_0_sees_nothing_and_writes_to_page_0():
             assert not evaluate(block_mask, kv_len(batch)).any()
 
 
-def test_a_row_sees_nothing_of_the_sequence_that_had_its_pages_before():
+def test_a_row_sees_no_tokens_of_the_sequence_that_used_its_pages_before():
     scene = Scene(page_size=2)
     old, new = scene.kv.allocate([]), scene.kv.allocate([])
     layout = TileLayout(

@@ -1,5 +1,4 @@
-"""Decodes that share pages read them together: every token sees what it did alone, each page is read once, and it is
-done where it pays."""
+"""Packed decodes see the same slots as alone, their tile reads each page once, and they are packed only if it pays."""
 
 import copy
 import itertools
@@ -24,26 +23,25 @@ from flex_nano_vllm.scheduler import Chunk
 from flex_nano_vllm.sequence import Sequence
 from flex_nano_vllm.step import StepBatch, TileKind, TileLayout
 
-ALWAYS = CascadeRule(3, 4, 1, 0.0, 0.0, 1.0)  # whenever anything at all is shared
+ALWAYS = CascadeRule(3, 4, 1, 0.0, 0.0, 1.0)  # packed tiles cost nothing
 
 
 class Family:
-    """Sequences, one to a row, some of which begin with pages of earlier ones: in all pools of the engine, or of the
-    widest window."""
+    """Sequences with one row each, in one pool. Some of them begin with pages of earlier sequences."""
 
     def __init__(
         self, page_size: int, windows: tuple[int | None, ...], lengths: list[int], shared: list[tuple[int, int]]
     ):
-        """`shared`: of each sequence, whose pages it begins with and how many."""
+        """`shared` has for each sequence the index of an earlier one and how many of its pages are shared."""
         longest = 12 * page_size
         geometry = Geometry(1 + 12 * len(lengths), page_size, len(lengths), longest, 8, windows, window_release=False)
         self.kv, self.windows, self.chunks = KVManager(geometry, prefix_caching=False), windows, []
-        self.pages: list[list[int]] = []  # of each sequence
+        self.pages: list[list[int]] = []  # pages of each sequence, in logical order
         table, rows = self.kv.primary, []
         for length, (other, num_shared) in zip(lengths, shared):
             row = self.kv.allocate([])
             num_pages = -(-length // page_size)
-            # Of its own it has at least the last page, which it writes to.
+            # The last page is never shared, because the sequence writes to it.
             common = self.pages[other % len(rows)][: min(num_shared, num_pages - 1)] if rows else []
             table.share(row, common)
             self.kv.reserve(row, length)
@@ -57,13 +55,13 @@ class Family:
         return pack(rows, positions, window, self.kv.primary, rule)
 
     def seen_slots(self, index: int, window: int | None) -> list[int]:
-        """The definition: the slots of what a sequence's last token sees."""
+        """The definition: return the slots that the last token of a sequence sees."""
         page_size, position = self.kv.geometry.page_size, self.chunks[index].start
         first = 0 if window is None else max(0, position - window + 1)
         return sorted(self.pages[index][p // page_size] * page_size + p % page_size for p in range(first, position + 1))
 
     def seen_pages(self, index: int, window: int | None) -> dict[int, bool]:
-        """The definition: the pages of which a sequence's last token sees something, and whether it sees them whole."""
+        """The definition: return the pages that the last token of a sequence sees, and whether it sees them fully."""
         page_size, position = self.kv.geometry.page_size, self.chunks[index].start
         first = 0 if window is None else max(0, position - window + 1)
         seen = range(first, position + 1)
@@ -82,19 +80,19 @@ def families(draw):
 
 @settings(max_examples=200, deadline=None, database=None)
 @given(family=families(), whole_pool=st.booleans(), num_padding=st.integers(0, 3))
-def test_a_query_sees_what_it_saw_alone_and_its_tile_reads_every_page_once(family, whole_pool, num_padding):
+def test_a_packed_query_sees_the_same_slots_as_alone_and_its_tile_reads_each_page_once(family, whole_pool, num_padding):
     kinds = (TileKind(1, (16,)),)
     layout = TileLayout(kinds, 1, 1, family.windows, family.windows[-1], whole_pool, ALWAYS)
     window = layout.widest_window
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(cascade, "LEAST_SAVING", 0)
         packed = family.packed(window, ALWAYS)
-    nobody = Sequence(-1, None, [0], 1, SamplingParams(), 0, frozenset(), 1, row=0)
-    chunks = family.chunks + [Chunk(nobody, 0, 1)] * num_padding
+    padding = Sequence(-1, None, [0], 1, SamplingParams(), 0, frozenset(), 1, row=0)
+    chunks = family.chunks + [Chunk(padding, 0, 1)] * num_padding
     alone, together = (StepBatch.build(chunks, family.kv, layout, how) for how in (None, packed))
     for window in family.windows:
         seen = visible_slots(together, window)[: len(family.chunks)]
-        for index, slots in enumerate(seen):  # with repetition: a page read twice would count twice in the softmax
+        for index, slots in enumerate(seen):  # with repetition, because a page read twice counts twice in the softmax
             assert sorted(slots) == family.seen_slots(index, window)
     assert together.queries[layout.widest_window] is not alone.queries[layout.widest_window]
 
@@ -117,7 +115,7 @@ def test_a_query_sees_what_it_saw_alone_and_its_tile_reads_every_page_once(famil
             assert lists.shape[-1] >= mask.seq_lengths[1] // family.kv.geometry.page_size
 
 
-def test_the_drawing_in_the_docstring_holds(any_saving):
+def test_the_drawing_in_the_docstring_of_cascade_holds(any_saving):
     family = Family(4, (None,), [12, 16, 12], [(0, 0), (0, 2), (0, 2)])
     packed = family.packed(None, ALWAYS)
     assert sorted(packed.members.ravel().tolist()) == [0, 1, 2]
@@ -127,8 +125,8 @@ def test_the_drawing_in_the_docstring_holds(any_saving):
     assert len(own) == 4 and np.flatnonzero(packed.partial).tolist() == sorted(own)
 
 
-def test_families_lie_side_by_side(any_saving):
-    """Two families in turns, of which one has a branch."""
+def test_sequences_with_a_common_prefix_are_packed_side_by_side(any_saving):
+    """Sequences of two families alternate, and one family has a branch."""
     family = Family(1, (None,), [9] * 9, [(0, 0), (0, 0), (0, 4), (1, 4), (2, 6), (1, 4), (2, 7), (1, 4), (4, 7)])
     order = family.packed(None, ALWAYS).members.ravel().tolist()
     for kin in ({1, 3, 5, 7}, {0, 2, 4, 6, 8}, {4, 6, 8}):
@@ -136,38 +134,40 @@ def test_families_lie_side_by_side(any_saving):
         assert places == list(range(places[0], places[0] + len(kin)))
 
 
-# ---- when ----
+# ---- when decodes are packed ----
 
 RULE = CascadeRule(4, 8, 17, 2.0, 2.5, heads_per_processor=4.0)
 
 
-def test_decodes_with_nothing_in_common_are_not_packed():
+def test_decodes_without_shared_pages_are_not_packed():
     assert Family(4, (None,), [48] * 32, [(0, 0)] * 32).packed(None, RULE) is None
 
 
 @pytest.mark.parametrize(
     ("num_decodes", "num_shared", "is_packed"), [(32, 11, True), (32, 4, False), (16, 11, False), (17, 11, True)]
 )
-def test_many_decodes_with_a_long_beginning_in_common_are_packed(num_decodes, num_shared, is_packed):
-    """32 decodes, 11 of 12 pages shared: 32 * 12 visits, packed 8 * 11 whole ones and 32 others. Of 4 shared pages,
-    those that are not shared cost more than is saved."""
+def test_decodes_are_packed_exactly_if_they_are_many_and_share_a_long_prefix(num_decodes, num_shared, is_packed):
+    """32 decodes that share 11 of 12 pages visit 32 * 12 pages alone, and 8 * 11 full and 32 partial pages if packed.
+
+    If they share only 4 pages, packing costs more on the other pages than it saves.
+    """
     family = Family(4, (None,), [48] * num_decodes, [(0, num_shared)] * num_decodes)
     assert (family.packed(None, RULE) is not None) == is_packed
 
 
-def test_what_is_out_of_the_window_saves_nothing():
+def test_shared_pages_out_of_the_window_save_nothing():
     family = Family(4, (9,), [48] * 32, [(0, 11)] * 32)
     assert family.packed(None, RULE) is not None and family.packed(9, RULE) is None
 
 
-def test_where_there_are_processors_for_all_packing_would_only_make_the_longest_tile_longer():
+def test_decodes_are_not_packed_if_each_head_of_each_decode_has_a_processor():
     rule = replace(RULE, full_cost=1.0, partial_cost=1.0)
     family = Family(4, (None,), [48] * 32, [(0, 11)] * 32)
     assert family.packed(None, rule) is not None
     assert family.packed(None, replace(rule, heads_per_processor=4 / 128)) is None
 
 
-def test_an_engine_whose_sequences_are_too_short_or_too_few_has_no_rule():
+def test_an_engine_with_too_short_or_too_few_sequences_has_no_cascade_rule():
     def rule(max_batch_size, max_seq_length):
         geometry = Geometry(10_000, 64, max_batch_size, max_seq_length, 1024)
         kinds = tile_kinds(2, max_batch_size, 1024, "cpu")
@@ -175,17 +175,17 @@ def test_an_engine_whose_sequences_are_too_short_or_too_few_has_no_rule():
 
     assert rule(32, 4096) is not None
     assert rule(1, 4096) is None and rule(32, 64) is None
-    for max_batch_size in (16, 32, 33):  # there is a graph of them for the largest bucket alone
+    for max_batch_size in (16, 32, 33):  # packed decodes have a graph for the largest bucket only
         assert rule(max_batch_size, 4096).least_decodes == decode_buckets(max_batch_size)[-2] + 1
     assert rule(32, 4096).num_tiles * rule(32, 4096).tile_len >= 32
 
 
-# ---- tokens are the same ----
+# ---- packing changes no tokens ----
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "mistral", "qwen3"])
 @pytest.mark.parametrize("release", [True, False])
-def test_tokens_are_those_of_generate_whatever_is_shared_and_preempted(num_packed, architecture, release):
+def test_tokens_equal_hugging_face_with_packed_decodes_and_preemption(num_packed, architecture, release):
     rng = random.Random(0)
     model = tiny_model(architecture)
     options = dict(TIGHT, n_pages=12, max_num_batched_tokens=24, enable_window_release=release)
@@ -200,7 +200,7 @@ def test_tokens_are_those_of_generate_whatever_is_shared_and_preempted(num_packe
     assert num_packed[0] > 10
 
 
-def test_samples_of_one_prompt_read_it_together(num_packed):
+def test_samples_of_one_prompt_are_packed_and_keep_their_tokens(num_packed):
     params = SamplingParams(n=5, seed=3, max_tokens=8, ignore_eos=True)
     texts = []
     for cascade_on in (True, False):
@@ -209,7 +209,7 @@ def test_samples_of_one_prompt_read_it_together(num_packed):
         ) as engine:
             (output,) = engine.generate(prompt_of(14), params, use_tqdm=False)
             texts.append([completion.token_ids for completion in output.outputs])
-        assert num_packed[0] > 3, "and never when it is switched off"
+        assert num_packed[0] > 3, "too few steps were packed"
         num_packed[0] = 10 if cascade_on else 0
     assert texts[0] == texts[1]
     assert num_packed[0] == 0

@@ -1,4 +1,4 @@
-"""Conversations to tokens: as the tokenizer's own template has it, but for control tokens in what people say."""
+"""Conversations to tokens: the same tokens as by the tokenizer's template, except for control tokens in messages."""
 
 import copy
 import itertools
@@ -62,21 +62,21 @@ def templated(tokenizer, messages):
         ["im_start|> \ue001 \ufffd \x00"],
     ],
 )
-def test_the_tokens_are_those_of_the_template(name, contents):
+def test_the_tokens_equal_those_of_the_template(name, contents):
     tokenizer = TOKENIZERS[name]
     messages = conversation(*contents)
     token_ids = chat_token_ids(tokenizer, messages)
     assert token_ids == templated(tokenizer, messages)
-    assert token_ids.count(tokenizer.bos_token_id) == (name != "ChatML"), "the template's, if it has one"
+    assert token_ids.count(tokenizer.bos_token_id) == (name != "ChatML"), "BOS is added by the template only"
 
 
-def test_a_system_message_goes_where_the_template_has_it():
+def test_the_template_determines_the_place_of_a_system_message():
     messages = [{"role": "system", "content": "be brief"}, *conversation("hi")]
     assert chat_token_ids(TOKENIZERS["ChatML"], messages) == templated(TOKENIZERS["ChatML"], messages)
 
 
 @EVERY_TOKENIZER
-def test_parts_of_a_content_are_joined(name):
+def test_content_parts_are_joined(name):
     tokenizer = TOKENIZERS[name]
     parts = [{"type": "text", "text": text} for text in ("ab", "", "c <e", "os>")]
     token_ids = chat_token_ids(tokenizer, [{"role": "user", "content": parts}])
@@ -108,7 +108,7 @@ ATTACKS = [
 
 @EVERY_TOKENIZER
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_what_people_say_is_no_control_token_and_all_of_it_is_there(name, attack):
+def test_control_tokens_in_messages_become_plain_text_and_no_text_is_lost(name, attack):
     tokenizer = TOKENIZERS[name]
     tame = conversation("x", "y", "z")
     for position in range(3):
@@ -126,7 +126,7 @@ says = st.lists(pieces, max_size=8).map("".join)
 
 @settings(max_examples=200, deadline=None, database=None)
 @given(st.lists(says, min_size=1, max_size=3))
-def test_no_pieces_of_control_tokens_and_of_our_own_marks_can_be_put_together_to_anything(contents):
+def test_pieces_of_control_tokens_and_placeholders_cannot_be_combined_to_a_control_token(contents):
     tokenizer, messages = TOKENIZERS["ChatML"], conversation(*contents)
     tame = chat_token_ids(tokenizer, conversation(*["x"] * len(contents)))
     token_ids = chat_token_ids(tokenizer, messages)
@@ -135,7 +135,7 @@ def test_no_pieces_of_control_tokens_and_of_our_own_marks_can_be_put_together_to
     assert tokenizer.decode(token_ids, skip_special_tokens=False) == text
 
 
-def test_marks_cannot_be_forged_in_two_messages_that_a_template_puts_together():
+def test_a_placeholder_cannot_be_forged_by_messages_that_a_template_concatenates():
     tokenizer = bytes_with("{% for message in messages %}{{ message.content }}{% endfor %}")
     for contents in (["\ue000", "7\ue001"], ["<eos>\ue000", "0", "\ue001"]):
         token_ids = chat_token_ids(tokenizer, conversation(*contents))
@@ -143,21 +143,21 @@ def test_marks_cannot_be_forged_in_two_messages_that_a_template_puts_together():
         assert control_ids(tokenizer, token_ids) == []
 
 
-def test_an_added_token_that_is_not_special_is_one_wherever_it_stands():
-    """Such as Qwen's <think>: part of what a model writes, and no end of a turn."""
+def test_an_added_token_that_is_not_special_stays_one_token_in_messages():
+    """An example is Qwen's <think>. It is part of the text that a model writes and does not end a turn."""
     tokenizer = bytes_with(CHATML, "<|im_start|>", "<|im_end|>")
     tokenizer.add_tokens([AddedToken("<think>", special=False)])
     assert tokenizer.convert_tokens_to_ids("<think>") in chat_token_ids(tokenizer, conversation("<think>"))
 
 
-def test_a_prompt_after_a_chat_has_its_control_tokens():
-    """To read a control token as text is a setting of the tokenizer that must not stay."""
+def test_a_prompt_after_a_chat_keeps_its_control_tokens():
+    """Tokenizing control tokens as text is a setting of the tokenizer, which must not persist."""
     tokenizer = bytes_with("{{ messages[0].content }}")
     chat_token_ids(tokenizer, conversation("<eos>"))
     assert tokenizer("<eos>").input_ids == [tokenizer.bos_token_id, tokenizer.eos_token_id]
 
 
-# --- refusals ----------------------------------------------------------------------------------------------------
+# --- rejected conversations --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -171,8 +171,8 @@ def test_a_prompt_after_a_chat_has_its_control_tokens():
         ([{"content": "hi"}], "message 0 must be a dict"),
         ([{"role": "user", "content": "a"}, {"role": "critic", "content": "hi"}], "message 1 must be a dict"),
         ([{"role": ["user"], "content": "hi"}], "one of the roles"),
-        ([{"role": "user"}], "message 0: content must be a text"),
-        ([{"role": "user", "content": None}], "message 0: content must be a text"),
+        ([{"role": "user"}], "message 0: content must be a string"),
+        ([{"role": "user", "content": None}], "message 0: content must be a string"),
         ([{"role": "user", "content": 5}], "got int"),
         ([{"role": "user", "content": ["hi"]}], "only content parts of type text"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "got 'image_url'"),
@@ -181,11 +181,11 @@ def test_a_prompt_after_a_chat_has_its_control_tokens():
             "message 0: a content part of type text has no text",
         ),
         ([{"role": "user", "content": "\ud800"}], "message 0 is not valid Unicode"),
-        ([{"role": "system", "content": "hi"}], "refuses the messages: after the system message comes no turn"),
+        ([{"role": "system", "content": "hi"}], "an error for the messages: after the system message comes no turn"),
         ([{"role": "user", "content": "a"}, {"role": "system", "content": "hi"}], "message 1 is one"),
     ],
 )
-def test_bad_messages_are_refused(messages, reason):
+def test_invalid_messages_are_rejected(messages, reason):
     with pytest.raises(ValueError, match=reason):
         chat_token_ids(TOKENIZERS["tiny-gemma2"], messages)
 
@@ -208,12 +208,12 @@ def test_bad_messages_are_refused(messages, reason):
         "{{ messages[0].update(role='system') }}",
     ],
 )
-def test_what_a_template_must_not_do_or_cannot_do_is_a_value_error(template):
-    with pytest.raises(ValueError, match="the chat template refuses the messages"):
+def test_a_forbidden_or_failing_operation_of_a_template_raises_a_value_error(template):
+    with pytest.raises(ValueError, match="the chat template raises an error for the messages"):
         chat_token_ids(bytes_with(template), conversation("{x}"))
 
 
-def test_nothing_that_people_say_is_run_as_a_template():
+def test_the_content_of_a_message_is_not_executed_as_a_template():
     tokenizer = bytes_with("{{ messages[0].content }}")
     content = "{{ 7 * 7 }} {% set x = 1 %} {# gone #} {{ ''.__class__ }}"
     assert tokenizer.decode(chat_token_ids(tokenizer, conversation(content))) == content
@@ -223,7 +223,7 @@ def test_nothing_that_people_say_is_run_as_a_template():
     ("tokenizer", "reason"),
     [(None, "needs a tokenizer"), (byte_tokenizer(), "no chat template"), (bytes_with({"tool": "x"}), "no default")],
 )
-def test_a_chat_without_a_template_is_refused(tokenizer, reason):
+def test_a_chat_without_a_tokenizer_or_a_template_is_rejected(tokenizer, reason):
     with pytest.raises(ValueError, match=reason):
         chat_token_ids(tokenizer, conversation("hi"))
 
@@ -242,7 +242,7 @@ def engine():
 GREEDY = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
 
 
-def test_a_chat_is_answered_as_its_prompt_is_and_many_in_their_order(engine):
+def test_chats_have_the_outputs_of_their_prompts_in_order(engine):
     conversations = [conversation("a"), conversation("b", "c", "d")]
     answers = engine.chat(conversations, GREEDY, use_tqdm=False)
     assert [len(answer.prompt_token_ids) for answer in answers] == [1 + 3, 1 + 9]
@@ -252,7 +252,7 @@ def test_a_chat_is_answered_as_its_prompt_is_and_many_in_their_order(engine):
 
 
 @pytest.mark.parametrize("messages", [[], [[]], [conversation("a"), []], [conversation("a"), {"role": "user"}]])
-def test_of_several_chats_none_is_taken_if_one_is_bad(engine, messages):
+def test_no_chat_is_accepted_if_one_of_them_is_invalid(engine, messages):
     with pytest.raises(ValueError):
         engine.chat(messages, GREEDY, use_tqdm=False)
     assert_empty(engine)

@@ -1,4 +1,4 @@
-"""`flex-nano-vllm chat | serve | bench`, as typed."""
+"""The commands `flex-nano-vllm chat | serve | bench`."""
 
 import json
 import sys
@@ -18,19 +18,19 @@ def chat(text, *options):
     return CliRunner().invoke(cli.app, ["chat", "--max-seq-length", "256", *options], input=text)
 
 
-def test_lines_of_a_pipe_are_answered_one_after_another():
+def test_lines_of_piped_input_are_answered_one_after_another():
     result = chat(f"{SUM}\n\n/new\n{WORDS}\n/exit\n{SUM}\n")
     assert (result.exit_code, result.stdout) == (0, "25.\nboat drum key lamp.\n")
 
 
-def test_a_turn_that_cannot_be_answered_says_why_and_the_chat_goes_on():
+def test_a_turn_that_is_too_long_prints_the_reason_and_the_chat_continues():
     result = chat(f"{'long ' * 300}\n{SUM}\n")
     assert result.exit_code == 0
     error, answer = result.stdout.rsplit("\n", 2)[:2]
     assert "maximum context length is 256 tokens" in error.replace("\n", " ") and answer == "25."
 
 
-def test_a_new_conversation_forgets_the_one_before(monkeypatch):
+def test_a_new_conversation_does_not_contain_the_previous_one(monkeypatch):
     conversations = []
     stream_chat = cli.Inference.stream_chat
 
@@ -51,7 +51,7 @@ def test_a_new_conversation_forgets_the_one_before(monkeypatch):
         (["--max-seq-length", "1"], "max_seq_length must be"),
     ],
 )
-def test_what_cannot_be_is_said_in_one_line(options, message):
+def test_invalid_options_are_reported_without_a_traceback(options, message):
     result = CliRunner().invoke(cli.app, ["chat", *options], input="")
     assert result.exit_code == 1 and "Traceback" not in result.output
     assert message in str(result.exception) + result.output
@@ -66,7 +66,7 @@ def test_serve_has_the_servers_options(monkeypatch, capsys):
     assert "--api-key" in shown and "--drain-timeout" in shown
 
 
-def test_without_the_extra_serve_and_bench_name_it(monkeypatch, capsys):
+def test_serve_and_bench_name_the_missing_extra(monkeypatch, capsys):
     for module in ("fastapi", "flex_nano_vllm.server"):
         monkeypatch.setitem(sys.modules, module, None)
     for arguments in (["serve", "--port", "1"], ["bench"]):
@@ -78,7 +78,7 @@ def test_without_the_extra_serve_and_bench_name_it(monkeypatch, capsys):
     assert "flex-nano-vllm[serve]" in str(exit_.value.code) + capsys.readouterr().err
 
 
-def test_bench_measures_whole_answers_and_streams_beside_the_engine(monkeypatch):
+def test_bench_measures_the_engine_and_the_server_with_and_without_streams(monkeypatch):
     @contextmanager
     def local_server(*arguments):
         with serving(new_engine(max_seq_length=512)) as server:
@@ -102,7 +102,7 @@ def test_bench_measures_whole_answers_and_streams_beside_the_engine(monkeypatch)
     assert "of offline" in console.export_text()
 
 
-def test_bench_does_not_take_an_error_for_an_answer(monkeypatch):
+def test_bench_raises_if_the_server_answers_with_an_error(monkeypatch):
     @contextmanager
     def local_server(*arguments):
         with serving(new_engine(max_seq_length=64)) as server:

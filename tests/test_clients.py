@@ -1,4 +1,4 @@
-"""What real clients send and expect: fields, headers, codes, and a log line for what they are refused."""
+"""The fields, headers and error codes that real clients send and expect, and the log line of a rejected request."""
 
 import itertools
 import json
@@ -36,7 +36,7 @@ def error_of(served, path, body, headers=None):
 
 
 @pytest.mark.parametrize(("path", "body"), [(COMPLETIONS, SMALL), (CHATS, CHAT)])
-def test_all_chunks_of_a_stream_were_created_at_one_time_by_one_system(served, monkeypatch, path, body):
+def test_all_chunks_of_a_stream_have_the_same_creation_time_and_fingerprint(served, monkeypatch, path, body):
     clock = itertools.count()
     monkeypatch.setattr(replies, "time", SimpleNamespace(time=lambda: 1000 + next(clock)))
     *chunks, _ = events_of(served.ask("POST", path, body | {"stream": True})[2])
@@ -44,13 +44,13 @@ def test_all_chunks_of_a_stream_were_created_at_one_time_by_one_system(served, m
     assert {chunk["system_fingerprint"][:15] for chunk in chunks} == {"flex-nano-vllm-"}
 
 
-def test_the_model_was_created_when_the_server_was(served):
+def test_the_served_model_has_a_plausible_creation_time(served):
     (model,) = json.loads(served.ask("GET", "/v1/models")[2])["data"]
     assert model["created"] > 1_700_000_000
 
 
 @pytest.mark.parametrize(("path", "body"), [(COMPLETIONS, SMALL | {"n": 2}), (CHATS, CHAT)])
-def test_usage_so_far_is_in_every_chunk_if_the_client_wants_it(served, path, body):
+def test_every_chunk_contains_the_usage_so_far_if_the_client_requests_it(served, path, body):
     options = {"include_usage": True, "continuous_usage_stats": True}
     *chunks, _ = events_of(served.ask("POST", path, body | {"stream": True, "stream_options": options})[2])
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
@@ -61,7 +61,7 @@ def test_usage_so_far_is_in_every_chunk_if_the_client_wants_it(served, path, bod
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_no_tokens_give_the_prompt_with_its_log_probabilities(served, stream):
+def test_max_tokens_0_with_echo_returns_the_prompt_with_its_log_probabilities(served, stream):
     body = SMALL | dict(max_tokens=0, echo=True, logprobs=1, prompt="hello", stream=stream)
     if stream:
         body |= {"stream_options": {"include_usage": True}}
@@ -85,18 +85,18 @@ def test_a_seed_is_any_signed_64_bit_number_and_greedy_samples_are_the_same(serv
         json.loads(served.ask("POST", COMPLETIONS, SMALL | dict(temperature=1, seed=seed))[2])["choices"][0]["text"]
         for seed in (-1, 2**63 - 1, -(2**63), 0)
     ]
-    assert drawn[0] == drawn[1] and drawn[2] == drawn[3]  # the same 63 bits
+    assert drawn[0] == drawn[1] and drawn[2] == drawn[3]  # equal in the lower 63 bits
     choices = json.loads(served.ask("POST", COMPLETIONS, SMALL | dict(n=3))[2])["choices"]
     assert len({choice["text"] for choice in choices}) == 1 and len(choices) == 3
 
 
-def test_how_hard_to_reason_is_ignored_by_a_model_that_does_not(served):
+def test_reasoning_effort_is_accepted(served):
     for effort in ("minimal", "high"):
         assert served.ask("POST", CHATS, CHAT | dict(reasoning_effort=effort))[0] == 200
 
 
 @pytest.mark.parametrize("response_format", [{"type": "json_object", "schema": {"enum": [7]}}])
-def test_the_schema_of_a_json_object_is_followed(served, response_format):
+def test_an_answer_fits_the_schema_of_a_json_object_format(served, response_format):
     body = CHAT | dict(response_format=response_format, max_tokens=8, ignore_eos=False)
     assert json.loads(served.ask("POST", CHATS, body)[2])["choices"][0]["message"]["content"] == "7"
 
@@ -104,18 +104,18 @@ def test_the_schema_of_a_json_object_is_followed(served, response_format):
 @pytest.mark.parametrize(
     ("response_format", "words"),
     [
-        ({"type": "text", "schema": {}}, "schema is no field of type text"),
-        ({"type": "regex", "regex": "a", "json_schema": {"schema": {}}}, "json_schema is no field of type regex"),
+        ({"type": "text", "schema": {}}, "schema is not a field of type text"),
+        ({"type": "regex", "regex": "a", "json_schema": {"schema": {}}}, "json_schema is not a field of type regex"),
         ({"type": "json_object", "strict": True}, "response_format.strict: Extra inputs"),
-        ({"type": "json_schema"}, "type json_schema needs json_schema"),
+        ({"type": "json_schema"}, "type json_schema needs the field json_schema"),
     ],
 )
-def test_what_a_structure_does_not_use_is_refused_by_name(served, response_format, words):
+def test_an_unused_or_missing_field_of_a_response_format_is_named_in_the_error(served, response_format, words):
     status, error = error_of(served, CHATS, CHAT | dict(response_format=response_format))
     assert (status, error["param"]) == (400, "response_format") and words in error["message"]
 
 
-def test_white_space_of_structured_answers_is_one_space_unless_more_is_asked_for(served):
+def test_whitespace_in_json_is_one_space_unless_the_response_format_has_a_pattern(served):
     tokenizer = served.engine.tokenizer
     spaces = {str(tokenizer.convert_tokens_to_ids(token)): 100 for token in "ĠĊ"}
     schema = {"type": "array", "items": {"enum": [1]}, "minItems": 2, "maxItems": 2}
@@ -130,13 +130,13 @@ def test_white_space_of_structured_answers_is_one_space_unless_more_is_asked_for
 
 
 @pytest.mark.parametrize("path", ["/health", "/v1/models", "/", "/version"])
-def test_a_head_is_a_get_without_its_body(served, path):
+def test_a_head_request_has_the_content_length_of_a_get_request_and_no_body(served, path):
     status, headers, body = served.ask("HEAD", path)
     assert (status, body) == (200, b"")
     assert headers["content-length"] == served.ask("GET", path)[1]["content-length"]
 
 
-def test_a_slash_behind_the_models_leads_to_them(served):
+def test_the_models_path_with_a_trailing_slash_is_redirected(served):
     status, headers, _ = served.ask("GET", "/v1/models/")
     assert status == 307 and headers["location"].endswith("/v1/models")
 
@@ -145,23 +145,23 @@ def test_a_slash_behind_the_models_leads_to_them(served):
     ("headers", "words"),
     [
         ({"Content-Type": "text/plain"}, "'text/plain'"),
-        ({"Content-Type": ""}, "there is none"),
+        ({"Content-Type": ""}, "it is missing"),
         ({"Content-Type": "multipart/form-data; boundary=x"}, "'multipart/form-data'"),
         ({"Content-Encoding": "gzip"}, "Content-Encoding 'gzip'"),
     ],
     ids=str,
 )
-def test_a_body_that_is_no_json_by_its_headers_is_a_415_that_says_so(served, headers, words):
+def test_an_unsupported_content_type_or_encoding_is_rejected_with_status_415(served, headers, words):
     status, error = error_of(served, COMPLETIONS, SMALL, headers)
     assert (status, error["code"]) == (415, "unsupported_media_type") and words in error["message"]
 
 
 @pytest.mark.parametrize("kind", ["application/json; charset=utf-8", "application/vnd.api+json", "Application/JSON"])
-def test_other_names_of_json_are_taken(served, kind):
+def test_other_content_types_of_json_are_accepted(served, kind):
     assert served.ask("POST", COMPLETIONS, SMALL, {"Content-Type": kind})[0] == 200
 
 
-def test_every_answer_has_an_id_the_clients_own_if_it_can_be_a_header(served):
+def test_every_response_has_a_request_id_and_a_valid_id_of_the_client_is_kept(served):
     ids = [served.ask(*request)[1]["x-request-id"] for request in [("GET", "/health"), ("GET", "/nowhere")]]
     ids.append(served.ask("POST", COMPLETIONS, SMALL | {"stream": True})[1]["x-request-id"])
     assert len(set(ids)) == 3 and all(re.fullmatch("req_[0-9a-f]{32}", each) for each in ids)
@@ -170,14 +170,14 @@ def test_every_answer_has_an_id_the_clients_own_if_it_can_be_a_header(served):
     assert served.ask("GET", "/health", headers={"X-Request-Id": "x" * 200})[1]["x-request-id"].startswith("req_")
 
 
-def test_an_answer_to_a_bug_of_ours_has_an_id_and_a_line_of_the_log(served, monkeypatch, caplog):
+def test_an_internal_error_has_its_request_id_in_the_response_and_in_the_log(served, monkeypatch, caplog):
     monkeypatch.setattr(served.engine.input_processor, "request", None)
     status, headers, _ = served.ask("POST", COMPLETIONS, SMALL, {"X-Request-Id": "mine"})
     assert (status, headers["x-request-id"]) == (500, "mine")
     assert "'/v1/completions': 500 internal error (mine)" in caplog.text
 
 
-def test_pages_of_other_origins_may_call_if_they_are_allowed():
+def test_web_pages_of_allowed_origins_may_call_the_api():
     with new_engine() as engine, serving(engine, api_key="k", allowed_origins=("https://app.example",)) as served:
         asked = ORIGIN | {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
         status, headers, _ = served.ask("OPTIONS", CHATS, headers=asked)  # without the key
@@ -191,7 +191,7 @@ def test_pages_of_other_origins_may_call_if_they_are_allowed():
         assert "access-control-allow-origin" not in other[1]
 
 
-# --- refusals ----------------------------------------------------------------------------------------------------
+# --- rejected requests -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_pages_of_other_origins_may_call_if_they_are_allowed():
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_a_prompt_that_is_too_long_has_the_code_that_clients_look_for(served, path, body, param):
+def test_a_prompt_that_is_too_long_is_rejected_with_code_context_length_exceeded(served, path, body, param):
     status, error = error_of(served, path, body)
     assert (status, error["code"], error["param"]) == (400, "context_length_exceeded", param)
     assert "maximum context length is 64 tokens" in error["message"]
@@ -279,7 +279,7 @@ def test_a_prompt_that_is_too_long_has_the_code_that_clients_look_for(served, pa
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_a_refusal_names_field_value_and_limit(served, path, fields, param, code, words):
+def test_an_error_message_names_the_field_and_its_value_or_limit(served, path, fields, param, code, words):
     base = {COMPLETIONS: SMALL, CHATS: CHAT, RESPONSES: dict(model=MODEL)}[path]
     status, error = error_of(served, path, base | fields)
     assert (error["param"], error["code"]) == (param, code) and status in (400, 404)
@@ -288,12 +288,12 @@ def test_a_refusal_names_field_value_and_limit(served, path, fields, param, code
 
 
 @pytest.mark.parametrize("missing", ["model", "prompt"])
-def test_a_field_that_is_missing_is_named(served, missing):
+def test_a_missing_field_is_named_in_the_error(served, missing):
     _, error = error_of(served, COMPLETIONS, {name: value for name, value in SMALL.items() if name != missing})
     assert (error["param"], error["code"]) == (missing, "missing_required_parameter")
 
 
-def test_a_token_that_no_structure_begins_with_is_the_requests_own_mistake(served):
+def test_allowed_tokens_that_cannot_begin_the_structured_output_are_a_client_error(served):
     body = CHAT | dict(response_format={"type": "regex", "regex": "[a-c]"}, allowed_token_ids=[100])
     status, error = error_of(served, CHATS, body)
     assert (status, error["param"]) == (400, "allowed_token_ids")
@@ -304,17 +304,17 @@ def test_a_token_that_no_structure_begins_with_is_the_requests_own_mistake(serve
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_structure_that_runs_out_of_tokens_is_no_fault_of_the_server(served, stream):
+def test_allowed_tokens_that_cannot_continue_the_structured_output_are_a_client_error(served, stream):
     (a,) = served.engine.tokenizer("a", add_special_tokens=False).input_ids
     body = CHAT | dict(response_format={"type": "regex", "regex": "a[bc]"}, allowed_token_ids=[a], stream=stream)
     status, _, answer = served.ask("POST", CHATS, body)
     error = events_of(answer)[-2]["error"] if stream else json.loads(answer)["error"]
     assert stream or status == 400
     assert (error["type"], error["param"]) == ("invalid_request_error", "response_format")
-    assert "allowed_token_ids continues the structure after 1 tokens" in error["message"]
+    assert "allowed_token_ids continues the structured output after 1 tokens" in error["message"]
 
 
-def test_each_refusal_is_one_line_of_the_log_without_the_prompt(served, caplog):
+def test_each_rejected_request_has_one_log_line_without_its_prompt(served, caplog):
     with caplog.at_level(logging.INFO):
         served.ask("POST", CHATS, CHAT | dict(messages=[{"role": "user", "content": "canary " * 40}]))
         served.ask("POST", COMPLETIONS, SMALL | dict(prompt=["canary", -1]))
@@ -331,7 +331,7 @@ def test_each_refusal_is_one_line_of_the_log_without_the_prompt(served, caplog):
 
 @pytest.fixture
 def opinionated():
-    """An engine of a model that states how it wants to be sampled."""
+    """An engine whose model has sampling settings in its generation config."""
     with new_engine() as engine:
         config = engine.model.generation_config
         config.do_sample, config.temperature, config.top_k, config.repetition_penalty = True, 0.5, 7, 1.3
@@ -339,7 +339,7 @@ def opinionated():
         yield engine
 
 
-def test_what_a_request_does_not_say_is_the_models_default(opinionated, caplog):
+def test_fields_that_a_request_does_not_set_have_the_models_defaults(opinionated, caplog):
     with caplog.at_level(logging.INFO):
         defaults = server_defaults(opinionated)
     assert defaults == dict(temperature=0.5, top_k=7, repetition_penalty=1.3)
@@ -362,7 +362,7 @@ def test_what_a_request_does_not_say_is_the_models_default(opinionated, caplog):
     assert [json.loads(text)["choices"][0]["text"] for text in texts] == expected
 
 
-def test_the_limit_of_a_models_answers_holds_where_the_client_has_none():
+def test_the_models_max_tokens_applies_if_the_request_has_none():
     with new_engine() as engine, serving(engine, defaults={"max_tokens": 2}) as served:
         for path, body in [(COMPLETIONS, SMALL), (CHATS, CHAT)]:
             body = {name: value for name, value in body.items() if name != "max_tokens"}
@@ -370,10 +370,10 @@ def test_the_limit_of_a_models_answers_holds_where_the_client_has_none():
             assert json.loads(served.ask("POST", path, body | {"max_tokens": 4})[2])["usage"]["completion_tokens"] == 4
 
 
-def test_a_system_message_is_answered_by_the_model_in_the_package():
+def test_the_bundled_model_answers_a_chat_with_a_system_message():
     with Inference.from_pretrained("tiny-gemma2", max_batch_size=1, max_seq_length=64, compile=False) as engine:
         messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 17 plus 8?"}]
         (output,) = engine.chat(messages, SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
         assert output.outputs[0].text == "25."
         assert "Be brief." in engine.tokenizer.decode(output.prompt_token_ids)
-    assert "system" not in TEMPLATE  # the template of the other tests here
+    assert "system" not in TEMPLATE  # the template of the other tests in this file

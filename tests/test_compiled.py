@@ -1,5 +1,6 @@
-"""Compiled FlexAttention on this machine's CPU: same answers as uncompiled, and never a graph after warm-up."""
+"""Compiled FlexAttention on this machine's CPU: results equal uncompiled ones, and nothing compiles after warm-up."""
 
+import copy
 import functools
 import random
 from dataclasses import replace
@@ -46,17 +47,17 @@ OF_ALL_KINDS = [
 
 @pytest.mark.compiled
 def test_compiled_engine_equals_generate_and_never_compiles_after_warmup():
-    """Decodes, prompts, mixtures, preemption, every number of sequences: all within the graphs of the warm-up."""
+    """Steps of decodes and prompts, with preemption and any number of sequences, need only graphs of the warm-up."""
     model = tiny_model("gemma2", torch.float32)
     expected = [hf_generate(model, prompt, 12) for prompt in PROMPTS]
     with Inference(model, None, **COMPILED) as engine:
         assert engine.runner.compiled
-        torch._dynamo.reset()  # other tests' graphs
+        torch._dynamo.reset()  # discards the graphs of other tests
         before = num_graphs()
         engine.warmup()
-        # Decodes in 3 buckets, and the model of any length. Its attention: 2 masks in tiles of one token, and in larger
-        # ones, which have 2 buckets. (The last layer attends in such for rated prompts only.) The sampler: with ranks
-        # and without.
+        # 3 buckets of decodes; the model for any length; attention with 2 masks in tiles of one token; attention with 2
+        # masks in larger tiles, which have 2 buckets; the sampler with and without ranks. (The last layer uses larger
+        # tiles only for prompt logprobs.)
         assert num_graphs() - before == engine.runner.max_graphs == 3 + 1 + 2 + 4 + 2
         after_warmup = num_graphs()
         outputs = engine.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
@@ -67,31 +68,31 @@ def test_compiled_engine_equals_generate_and_never_compiles_after_warmup():
             for parameters in OF_ALL_KINDS:
                 params = SamplingParams(max_tokens=3, **parameters)
                 engine.generate(PROMPTS[-size:], params, use_tqdm=False)
-        assert num_graphs() == after_warmup, "a step met a shape that the warm-up had not"
+        assert num_graphs() == after_warmup, "a step had a shape that the warm-up did not compile"
 
 
 @pytest.mark.compiled
-def test_decodes_that_read_shared_pages_together_have_one_graph_more(num_packed):
+def test_packed_decodes_need_one_more_graph(num_packed):
     model = tiny_model("gemma2", torch.float32)
-    prompts = [prompt_of(40) + prompt_of(3, seed) for seed in range(4)]  # they end on their fourth pages
+    prompts = [prompt_of(40) + prompt_of(3, seed) for seed in range(4)]  # the outputs end on fourth pages
     expected = [hf_generate(model, prompt, 12, ignore_eos=True) for prompt in prompts]
     with Inference(model, None, **COMPILED) as engine:
-        torch._dynamo.reset()  # other tests' graphs
+        torch._dynamo.reset()  # discards the graphs of other tests
         before = num_graphs()
         engine.warmup()
         after_warmup = num_graphs()
-        assert after_warmup - before == engine.runner.max_graphs == 3 + 1 + 1 + 2 + 4 + 2, "one more than without"
+        assert after_warmup - before == engine.runner.max_graphs == 3 + 1 + 1 + 2 + 4 + 2, "packing adds one graph"
         assert tokens_of(engine.generate(prompts, greedy(12), use_tqdm=False)) == expected
         assert num_packed[0] > 5
         counted = num_packed[0]
-        # Three of them are too few for the graph of packed decodes.
+        # Three decodes are too few for the graph of packed decodes.
         assert tokens_of(engine.generate(prompts[:3], greedy(12), use_tqdm=False)) == expected[:3]
         assert num_packed[0] == counted and num_graphs() == after_warmup
 
 
 @pytest.mark.compiled
-def test_layers_with_other_windows_keep_their_own_masks_in_one_graph_and_one_request_is_a_batch():
-    """Without a softcap, torch took the second layer's attention for the first one's."""
+def test_layers_of_different_windows_have_their_own_masks_in_one_graph_at_batch_size_1():
+    """Without a softcap, torch treated the attention of the second layer as equal to that of the first layer."""
     model = tiny_model("gemma3_text", torch.float32)
     expected = [hf_generate(model, prompt, 24) for prompt in PROMPTS[:3]]
     with Inference(model, None, 1, page_size=16, n_pages=16, max_num_batched_tokens=64) as engine:
@@ -104,23 +105,23 @@ def test_layers_with_other_windows_keep_their_own_masks_in_one_graph_and_one_req
 
 @pytest.mark.compiled
 @pytest.mark.parametrize("architecture", ["mistral", "qwen2"])
-def test_compiled_tokens_of_other_architectures_are_those_of_generate(architecture):
-    """A window in every layer, and in none."""
+def test_compiled_tokens_of_other_architectures_equal_generate(architecture):
+    """Mistral has a window in every layer, and Qwen2 has none."""
     model = tiny_model(architecture, torch.float32)
     expected = [hf_generate(model, prompt, 24) for prompt in PROMPTS[:3]]
-    with Inference(model, None, 2, page_size=16, n_pages=64, max_num_batched_tokens=32) as engine:
+    with Inference(model, None, 1, page_size=16, n_pages=16, max_num_batched_tokens=32) as engine:
         outputs = engine.generate(PROMPTS[:3], SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)
     assert [output.outputs[0].token_ids for output in outputs] == expected
 
 
 @pytest.mark.compiled
-def test_a_broken_number_ends_its_own_request_among_compiled_decodes():
+def test_a_nan_ends_only_its_own_request_among_compiled_decodes():
     model = tiny_model("gemma2", torch.float32)
     expected = [hf_generate(model, prompt, 6, ignore_eos=True) for prompt in PROMPTS[:3]]
     with Inference(model, None, **COMPILED) as engine:
         ids = [engine.add_request(prompt, greedy(6)) for prompt in PROMPTS[:3]]
         engine.run_one_step()
-        assert all(sequence.output_len for sequence in engine.scheduler.running)  # from here on they decode
+        assert all(sequence.output_len for sequence in engine.scheduler.running)  # all later steps are decodes
         broken = engine.scheduler.running[1]
         with torch.no_grad():
             row = model.get_input_embeddings().weight[broken.token_ids[-1]]
@@ -135,8 +136,43 @@ def test_a_broken_number_ends_its_own_request_among_compiled_decodes():
         assert all(buffer.isfinite().all() for buffer in model.buffers())
 
 
+POISON = 7
+
+HEALTHY = [prompt_of(length) for length in (5, 20, 14, 3)]
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.compiled)])
+def test_nan_in_one_request_does_not_affect_concurrent_and_later_requests(compiled):
+    """The embedding of token 7 is NaN, so that its keys and values are NaN in every layer.
+
+    Other requests decode in the same steps. Later requests get the pages of the failed requests, whose masked slots
+    still contain what the failed requests wrote.
+    """
+    model = copy.deepcopy(tiny_model("gemma2", torch.float32 if compiled else torch.float64))
+    expected = [hf_generate(model, prompt, 6) for prompt in HEALTHY]
+    expected_single = hf_generate(model, [5], 6)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[POISON] = torch.nan
+    # Token 7 at the first position, at the second (where the CPU kernel once missed the NaN), in the middle, and alone
+    bad = [[POISON, *HEALTHY[1]], [5, POISON, *HEALTHY[1]], HEALTHY[1] + [POISON] + HEALTHY[0], [POISON]]
+    poisoned = [HEALTHY[0], bad[0], bad[1], HEALTHY[2], bad[2], HEALTHY[3], bad[3]]
+    with Inference(model, None, **COMPILED, compile=compiled) as engine:
+        outputs = engine.generate(poisoned, greedy(6), use_tqdm=False)
+        failed = [output.outputs[0].finish_reason == "error" for output in outputs]
+        assert failed == [prompt in bad for prompt in poisoned]
+        healthy = [output.outputs[0].token_ids for output in outputs if output.outputs[0].finish_reason != "error"]
+        assert healthy == [expected[0], expected[2], expected[3]]
+        # A step of single tokens is a step of decodes, which has its own graph if compiled.
+        first, single, last = engine.generate([[POISON], [5], [POISON]], greedy(6), use_tqdm=False)
+        assert first.outputs[0].finish_reason == last.outputs[0].finish_reason == "error"
+        assert single.outputs[0].token_ids == expected_single
+        again = engine.generate(HEALTHY, greedy(6), use_tqdm=False)
+        assert [output.outputs[0].token_ids for output in again] == expected
+        engine.check_invariants()
+
+
 class Scene:
-    """Four sequences whose pages lie interleaved, a random pool, and the queries of the last tokens of each."""
+    """Four sequences with interleaved pages, a random pool, and queries for the last tokens of each sequence."""
 
     def __init__(self, page_size, num_heads, num_kv_heads, head_dim, window, dtype, lengths):
         self.num_kv_heads, self.group_size, self.window = num_kv_heads, num_heads // num_kv_heads, window
@@ -147,7 +183,7 @@ class Scene:
             row = kv.allocate([])
             sequence = Sequence(row, None, [0] * length, length, SamplingParams(), 0, frozenset(), length, row=row)
             sequences.append(sequence)
-        for end in range(1, 41):  # token by token, so that no sequence's pages are neighbours
+        for end in range(1, 41):  # token by token, so that the pages of a sequence are not adjacent
             for sequence in sequences:
                 kv.reserve(sequence.row, min(end, sequence.num_tokens))
         self.chunks = [Chunk(s, s.num_tokens - n, n) for s, n in zip(sequences, lengths)]
@@ -169,7 +205,7 @@ SMALL_SHAPES = [(1, 4, 4, 16, None, torch.float32), (4, 6, 2, 16, 7, torch.float
 
 @pytest.mark.compiled
 @pytest.mark.parametrize(SHAPE, [*SMALL_SHAPES, (16, 4, 1, 128, 7, torch.bfloat16)])
-def test_attention_of_decodes_compiled_with_what_is_around_it_equals_uncompiled(
+def test_attention_of_decodes_compiled_in_a_larger_graph_equals_uncompiled(
     page_size, num_heads, num_kv_heads, head_dim, window, dtype
 ):
     scene = Scene(page_size, num_heads, num_kv_heads, head_dim, window, dtype, lengths=(1, 1, 1, 1))
@@ -199,8 +235,8 @@ def test_attention_of_decodes_compiled_with_what_is_around_it_equals_uncompiled(
 
 
 @pytest.mark.compiled
-def test_a_kernel_made_for_other_threads_is_not_run():
-    """It has buffers for so many."""
+def test_a_kernel_compiled_for_another_number_of_threads_is_not_used():
+    """A kernel has buffers for a fixed number of threads."""
     scene = Scene(16, 4, 2, 16, None, torch.float32, lengths=(1, 1, 1, 1))
     step, flex = scene.step(tile_kinds(2, 4, 32, "cpu"), True), compile_flex_attention("cpu", compiled=True)
     num_threads = torch.get_num_threads()
@@ -222,13 +258,13 @@ def test_a_kernel_made_for_other_threads_is_not_run():
         *SMALL_SHAPES,
         (16, 4, 1, 16, 7, torch.bfloat16),
         (128, 4, 2, 16, None, torch.bfloat16),
-        # The kernel's product of 8 rows has one algorithm up to a head dim of 191, and another beyond.
+        # The kernel multiplies 8 query rows with one algorithm up to a head dim of 191, and with another above.
         (16, 4, 2, 128, None, torch.float32),
         (16, 4, 2, 256, 7, torch.float32),
     ],
 )
 def test_compiled_attention_equals_uncompiled(page_size, num_heads, num_kv_heads, head_dim, window, dtype):
-    """One layer, random queries and pool, small and large tiles in one step, pages of four rows interleaved."""
+    """The step has one layer, a random pool, small and large tiles, and interleaved pages of four rows."""
     scene = Scene(page_size, num_heads, num_kv_heads, head_dim, window, dtype, lengths=(1, 1, 9, 20))
     outputs = {}
     for compiled, kinds in ((True, tile_kinds(scene.group_size, 4, 32, "cpu")), (False, (TileKind(1, None),))):
@@ -237,12 +273,12 @@ def test_compiled_attention_equals_uncompiled(page_size, num_heads, num_kv_heads
             outputs[compiled] = scene.cache.attend(scene.query, scale=0.3, cap=5.0).double()
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     assert (outputs[True] - outputs[False]).abs().max() < tolerance
-    assert outputs[False].abs().max() > 0.5, "attention over nothing would also be equal"
+    assert outputs[False].abs().max() > 0.5, "outputs near zero would be equal for any attention"
 
 
 @pytest.mark.parametrize("cap", [None, 5.0])
 @pytest.mark.parametrize(SHAPE, SMALL_SHAPES)
-def test_the_dense_attention_of_other_tests_is_flex_attention(
+def test_the_dense_attention_of_other_tests_equals_flex_attention(
     page_size, num_heads, num_kv_heads, head_dim, window, dtype, cap
 ):
     scene = Scene(page_size, num_heads, num_kv_heads, head_dim, window, dtype, lengths=(1, 1, 9, 20))
@@ -254,8 +290,8 @@ def test_the_dense_attention_of_other_tests_is_flex_attention(
 
 
 @pytest.mark.compiled
-def test_the_backend_for_a_cpu_widens_the_products_for_its_own_graphs_and_starts_no_processes(monkeypatch):
-    # In this order: the template cannot be imported first.
+def test_the_cpu_backend_widens_register_tiles_in_its_own_graphs_and_starts_no_processes(monkeypatch):
+    # Import order matters: the template cannot be imported first.
     import torch._inductor.lowering
     from torch._inductor import async_compile, compile_fx
     from torch._inductor.codegen import cpp_flex_attention_template as template
@@ -284,7 +320,7 @@ def test_the_backend_for_a_cpu_widens_the_products_for_its_own_graphs_and_starts
 
 
 @pytest.mark.parametrize(("version", "is_known"), [("2.15.0+cpu", True), ("2.16.0a0", False)])
-def test_slow_headers_are_left_out_of_kernels_whose_text_is_known(version, is_known, monkeypatch):
+def test_slow_headers_are_replaced_in_kernels_of_known_torch_versions(version, is_known, monkeypatch):
     import torch._inductor.lowering
     from torch._inductor import compile_fx
     from torch._inductor.codegen import cpp_flex_attention_template as template
@@ -304,8 +340,8 @@ def test_default_sizes_of_a_cpu():
 
 
 @pytest.mark.parametrize(("max_seq_length", "num_masks"), [(12, 1), (13, 2)])
-def test_a_window_that_nobody_can_notice_needs_no_kernel_of_its_own(max_seq_length, num_masks):
-    """The window is 12: of 12 tokens the last still sees the first."""
+def test_a_window_of_at_least_max_seq_length_needs_no_kernel_of_its_own(max_seq_length, num_masks):
+    """The window is 12. In a sequence of 12 tokens, the last token still sees the first one."""
     model = tiny_model("gemma2")
     prompt = PROMPTS[0]
     with Inference(model, None, 2, max_seq_length, page_size=1, max_num_batched_tokens=8, compile=False) as engine:
@@ -320,8 +356,8 @@ def test_a_window_that_nobody_can_notice_needs_no_kernel_of_its_own(max_seq_leng
 
 
 @pytest.mark.compiled
-def test_compiled_bfloat16_tokens_are_hugging_faces_choice_or_nearly():
-    """bfloat16 knows about three digits: two tokens within 0.5 nats of each other are the same to it."""
+def test_compiled_bfloat16_tokens_are_within_half_a_nat_of_hugging_faces_choice():
+    """bfloat16 has about three decimal digits, too few to order two tokens within 0.5 nats reliably."""
     model = tiny_model("qwen3", torch.bfloat16)
     with Inference(model, None, max_batch_size=4, page_size=16, n_pages=64) as engine:
         outputs = engine.generate(
@@ -335,7 +371,7 @@ def test_compiled_bfloat16_tokens_are_hugging_faces_choice_or_nearly():
         assert deficit.max() < 0.5
 
 
-def test_without_a_compiler_the_engine_says_so_and_runs_uncompiled(caplog):
+def test_engines_without_a_compiler_warn_once_and_run_uncompiled(caplog):
     model = tiny_model("llama", torch.float32)
     inference._warn_uncompiled.cache_clear()
     with mock.patch("shutil.which", return_value=None):
@@ -351,7 +387,7 @@ def test_without_a_compiler_the_engine_says_so_and_runs_uncompiled(caplog):
             Inference(model, None, n_pages=8, page_size=16, compile=True)
 
 
-def test_without_pythons_headers_nothing_is_compiled(tmp_path):
+def test_missing_python_headers_prevent_compilation(tmp_path):
     with mock.patch("sysconfig.get_path", return_value=str(tmp_path)):
         assert "python3-dev" in why_not_compiled(torch.device("cpu"), torch.float32, 16)
 
@@ -365,14 +401,14 @@ def test_without_pythons_headers_nothing_is_compiled(tmp_path):
         ("mps", torch.float32, 128, "mps"),
     ],
 )
-def test_what_cannot_be_compiled_is_said_with_its_reason(device, dtype, page_size, reason):
+def test_the_reason_why_attention_cannot_be_compiled_is_reported(device, dtype, page_size, reason):
     assert reason in why_not_compiled(torch.device(device), dtype, page_size)
 
 
 @pytest.mark.parametrize("page_size", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("group_size", [1, 2, 3, 4, 5, 6, 7, 8, 12, 16])
-def test_a_cuda_tile_divides_the_blocks_of_the_mask(group_size, page_size):
-    """What torch leaves to itself divides multiples of 128."""
+def test_the_block_sizes_of_the_cuda_kernel_divide_the_blocks_of_the_mask(group_size, page_size):
+    """Without an option, torch chooses block sizes that divide multiples of 128."""
     for kind in tile_kinds(group_size, 8, 512, "cuda"):
         q_block = kind.tile_len * group_size
         options = kernel_options(torch.device("cuda"), q_block, page_size)
@@ -384,7 +420,7 @@ def test_a_cuda_tile_divides_the_blocks_of_the_mask(group_size, page_size):
 @pytest.mark.parametrize("group_size", [1, 2, 3, 4, 6, 7, 8, 16])
 @pytest.mark.parametrize(("max_batch_size", "budget"), [(1, 1), (1, 512), (5, 64), (20, 100), (256, 2048)])
 def test_every_step_fits_a_bucket(device_type, group_size, max_batch_size, budget):
-    """The worst steps: all chunks of one token, all of one more than a tile, one chunk of everything."""
+    """The worst steps have chunks of one token, chunks of one token more than a tile, or one chunk of all tokens."""
     kinds = tile_kinds(group_size, max_batch_size, budget, device_type)
     most = min(max_batch_size, budget)
     decodes = TileKind(kinds[0].tile_len, decode_buckets(most))
@@ -398,4 +434,4 @@ def test_every_step_fits_a_bucket(device_type, group_size, max_batch_size, budge
             num_tiles = num_chunks * -(-chunk_len // kind.tile_len)
             assert kind.num_padded_tiles(num_tiles) >= num_tiles
             if device_type == "cuda":
-                assert kind.tile_len * group_size % 16 == 0, "a CUDA tile is a multiple of 16 rows"
+                assert kind.tile_len * group_size % 16 == 0, "a CUDA tile must have a multiple of 16 query rows"

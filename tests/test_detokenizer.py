@@ -1,4 +1,4 @@
-"""Token ids to text as they come, against the text of all of them; stop strings, against a search at each character."""
+"""Incremental detokenization compared with decoding all tokens at once; stop strings compared with a simple search."""
 
 import itertools
 import random
@@ -27,7 +27,7 @@ def fast(model, decoder):
 
 
 def with_byte_fallback(*last):
-    """Bytes are tokens of their own beside pieces, as Llama's and Gemma's tokenizers have them."""
+    """Return a tokenizer with a token for each byte in addition to pieces, like Llama's and Gemma's tokenizers."""
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *BYTES, *PIECES])}
     model = models.BPE(vocabulary, merges=[], byte_fallback=True, unk_token="<unk>")
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *last]
@@ -56,7 +56,7 @@ IS_BYTES = TOKENIZERS["bytes"]
 
 
 def follow(tokenizer, token_ids, **options):
-    """(the detokenizer in the end, what is shown after each token, the number of tokens that were taken)"""
+    """Return (the detokenizer, the text shown after each token, the number of decoded tokens)."""
     text = Detokenizer(tokenizer, **options)
     shown = []
     for end in range(1, len(token_ids) + 1):
@@ -69,13 +69,13 @@ def follow(tokenizer, token_ids, **options):
 
 
 def check_growth(shown, final):
-    """Nobody has to take back what was shown."""
+    """Check that shown text is never removed, and that the last shown text is `final`."""
     assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(shown))
     assert shown[-1] == final
 
 
 def of_valid_text(tokenizer, rng):
-    """Tokens of a text of many kinds of characters, each of them cut into its bytes where that is possible."""
+    """Return tokens of a text with many kinds of characters, some split into bytes if the tokenizer has byte tokens."""
     chars = [rng.choice("aé你😀 \n▁bEND�\u0301") for _ in range(rng.randint(1, 12))]
     vocabulary, token_ids = tokenizer.get_vocab(), []
     for char in chars:
@@ -90,9 +90,12 @@ def of_valid_text(tokenizer, rng):
 
 @pytest.mark.parametrize("skip_special_tokens", [True, False])
 @pytest.mark.parametrize("name", ["bytes", "tiny-gemma2", "word pieces", "whole words"])
-def test_the_pieces_of_any_tokens_are_the_text_of_all(name, skip_special_tokens):
-    """Characters that never end, special tokens, ids beyond the vocabulary. A sign for a missing character is shown
-    only where the text has one in the end: what is shown is always its beginning."""
+def test_the_pieces_of_any_tokens_join_to_the_text_of_all_tokens(name, skip_special_tokens):
+    """The tokens include incomplete characters, special tokens, and ids outside the vocabulary.
+
+    A replacement character is shown only if the final text contains it: the shown text is always a prefix of the final
+    text.
+    """
     tokenizer = TOKENIZERS[name]
     rng = random.Random(name)
     for _ in range(500):
@@ -104,7 +107,7 @@ def test_the_pieces_of_any_tokens_are_the_text_of_all(name, skip_special_tokens)
 
 @pytest.mark.parametrize("skip_special_tokens", [True, False])
 @pytest.mark.parametrize("name", list(TOKENIZERS))
-def test_the_pieces_of_a_valid_text_are_the_text(name, skip_special_tokens):
+def test_the_pieces_of_a_valid_text_join_to_the_text(name, skip_special_tokens):
     tokenizer = TOKENIZERS[name]
     rng = random.Random(name)
     for _ in range(300):
@@ -118,8 +121,8 @@ def test_the_pieces_of_a_valid_text_are_the_text(name, skip_special_tokens):
 
 @pytest.mark.parametrize("name", ["llama", "gemma"])
 @pytest.mark.parametrize("skip_special_tokens", [True, False])
-def test_bytes_that_turn_out_to_be_no_text_take_back_nothing_and_lose_nothing(name, skip_special_tokens):
-    """These decoders make errors of all bytes in a row if they are no text, even of the letters among them."""
+def test_invalid_bytes_neither_remove_shown_text_nor_lose_other_text(name, skip_special_tokens):
+    """If a run of byte tokens is not UTF-8, these decoders replace all of its bytes, even the letters among them."""
     tokenizer = TOKENIZERS[name]
     rng = random.Random(name)
     odd = [*(tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in b"\nA\xe2\xff\xe4\xbd\xa0"), 1, 2, 9999]
@@ -136,7 +139,7 @@ def test_bytes_that_turn_out_to_be_no_text_take_back_nothing_and_lose_nothing(na
     assert num_contradictions > 50
 
 
-def test_a_newline_byte_before_half_a_character_stays_a_newline():
+def test_a_newline_byte_before_an_incomplete_character_stays_a_newline():
     tokenizer = TOKENIZERS["llama"]
     tokens = ["▁the", "<0x0A>", "<0xE2>", "▁the", "▁END", "<0xE4>", "<0xBD>", "<0xA0>"]
     _, shown, _ = follow(tokenizer, tokenizer.convert_tokens_to_ids(tokens))
@@ -144,13 +147,13 @@ def test_a_newline_byte_before_half_a_character_stays_a_newline():
     assert new == ["the", "\n", "", "� the", " END", "", "", "你"]
 
 
-def test_a_text_that_ends_in_the_middle_of_a_character_shows_that_in_the_end_only():
+def test_an_incomplete_last_character_is_shown_only_at_the_end():
     token_ids = IS_BYTES("añ", add_special_tokens=False).input_ids
     text, shown, _ = follow(IS_BYTES, token_ids[:2])
     assert shown == ["a", "a�"] and text.num_shown == 2
 
 
-def test_the_end_can_come_without_a_token_and_more_than_once():
+def test_a_text_can_be_completed_without_a_new_token_and_more_than_once():
     text = Detokenizer(IS_BYTES, stops=("bc",))
     token_ids = IS_BYTES("ab", add_special_tokens=False).input_ids
     assert not text.update(token_ids) and text.text[: text.num_shown] == "a"
@@ -158,18 +161,18 @@ def test_the_end_can_come_without_a_token_and_more_than_once():
         assert not text.update(token_ids, is_complete=True) and text.text[: text.num_shown] == "ab"
 
 
-def test_the_end_can_come_before_the_first_token():
+def test_a_text_can_be_completed_before_the_first_token():
     text = Detokenizer(IS_BYTES, stops=("b",))
     assert not text.update([], is_complete=True) and (text.text, text.num_shown) == ("", 0)
 
 
-def test_several_tokens_at_once_are_the_same_as_one_by_one():
+def test_several_tokens_may_be_decoded_at_once():
     token_ids = IS_BYTES("x y 你 END z", add_special_tokens=False).input_ids
     text = Detokenizer(IS_BYTES, stops=("END",))
     assert text.update(token_ids) and (text.text, text.stop_reason) == ("x y 你 ", "END")
 
 
-def test_silent_tokens_have_no_text_whether_special_or_not():
+def test_hidden_tokens_add_no_text_whether_special_or_not():
     token_ids = IS_BYTES("ab", add_special_tokens=False).input_ids
     text, *_ = follow(
         IS_BYTES, [*token_ids, 1], hidden_token_ids=frozenset([1, token_ids[1]]), skip_special_tokens=False
@@ -179,7 +182,7 @@ def test_silent_tokens_have_no_text_whether_special_or_not():
     assert text.text == "ab<eos>"
 
 
-def test_spaces_are_left_where_the_tokenizer_would_clean_them_up():
+def test_spaces_that_the_tokenizer_would_clean_up_are_kept():
     tokenizer = byte_tokenizer()
     tokenizer.clean_up_tokenization_spaces = True
     token_ids = tokenizer("x [ 1 , 2 ] . y", add_special_tokens=False).input_ids
@@ -187,7 +190,7 @@ def test_spaces_are_left_where_the_tokenizer_would_clean_them_up():
     assert text.text == decode(tokenizer, token_ids, True) == "x [ 1 , 2 ] . y"
 
 
-def test_a_slow_tokenizer_is_refused():
+def test_a_slow_tokenizer_is_rejected():
     class Slow:
         is_fast = False
 
@@ -199,8 +202,11 @@ def test_a_slow_tokenizer_is_refused():
 
 
 def first_stop(pieces, stops, min_tokens):
-    """The oracle: (where the output ends, the stop string, the number of tokens), the earliest end of any stop string
-    that ends with a token after the first `min_tokens`; of several the longest."""
+    """Return the oracle: (the text up to the end of the stop string, the stop string, the number of tokens).
+
+    The first stop string that ends after the first `min_tokens` tokens counts. If several end with the same character,
+    the longest counts.
+    """
     text = ""
     for num_tokens, piece in enumerate(pieces, start=1):
         for char in piece:
@@ -212,7 +218,7 @@ def first_stop(pieces, stops, min_tokens):
 
 
 def check_stops(tokenizer, token_ids, stops, include_stop, min_tokens, pieces=None):
-    if pieces is None:  # of a decoder without stop strings
+    if pieces is None:  # from a detokenizer without stop strings
         _, shown, _ = follow(tokenizer, token_ids)
         pieces = [later[len(earlier) :] for earlier, later in zip(["", *shown], shown)]
     reached, stop, num_tokens = first_stop(pieces, stops, min_tokens)
@@ -220,7 +226,7 @@ def check_stops(tokenizer, token_ids, stops, include_stop, min_tokens, pieces=No
     wanted = reached if stop is None or include_stop else reached[: -len(stop)]
     assert (text.text, text.stop_reason, num_taken) == (wanted, stop, num_tokens)
     check_growth(shown, text.text)
-    # No more is held back than may become a stop string.
+    # Text is held back only if it may become a stop string.
     for num_tokens, piece in enumerate(shown[:-1], start=1):
         come = "".join(pieces[:num_tokens])
         assert any(stop.startswith(come[len(piece) :]) for stop in stops) or piece == come
@@ -236,16 +242,16 @@ texts = st.text("aab你", min_size=1, max_size=4)
     include_stop=st.booleans(),
     min_tokens=st.just(0) | st.integers(0, 12),
 )
-def test_the_output_ends_before_the_first_stop_text(text, stops, include_stop, min_tokens):
-    """Overlapping ones, one a prefix of another, at the first character, several at the same one, cut into bytes."""
+def test_the_output_ends_at_the_first_stop_string(text, stops, include_stop, min_tokens):
+    """Stop strings may overlap, be prefixes of each other, or end with the same character. Tokens are single bytes."""
     pieces = [piece for char in text for piece in [*[""] * (len(char.encode()) - 1), char]]
     token_ids = IS_BYTES(text, add_special_tokens=False).input_ids
     check_stops(IS_BYTES, token_ids, stops, include_stop, min_tokens, pieces)
 
 
 @pytest.mark.parametrize("name", ["bytes", "tiny-gemma2", "llama", "word pieces"])
-def test_stop_texts_begin_and_end_in_the_middle_of_tokens_of_any_kind(name):
-    """They are cut out of the text itself, and may hold signs of missing characters."""
+def test_stop_strings_may_begin_and_end_within_tokens_of_any_kind(name):
+    """Two of the stop strings are parts of the text itself and may contain replacement characters."""
     tokenizer = TOKENIZERS[name]
     rng = random.Random(name)
     num_stopped = 0
@@ -271,12 +277,12 @@ def test_stop_texts_begin_and_end_in_the_middle_of_tokens_of_any_kind(name):
         ("x😀y", ("😀",), "x", "😀"),
     ],
 )
-def test_which_stop_text_counts(text, stops, left, reason):
+def test_the_stop_string_that_ends_first_counts_and_the_longest_if_several_do(text, stops, left, reason):
     result, *_ = follow(IS_BYTES, IS_BYTES(text, add_special_tokens=False).input_ids, stops=stops)
     assert (result.text, result.stop_reason) == (left, reason)
 
 
-def test_a_stop_text_may_end_with_the_sign_of_half_a_character():
+def test_a_stop_string_may_end_with_the_replacement_of_an_incomplete_character():
     token_ids = IS_BYTES("añ", add_special_tokens=False).input_ids[:2]
     text, shown, _ = follow(IS_BYTES, token_ids, stops=("a�",))
     assert (shown, text.stop_reason) == (["", ""], "a�")
@@ -284,7 +290,7 @@ def test_a_stop_text_may_end_with_the_sign_of_half_a_character():
 
 @settings(max_examples=500, deadline=None, database=None)
 @given(st.text("ab", min_size=1, max_size=8), st.text("ab", max_size=40))
-def test_a_matcher_knows_the_longest_beginning_of_the_stop_text_that_has_come(stop, text):
+def test_a_matcher_tracks_the_longest_prefix_of_the_stop_string_that_ends_the_text(stop, text):
     matcher = StopMatcher(stop)
     for end, char in enumerate(text, start=1):
         longest = max(n for n in range(len(stop) + 1) if text[:end].endswith(stop[:n]))

@@ -1,8 +1,8 @@
-"""Greedy tokens equal Hugging Face `generate(attn_implementation="eager")`, whatever the engine's sizes.
+"""Greedy tokens equal Hugging Face `generate(attn_implementation="eager")`, for all sizes of the engine.
 
-In float64 token for token; in float32 but for near-ties, which are counted. Prompts are on both sides of the sliding
-window (12) and of every page boundary. The models are random, tiny, and untied, so that a token depends on all of its
-visible past: the last test shows that a wrong mask, scale or cap does change the tokens.
+In float64 all tokens are equal. In float32 tokens may differ at near-ties, which are counted. Prompts are on both sides
+of the sliding window (12) and of every page boundary. The models are random, tiny, and untied, so that a token depends
+on all of its visible past. The last test shows that a wrong mask, scale or softcap changes the tokens.
 """
 
 import copy
@@ -46,7 +46,7 @@ def generate(engine: Inference, prompts: list[list[int]]) -> list[list[int]]:
 @pytest.mark.parametrize("budget", [1, 5, 64])
 @pytest.mark.parametrize("page_size", [1, 4, 16, 128])
 def test_gemma2_equals_generate_for_every_page_size_budget_and_pool(page_size, budget, pool):
-    """A tight pool holds one page more than the longest request, so that several must fight for it."""
+    """A tight pool has one page more than the longest request needs, so that requests compete for pages."""
     n_pages = 2 + -(-LONGEST // page_size) if pool == "tight" else 1 + 4 * -(-LONGEST // page_size)
     with Inference(
         tiny_model("gemma2"),
@@ -60,7 +60,7 @@ def test_gemma2_equals_generate_for_every_page_size_budget_and_pool(page_size, b
     ) as engine:
         assert generate(engine, PROMPTS) == expected("gemma2")
         if pool == "tight" and page_size < 16 and budget == 64:
-            assert engine.stats().num_preemptions > 0, "the pool was meant to force preemption"
+            assert engine.stats().num_preemptions > 0, "the tight pool must cause preemptions"
 
 
 @pytest.mark.parametrize("max_batch_size", [1, 2, 3])
@@ -90,7 +90,7 @@ def test_every_architecture_equals_generate(architecture, page_size, n_pages, bu
 
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_in_float32_only_near_ties_differ(architecture):
-    """A token may differ where Hugging Face's own two best are closer than float32's rounding over two layers."""
+    """A token may differ if Hugging Face's two most likely tokens are closer than float32 rounding in two layers."""
     model = tiny_model(architecture, torch.float32)
     with Inference(model, None, max_batch_size=4, page_size=4, max_num_batched_tokens=7, compile=False) as engine:
         tokens = generate(engine, PROMPTS)
@@ -101,9 +101,9 @@ def test_in_float32_only_near_ties_differ(architecture):
             with torch.no_grad():
                 logits = model(torch.tensor([prompt + reference[: differ[0]]])).logits[0, -1]
             best, second = logits.topk(2).values
-            assert best - second < 1e-3, f"{ours} differs from {reference} at {differ[0]}, and that is no near-tie"
+            assert best - second < 1e-3, f"{ours} differs from {reference} at {differ[0]}, which is not a near-tie"
             near_ties += 1
-    assert near_ties <= 1, f"{near_ties} of {len(PROMPTS)} prompts met a near-tie: too many to be rounding"
+    assert near_ties <= 1, f"{near_ties} of {len(PROMPTS)} prompts have a near-tie, too many for rounding"
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_in_float32_only_near_ties_differ(architecture):
         ("gemma2", dict(num_hidden_layers=3, num_attention_heads=6, tie_word_embeddings=True)),
     ],
 )
-def test_odd_configs_equal_generate(architecture, changes):
+def test_unusual_configs_equal_generate(architecture, changes):
     config = CONFIGS[architecture]()
     for name, value in changes.items():
         setattr(config, name, value)
@@ -129,8 +129,11 @@ def test_odd_configs_equal_generate(architecture, changes):
         assert generate(engine, PROMPTS) == reference
 
 
-def test_a_process_may_serve_models_of_different_softcaps_from_any_thread():
-    """Dynamo would take the second cap for a variable, which FlexAttention refuses; its settings are a thread's own."""
+def test_a_process_can_serve_models_of_different_softcaps_from_any_thread():
+    """By default, Dynamo makes a second softcap a symbolic float, which FlexAttention does not accept.
+
+    Each thread has its own Dynamo settings.
+    """
     for cap in (9.0, 2.0):
         model = copy.deepcopy(tiny_model("gemma2"))
         for layer in model.model.layers:
@@ -143,8 +146,11 @@ def test_a_process_may_serve_models_of_different_softcaps_from_any_thread():
             assert pool.submit(generate, engine, PROMPTS).result() == reference
 
 
-def test_pages_of_128_tokens_are_crossed():
-    """The default page size, past its end, in chunks that do not end with it, and decoding across the boundary."""
+def test_sequences_that_cross_pages_of_128_tokens_equal_generate():
+    """Two prompts are longer than a page, chunks do not end at page boundaries, and decodes cross a boundary.
+
+    128 is the default page size on a GPU.
+    """
     prompts = [rng.choices(range(3, VOCABULARY), k=length) for length in (300, 126, 260)]
     reference = [hf_generate(tiny_model("gemma2"), prompt, NUM_TOKENS) for prompt in prompts]
     with Inference(
@@ -153,7 +159,7 @@ def test_pages_of_128_tokens_are_crossed():
         assert generate(engine, prompts) == reference
 
 
-def test_a_request_that_arrives_while_others_decode_changes_nobodys_tokens():
+def test_a_request_that_arrives_while_others_decode_changes_no_tokens():
     with Inference(tiny_model("gemma2"), None, 4, page_size=4, max_num_batched_tokens=6, compile=False) as engine:
         ids, tokens = [], {}
         for prompt in PROMPTS:
@@ -168,7 +174,7 @@ def test_a_request_that_arrives_while_others_decode_changes_nobodys_tokens():
 
 
 @pytest.mark.parametrize("run", [greedy_tokens, greedy_under_preemption])
-def test_the_check_finds_nothing_that_was_computed_in_other_company(run):
+def test_the_exactness_check_has_no_cache_hits_from_earlier_batches(run):
     with Inference(tiny_model("gemma2"), None, 4, page_size=4, compile=False) as engine:
         prompts = [prompt[:10] for prompt in PROMPTS[1:3]]
         run(engine, prompts, 4)
@@ -181,8 +187,8 @@ def test_the_check_finds_nothing_that_was_computed_in_other_company(run):
     ("attribute", "wrong"),
     [("sliding_window", None), ("sliding_window", WINDOW - 1), ("attn_logit_softcapping", None), ("scaling", 0.2)],
 )
-def test_the_oracle_is_sensitive_to_what_makes_gemma2_hard(attribute, wrong, monkeypatch):
-    """If Hugging Face's tokens did not change with the window, the cap and the scale, equality would prove nothing."""
+def test_the_tokens_depend_on_window_softcap_and_scale(attribute, wrong, monkeypatch):
+    """If the tokens did not change with the window, the softcap and the scale, equality would prove nothing."""
     model = tiny_model("gemma2")
     right = expected("gemma2")
     for layer in model.model.layers:

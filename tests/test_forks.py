@@ -1,4 +1,4 @@
-"""Several samples of one prompt: each is what a request of its own would get, and the prompt is computed once."""
+"""Several samples of one prompt equal the outputs of separate requests, and share the computed prompt."""
 
 import pytest
 from engines import SIZES, own_model, prompt_of
@@ -20,7 +20,7 @@ def drawn(engine, prompt, n):
 
 @pytest.fixture(scope="module")
 def separately():
-    """What requests of their own get, in an engine that shares nothing."""
+    """The outputs of separate requests, by (prompt length, sample), in an engine without prefix caching."""
     with Inference(own_model("separately"), None, **SIZES, enable_prefix_caching=False) as engine:
         prompts = [prompt_of(length) for length in PROMPT_LENGTHS]
         samples = {
@@ -28,14 +28,14 @@ def separately():
             for length, prompt in zip(PROMPT_LENGTHS, prompts)
             for i in range(5)
         }
-        assert len({tuple(tokens) for tokens in samples.values()}) > 30, "they differ"
+        assert len({tuple(tokens) for tokens in samples.values()}) > 30, "most outputs must differ"
         return samples
 
 
 @pytest.mark.parametrize("caching", [True, False])
 @pytest.mark.parametrize("release", [True, False])
-@pytest.mark.parametrize("n", [2, 5])  # five of them in three rows: the last two come when others have ended
-def test_each_sample_is_that_of_a_request_of_its_own(n, caching, release, separately):
+@pytest.mark.parametrize("n", [2, 5])  # with five samples in three rows, the last two start when others have ended
+def test_each_sample_equals_the_output_of_a_separate_request(n, caching, release, separately):
     options = dict(SIZES, enable_prefix_caching=caching, enable_window_release=release)
     with Inference(own_model("forks"), None, **options) as engine:
         for length in PROMPT_LENGTHS:
@@ -46,7 +46,7 @@ def test_each_sample_is_that_of_a_request_of_its_own(n, caching, release, separa
 
 
 @pytest.mark.parametrize("caching", [True, False])
-def test_under_preemption_too(caching, separately):
+def test_samples_equal_the_outputs_of_separate_requests_under_preemption(caching, separately):
     options = dict(SIZES, n_pages=8, max_num_batched_tokens=8, watermark=0, enable_prefix_caching=caching)
     with Inference(own_model("forks"), None, **options) as engine:
         requests = [prompt_of(14), prompt_of(9), prompt_of(5)]
@@ -59,16 +59,19 @@ def test_under_preemption_too(caching, separately):
 
 @pytest.mark.parametrize("length", PROMPT_LENGTHS)
 @pytest.mark.parametrize("n", [3, 5])
-def test_the_prompt_is_computed_once_whatever_its_length(length, n):
-    """But for its last token, which gives each sample its logits. The fourth and fifth sample come when the others have
-    gone on for some tokens, in another row's place: they find what the window has not left behind."""
+def test_a_prompt_of_any_length_is_computed_once_and_for_late_samples_at_most_twice(length, n):
+    """Only the last token of the prompt is computed again, because each sample needs its logits.
+
+    The fourth and fifth sample start when a row is released, after the other samples have generated tokens. If pages of
+    the prompt were released because they are out of the window, the prompt is computed a second time.
+    """
     with Inference(own_model("forks"), None, **SIZES, enable_prefix_caching=False) as engine:
         engine.generate(prompt_of(length), sampling(n=n, max_tokens=3), use_tqdm=False)
         computed = engine.stats().num_computed_tokens
     assert computed == length + n - 1 + n * 2 if n == 3 else computed <= 2 * length + n - 1 + n * 2
 
 
-def test_among_others_whose_pages_lie_elsewhere_in_each_pool(separately):
+def test_forks_are_correct_if_their_physical_pages_differ_between_the_pools(separately):
     with Inference(own_model("forks"), None, **SIZES, enable_prefix_caching=False) as engine:
         other = engine.add_request(prompt_of(20), sampling(max_tokens=12))
         for _ in range(6):
@@ -89,9 +92,9 @@ def test_the_prompt_is_computed_once_and_only_its_last_page_is_copied():
         engine.add_request(prompt_of(14), sampling(n=3))
         engine.run_one_step()
         assert engine.stats().num_computed_tokens == 14 and engine.stats().num_used_pages == 4
-        engine.run_one_step()  # a token of the first, and the prompt's last one for each of the others
+        engine.run_one_step()  # a decode of the first sample, and the last prompt token for each of the others
         assert engine.stats().num_computed_tokens == 14 + 3
-        assert engine.stats().num_used_pages == 4 + 2, "three full pages are shared, the fourth is everybody's own"
+        assert engine.stats().num_used_pages == 4 + 2, "three full pages are shared, the fourth is copied"
         rows = [sequence.row for sequence in engine.scheduler.running]
         pages = [[engine.page_table.page(row, logical) for logical in range(4)] for row in rows]
         assert pages[0][:3] == pages[1][:3] == pages[2][:3]
@@ -99,7 +102,7 @@ def test_the_prompt_is_computed_once_and_only_its_last_page_is_copied():
         engine.abort(0)
 
 
-def test_a_request_ends_with_its_last_sample_and_is_aborted_as_one():
+def test_a_request_ends_with_its_last_sample_and_abort_ends_all_samples():
     with Inference(own_model("forks"), None, **SIZES) as engine:
         request_id = engine.add_request(prompt_of(9), sampling(n=5, max_tokens=3))
         steps = []

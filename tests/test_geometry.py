@@ -1,4 +1,4 @@
-"""How many pages each kind of layers needs: never fewer than any workload comes to hold, and few where windows are."""
+"""Sizes of pools and requests: secondary pools have enough pages for every workload, and few for small windows."""
 
 import itertools
 import random
@@ -19,7 +19,7 @@ def geometry(n_pages=100, page_size=4, rows=3, max_seq_length=64, budget=8, wind
     return Geometry(n_pages, page_size, rows, max_seq_length, budget, windows, release)
 
 
-def test_the_widest_window_leads_and_each_has_a_pool():
+def test_each_window_has_a_pool_and_the_widest_window_has_the_primary_pool():
     assert list(geometry(windows=(6, None, 9, None)).pools) == [None, 9, 6]
     assert list(geometry(windows=(6, 9)).pools) == [9, 6]
     assert geometry(windows=(6, None)).pools[None] == 100
@@ -27,23 +27,23 @@ def test_the_widest_window_leads_and_each_has_a_pool():
     assert geometry(windows=(6, 9), release=False).pools == {None: 100}
 
 
-def test_a_window_that_no_row_is_long_enough_to_notice_is_none():
+def test_a_window_is_none_if_no_row_is_longer_than_the_window():
     assert geometry(max_seq_length=64, windows=(63, 64, 65, None)).layer_windows == (63, None, None, None)
     assert geometry(n_pages=5, windows=(15, 16, None)).layer_windows == (15, None, None)  # rows of 16 tokens
 
 
-def test_rows_may_be_longer_than_the_pool_only_where_all_layers_give_pages_back():
+def test_rows_can_be_longer_than_the_pool_only_if_all_layers_release_pages():
     sizes = dict(n_pages=8, page_size=4, max_seq_length=64, budget=8)
     assert geometry(**sizes, windows=(None, 6)).max_request_tokens == 28
     assert geometry(**sizes, windows=(6,), release=False).max_request_tokens == 28
     assert geometry(**sizes, windows=(6,)).max_request_tokens == 64
-    assert geometry(**sizes, windows=(20,)).max_request_tokens == 28  # what a step sees and computes needs 8 pages
+    assert geometry(**sizes, windows=(20,)).max_request_tokens == 28  # tokens seen and computed in a step need 8 pages
 
 
 @pytest.mark.parametrize("windows", [(None, 3), (None, 7, 2), (5,), (9, 4)])
 @pytest.mark.parametrize(("page_size", "rows", "budget"), [(1, 3, 4), (4, 3, 6), (4, 1, 1), (3, 4, 20)])
-def test_pools_that_follow_never_run_out_and_no_row_holds_more_than_foreseen(windows, page_size, rows, budget):
-    """Greedy workloads of all lengths. That a pool runs out is an assertion of `KVManager.reserve`."""
+def test_secondary_pools_never_run_out_and_no_row_holds_more_pages_than_predicted(windows, page_size, rows, budget):
+    """Run requests of random lengths. `KVManager.reserve` asserts that no secondary pool runs out."""
     sizes = Geometry(40, page_size, rows, 30, budget, windows)
     scheduler = Scheduler(KVManager(sizes), budget, watermark=0)
     rng, most = random.Random(0), 0
@@ -67,7 +67,7 @@ def test_pools_that_follow_never_run_out_and_no_row_holds_more_than_foreseen(win
 
 
 @pytest.mark.parametrize("release", [True, False])
-def test_a_plan_says_what_a_request_comes_to_hold_in_pages_and_bytes(release):
+def test_a_plan_has_the_pages_and_bytes_that_a_request_holds_at_its_end(release):
     with Inference(own_model("planned"), None, **SIZES, enable_window_release=release) as engine:
         plan = engine.plan(20, 8)
         caches = [layer.self_attn.kv_cache for layer in engine.model.get_decoder().layers]
@@ -80,7 +80,7 @@ def test_a_plan_says_what_a_request_comes_to_hold_in_pages_and_bytes(release):
             assert kind.request_bytes == kind.request_pages * 4 * kind.bytes_per_token
         pages = {kind.window: kind.request_pages for kind in plan.kinds}
         assert pages == {None: 7, WINDOW: 7 - (28 - 1 - WINDOW) // 4 if release else 7}
-        engine.add_request(prompt_of(20), greedy(9))  # whose last token is never computed
+        engine.add_request(prompt_of(20), greedy(9))  # the last of these tokens is never computed
         while (sequence := (engine.scheduler.running or engine.scheduler.waiting)[0]).num_computed_tokens < 27:
             engine.run_one_step()
         assert {window: engine.kv.table(window).num_pages(sequence.row) for window in pages} == pages
@@ -90,7 +90,7 @@ def test_a_plan_says_what_a_request_comes_to_hold_in_pages_and_bytes(release):
         assert "7 of 24 pages" in str(plan) and "3 requests at once" in str(plan)
 
 
-def test_as_many_requests_run_at_once_as_a_plan_says():
+def test_as_many_requests_run_at_once_as_the_plan_predicts():
     with Inference(own_model("planned"), None, **dict(SIZES, n_pages=13, watermark=32)) as engine:
         assert engine.plan(9, 12).max_concurrent == 2
         for seed in range(3):
@@ -102,12 +102,12 @@ def test_as_many_requests_run_at_once_as_a_plan_says():
         assert most == 2 and engine.stats().num_preemptions == 0
 
 
-def test_no_more_requests_run_at_once_than_a_step_has_tokens():
+def test_a_plan_has_at_most_as_many_concurrent_requests_as_a_step_has_tokens():
     with Inference(own_model("planned"), None, **dict(SIZES, max_num_batched_tokens=2)) as engine:
         assert engine.plan(4, 4).max_concurrent == 2
 
 
-def test_a_plan_of_what_would_be_refused_says_why_in_the_words_of_the_refusal():
+def test_a_plan_of_a_request_that_would_be_rejected_has_the_error_message():
     with Inference(own_model("planned"), None, **SIZES) as engine:
         plan = engine.plan(32, 1)
         assert plan.max_concurrent == plan.num_new_tokens == 0

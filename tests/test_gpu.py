@@ -1,6 +1,6 @@
-"""On a CUDA device: compiled equals uncompiled, bfloat16 stays close to Hugging Face, nothing compiles after warm-up.
+"""CUDA: compiled equals uncompiled, bfloat16 stays close to Hugging Face, and nothing is compiled after warm-up.
 
-Token equality is asked in float32 (with TF32 off) and only up to near-ties; bfloat16 is held to log-probabilities.
+In float32 (with TF32 off) tokens must be equal except at near-ties. In bfloat16 the tests compare log-probabilities.
 """
 
 import random
@@ -22,7 +22,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 
 @pytest.fixture
 def on_gpu():
-    """The shared CPU model on the device for one test."""
+    """Return a function that moves a shared CPU model to the device. The model is moved back after the test."""
     moved = []
 
     def move(architecture: str, dtype: torch.dtype) -> torch.nn.Module:
@@ -43,7 +43,7 @@ def generate(model: torch.nn.Module, **options: object) -> list[list[int]]:
 
 @torch.no_grad()
 def deficits(model: torch.nn.Module, prompt: list[int], tokens: list[int]) -> torch.Tensor:
-    """By how many nats Hugging Face prefers its own choice to each of the tokens, given those before it."""
+    """Return, for each token, by how many nats Hugging Face's own choice is more likely, given the preceding tokens."""
     logits = model(torch.tensor([prompt + tokens], device="cuda")).logits[0, len(prompt) - 1 : -1]
     logprobs = logits.double().log_softmax(-1)
     return logprobs.amax(-1) - logprobs.gather(1, torch.tensor(tokens, device="cuda")[:, None])[:, 0]
@@ -51,7 +51,7 @@ def deficits(model: torch.nn.Module, prompt: list[int], tokens: list[int]) -> to
 
 @pytest.mark.parametrize("page_size", [16, 128])
 @pytest.mark.parametrize("architecture", CONFIGS)
-def test_compiled_float32_equals_generate_but_for_near_ties(architecture, page_size, on_gpu):
+def test_compiled_float32_equals_generate_except_at_near_ties(architecture, page_size, on_gpu):
     model = on_gpu(architecture, torch.float32)
     tokens = generate(model, page_size=page_size, compile=True)
     expected = [hf_generate(model, prompt, NUM_TOKENS, ignore_eos=True) for prompt in PROMPTS]
@@ -62,7 +62,7 @@ def test_compiled_float32_equals_generate_but_for_near_ties(architecture, page_s
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_equals_uncompiled(dtype, on_gpu):
-    """Judged by Hugging Face's log-probabilities where they part: rounding differs between the two."""
+    """Rounding differs between the two. Tokens may differ if Hugging Face's log-probabilities are close."""
     model = on_gpu("gemma2", dtype)
     compiled, uncompiled = (generate(model, page_size=16, compile=choice) for choice in (True, False))
     tolerance = 1e-2 if dtype == torch.float32 else 0.5
@@ -71,14 +71,14 @@ def test_compiled_equals_uncompiled(dtype, on_gpu):
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
-def test_bfloat16_tokens_are_hugging_faces_choice_or_nearly(architecture, on_gpu):
+def test_bfloat16_tokens_are_within_half_a_nat_of_hugging_faces_choice(architecture, on_gpu):
     model = on_gpu(architecture, torch.bfloat16)
     for prompt, tokens in zip(PROMPTS, generate(model, page_size=128)):
         assert deficits(model, prompt, tokens).max() < 0.5
 
 
-def test_packed_decodes_get_the_tokens_that_they_get_alone_but_for_near_ties(on_gpu, monkeypatch):
-    """Whenever pages are shared, paying or not."""
+def test_packed_decodes_get_the_same_tokens_as_unpacked_decodes_except_at_near_ties(on_gpu, monkeypatch):
+    """Decodes are packed even if packing does not pay."""
     monkeypatch.setattr(cascade, "LEAST_SAVING", -(10**9))
     model = on_gpu("gemma2", torch.float32)
     prompts = [PROMPTS[4] + prompt[:20] for prompt in PROMPTS[:6]]
@@ -103,4 +103,4 @@ def test_nothing_compiles_after_warmup(on_gpu):
         for size in range(1, len(PROMPTS) + 1):
             engine.generate(PROMPTS[:size], GREEDY, use_tqdm=False)
         assert counters["stats"]["unique_graphs"] == before
-        assert not counters["inductor"]["cudagraph_skips"], "decodes are no CUDA graphs"
+        assert not counters["inductor"]["cudagraph_skips"], "decodes did not run as CUDA graphs"

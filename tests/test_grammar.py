@@ -1,4 +1,4 @@
-"""Structured output: random walks over the allowed tokens, and masks against lists of all the texts that fit."""
+"""Structured output: random walks over the allowed tokens, and masks compared with lists of all fitting texts."""
 
 import itertools
 import json
@@ -19,12 +19,13 @@ import flex_nano_vllm
 from flex_nano_vllm.grammar import MAX_OBJECTS, MAX_REGEX_BYTES, MAX_SCHEMA_BYTES, GrammarCompiler
 from flex_nano_vllm.random_models import byte_tokenizer
 
-# By name: how many logits, and the EOS ids. Logits beyond the tokenizer's ids, to the full word and not.
+# By name: the number of logits and the EOS ids. Each model has more logits than its tokenizer has ids. 288 logits fill
+# the words of 32 bits of a mask; 1500 and 300 do not.
 MODELS = {"tiny-gemma2": (1500, {1, 4}), "bytes": (288, {1}), "byte-fallback": (300, {1, 2})}
 
 
 def byte_fallback_tokenizer():
-    """As Gemma's: characters and a few words, `▁` for a space, and bytes for what has no token of its own."""
+    """Return a tokenizer like Gemma's: characters, a few words, `▁` for a space, and bytes for all other characters."""
     words = ["<pad>", "<eos>", "<eot>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *'abcdeé{}[]":,', "ab", "▁c"]
     model = models.BPE({word: i for i, word in enumerate(words)}, merges=[("a", "b")], byte_fallback=True)
     tokenizer = Tokenizer(model)
@@ -62,7 +63,7 @@ def compiler():
 
 @cache
 def bytes_of(model):
-    """The bytes of each token that has any. Byte-level tokenizers write a byte as a character that can be printed."""
+    """Return the bytes of each token that has any. Byte-level tokenizers write each byte as a printable character."""
     tokenizer = tokenizer_of(model)
     specials = set(tokenizer.all_special_ids) | MODELS[model][1] | set(tokenizer.added_tokens_decoder)
     printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
@@ -86,7 +87,7 @@ def ids_of(mask):
 
 
 def walk(model, follower, seed, is_complete, max_tokens=400):
-    """The text of a random walk, which checks at each step that EOS is allowed just where the text is complete."""
+    """Return the text of a random walk. Check at each token that EOS is allowed exactly if the text is complete."""
     chance, output, text = random.Random(seed), [], b""
     eos_token_ids, bytes_by_token = MODELS[model][1], bytes_of(model)
     while len(output) < max_tokens:
@@ -119,7 +120,7 @@ def fits(regex):
     return is_complete
 
 
-# ---- what is allowed ----
+# ---- allowed tokens ----
 
 
 @pytest.mark.parametrize(
@@ -157,7 +158,7 @@ FINITE = {
 
 
 @pytest.mark.parametrize("regex", FINITE)
-def test_a_mask_holds_the_tokens_after_which_one_of_all_texts_can_follow(model, regex):
+def test_a_mask_contains_exactly_the_tokens_that_continue_a_fitting_text(model, regex):
     texts = [text.encode() for text in FINITE[regex]]
     grammar, pending, seen = compiler_of(model).compile("regex", regex), [[]], 0
     while pending:
@@ -173,7 +174,7 @@ def test_a_mask_holds_the_tokens_after_which_one_of_all_texts_can_follow(model, 
     assert seen >= len(texts)
 
 
-def test_digits_and_letters_are_those_of_ascii(compiler):
+def test_digits_and_word_characters_are_those_of_ascii(compiler):
     number, word = {"type": "string", "pattern": r"^\d[\d]\w[\w]$"}, r"\d[\d]\w[\w]"
     texts = {
         walk("tiny-gemma2", compiler.compile("regex", word).follow(), seed, fits(f"(?a:{word})")) for seed in range(8)
@@ -183,7 +184,7 @@ def test_digits_and_letters_are_those_of_ascii(compiler):
     assert len(texts) > 8 and all(re.fullmatch(word, text, re.ASCII) for text in texts)
 
 
-def test_a_choice_is_one_of_the_strings_as_they_are(model):
+def test_a_choice_is_exactly_one_of_the_strings(model):
     choices = ["a.c", "a", "(b)", "é|\n#", 'say "so"', "\\"]
     grammar = compiler_of(model).compile("choice", choices)
     assert {
@@ -258,7 +259,7 @@ def test_every_walk_ends_in_a_value_of_the_schema(model, schema, check):
     assert all(check(json.loads(text)) for text in texts) and len(set(texts)) > 1
 
 
-def test_properties_come_in_the_order_of_the_schema(compiler):
+def test_properties_have_the_order_of_the_schema(compiler):
     number, texts = {"type": "integer", "minimum": 0, "maximum": 9}, []
     for names in ("ab", "ba"):
         schema = {"type": "object", "properties": dict.fromkeys(names, number), "required": [*names]}
@@ -275,7 +276,7 @@ def test_a_json_object_is_any_object(model):
 
 
 @pytest.mark.parametrize(("options", "most"), [({}, 1), (dict(whitespace_pattern=r"[ \n]{1,40}"), 40)])
-def test_spaces_between_the_tokens_of_json_have_an_end(compiler, options, most):
+def test_the_whitespace_between_symbols_of_json_is_limited(compiler, options, most):
     (space,) = [token for token, text in bytes_of("tiny-gemma2").items() if text == b" "]
     follower, output = (
         compiler.compile("json_object", **options).follow(),
@@ -287,7 +288,7 @@ def test_spaces_between_the_tokens_of_json_have_an_end(compiler, options, most):
 
 
 @pytest.mark.parametrize("schema", [PERSON, True, {}])
-def test_a_schema_may_be_text_and_is_compiled_once(compiler, schema):
+def test_a_schema_may_be_a_string_and_is_compiled_once(compiler, schema):
     grammar = compiler.compile("json_schema", schema)
     assert compiler.compile("json_schema", json.dumps(schema, indent=3)) is grammar
     assert compiler.compile("json_schema", {"type": "null"}) is not grammar
@@ -301,10 +302,10 @@ def test_the_cache_is_bounded(compiler):
     assert compiler.compile("regex", "x0") is not first
 
 
-# ---- following ----
+# ---- followers ----
 
 
-def test_a_step_may_be_repeated_and_steps_may_be_skipped(compiler):
+def test_a_follower_accepts_a_repeated_output_and_several_new_tokens_at_once(compiler):
     grammar, output = compiler.compile("json_schema", PERSON), []
     follower = grammar.follow()
     for step in range(40):
@@ -316,7 +317,7 @@ def test_a_step_may_be_repeated_and_steps_may_be_skipped(compiler):
             break
 
 
-def test_samples_of_a_grammar_do_not_see_each_other(compiler):
+def test_samples_that_share_a_grammar_are_independent(compiler):
     grammar = compiler.compile("regex", "[ab]{3}")
     a, b = tokenizer_of("tiny-gemma2").convert_tokens_to_ids(["a", "b"])
     first, second = grammar.follow(), grammar.follow()
@@ -325,7 +326,7 @@ def test_samples_of_a_grammar_do_not_see_each_other(compiler):
     assert ids_of(second.allowed([])) == before > {a, b}
 
 
-def test_after_eos_nothing_but_eos(compiler):
+def test_only_eos_is_allowed_after_eos(compiler):
     a = tokenizer_of("tiny-gemma2").convert_tokens_to_ids("a")
     for regex in ("a", "a+"):
         follower = compiler.compile("regex", regex).follow()
@@ -334,7 +335,7 @@ def test_after_eos_nothing_but_eos(compiler):
 
 
 @pytest.mark.parametrize("wrong", [[71], [1], [0], [3], [1480], [10**6], [69, 69]], ids=str)
-def test_a_token_that_does_not_fit_is_an_error(compiler, wrong):
+def test_a_token_that_does_not_fit_raises_a_value_error(compiler, wrong):
     grammar = compiler.compile("regex", "ab|ac")
     follower = grammar.follow()
     for _ in range(2):
@@ -343,8 +344,8 @@ def test_a_token_that_does_not_fit_is_an_error(compiler, wrong):
     assert 69 in ids_of(grammar.follow().allowed([]))
 
 
-def test_a_sample_that_runs_into_a_limit_fails_alone(compiler):
-    """Its grammar's lexer is shared, and has no way out of an error."""
+def test_a_sample_that_exceeds_a_limit_fails_alone(compiler):
+    """The samples of a grammar share its lexer, which cannot recover from an error."""
     a, z = tokenizer_of("tiny-gemma2").convert_tokens_to_ids(["a", "z"])
     grammar = compiler.compile("regex", "z{1,5}|" + "a?" * 600 + "a" * 600)
     costly, cheap = grammar.follow(), grammar.follow()
@@ -356,7 +357,7 @@ def test_a_sample_that_runs_into_a_limit_fails_alone(compiler):
     assert ids_of(grammar.follow().allowed([z] * 5)) == {1, 4}
 
 
-def test_threads_may_compile_and_follow_at_once(compiler):
+def test_threads_may_compile_and_follow_concurrently(compiler):
     def text_of(seed):
         regex = f"[a-zé]{{1,3}}(x|y){{2}}z{{{seed % 3}}}"
         return walk("tiny-gemma2", compiler.compile("regex", regex).follow(), seed, fits(regex))
@@ -366,7 +367,7 @@ def test_threads_may_compile_and_follow_at_once(compiler):
         assert list(pool.map(text_of, [*range(12)] * 2)) == expected * 2
 
 
-# ---- what is refused ----
+# ---- rejected sources ----
 
 
 def nested(depth):
@@ -381,13 +382,13 @@ def conjunction(num, pattern="(a|b)*a(a|b){%d}"):
 
 
 def hidden_conjunction(num):
-    """The same by references."""
+    """Return a conjunction of patterns that are joined by references."""
     definitions = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}", "pattern": f"(a|b)*a(a|b){{{i}}}"} for i in range(num)}
     return {"$defs": definitions | {f"d{num}": {"type": "string"}}, "$ref": "#/$defs/d0"}
 
 
 def chain(num):
-    """Without a limit, 1,000 are the end of the process."""
+    """Return a chain of references. Without a limit, a chain of 1,000 references ends the process."""
     definitions = {f"d{i}": {"properties": {"a": {"$ref": f"#/$defs/d{i + 1}"}}} for i in range(num)}
     return {"$defs": definitions | {f"d{num}": {}}, "$ref": "#/$defs/d0"}
 
@@ -436,7 +437,7 @@ BAD = {
     "deep text": ("json_schema", '{"items":' * 6000, "schema"),
     "cycle": ("json_schema", CYCLE, "schema"),
     "too deep for Python": ("json_schema", nested(100_000), "schema"),
-    # What would take minutes, or the process:
+    # Sources that would take minutes or end the process:
     "objects": ("json_schema", {"properties": {f"{i}": {} for i in range(MAX_OBJECTS)}}, "objects"),
     "chain": ("json_schema", chain(600), "ref"),
     "divisors": ("json_schema", {"properties": {f"{i}": {"multipleOf": 9973 + i} for i in range(17)}}, "multipleOf"),
@@ -448,7 +449,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind, source, reason", BAD.values(), ids=BAD)
-def test_a_bad_source_is_a_value_error_with_a_reason(compiler, kind, source, reason):
+def test_an_invalid_source_raises_a_value_error_with_the_reason(compiler, kind, source, reason):
     with pytest.raises(ValueError, match=reason) as raised:
         compiler.compile(kind, source)
     assert len(str(raised.value)) < 600 and "%llguidance" not in str(raised.value)
@@ -487,7 +488,7 @@ BOMBS = {
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("kind, source", BOMBS.values(), ids=BOMBS)
-def test_a_bomb_is_refused_or_followed_until_it_is(compiler, kind, source):
+def test_an_expensive_source_is_rejected_or_followed_in_bounded_time(compiler, kind, source):
     output, chance = [], random.Random(0)
     try:
         follower = compiler.compile(kind, source).follow()
@@ -497,7 +498,7 @@ def test_a_bomb_is_refused_or_followed_until_it_is(compiler, kind, source):
         assert str(error)
 
 
-def test_a_remote_reference_is_refused_and_not_fetched(compiler):
+def test_a_remote_reference_is_rejected_and_not_fetched(compiler):
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.setblocking(False)
         url = f"http://127.0.0.1:{server.getsockname()[1]}/schema.json"
@@ -509,7 +510,7 @@ def test_a_remote_reference_is_refused_and_not_fetched(compiler):
 
 
 @pytest.mark.parametrize("eos_token_ids", [[], [-1], [1, 1480], [1500]], ids=str)
-def test_eos_has_to_be_a_token(eos_token_ids):
+def test_missing_or_invalid_eos_ids_are_rejected(eos_token_ids):
     pytest.importorskip("llguidance")
     with pytest.raises(ValueError, match="EOS"):
         GrammarCompiler(tokenizer_of("tiny-gemma2"), 1500, frozenset(eos_token_ids))
@@ -525,7 +526,7 @@ def test_tokens_without_a_logit_are_never_allowed():
         compiler.compile("regex", "zzz")
 
 
-def test_without_llguidance_the_remedy_is_named(monkeypatch):
+def test_the_error_without_llguidance_names_the_remedy(monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "llguidance"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "llguidance", None)

@@ -1,9 +1,9 @@
-"""Shared pages: what is on a page is what its readers think, whoever wrote it, and whatever happened in between.
+"""Hypothesis checks that every sequence sees its own text on shared pages, through random requests and faults.
 
-The model is fake: its next token is a function of the text so far. So equal texts go on equally, whoever computes them,
-and a page is right for a reader if and only if the text up to each of its tokens is the reader's own. The fake pool
-says that of every slot: slot -> the text up to the token written there last. That is the whole oracle; it knows no
-hashes, reference counts or windows.
+The model is fake: its next token depends only on the text so far and the number of the sample. A page is correct for a
+sequence if and only if the text up to each token on the page is the text of the sequence itself. The fake pool maps
+each slot to the text up to the token that was written there last. This is the whole oracle. It does not use hashes,
+reference counts or windows.
 """
 
 import copy
@@ -25,17 +25,17 @@ from flex_nano_vllm.sequence import Sequence
 from flex_nano_vllm.step import StepBatch, TileKind, TileLayout
 
 EOS, NOT_FINITE, NEVER = 0, -1, 99
-ZEROS = "zeros, since the numbers were not finite"
+ZEROS = "zeros, because the values were not finite"
 FAILED = "written by a step that failed"
 
 
 def next_token(text: tuple[int, ...], sample: int) -> int:
-    """What the sample of that number says after the text."""
+    """Return the next token after the text, for the sample with this number."""
     return zlib.crc32(bytes(text) + bytes([sample])) % 5
 
 
 def is_broken(text: tuple[int, ...]) -> bool:
-    """Whether the numbers at the last token of the text are not finite."""
+    """Return whether the values of the last token of the text are not finite."""
     return zlib.crc32(b"broken" + bytes(text)) % 60 == 0
 
 
@@ -52,7 +52,7 @@ def expected_end(prompt: tuple[int, ...], sample: int, max_total_tokens: int) ->
 
 
 def key_of(sequence: Sequence) -> tuple[int, int]:
-    """Of a sample: its request, and its number there."""
+    """Return the request id of a sample and its index in the request."""
     return sequence.request_id, sequence.group.index(sequence)
 
 
@@ -75,11 +75,11 @@ class Texts(RuleBasedStateMachine):
         kinds = (TileKind(1, None), TileKind(3, None))
         windows = self.geometry.layer_windows
         self.layout = TileLayout(kinds, 1, 1, tuple(dict.fromkeys(windows)), windows[-1], whole_pool=True)
-        self.texts: list[tuple[int, ...]] = [()]  # all that were ever asked or said, to begin with again
+        self.texts: list[tuple[int, ...]] = [()]  # all prompts and finished texts, whose prefixes start new prompts
         self.live: dict[tuple[int, int], tuple[Sequence, tuple[int, ...], str | None]] = {}
         self.num_submitted = 0
         self.written = {window: {} for window in self.layout.windows}  # slot -> text up to its token
-        self.faulty: set[tuple[int, int]] = set()  # samples in whose next chunk the numbers are not finite
+        self.faulty: set[tuple[int, int]] = set()  # samples whose next chunk has values that are not finite
 
     @rule(
         which=st.integers(0, 50),
@@ -91,11 +91,11 @@ class Texts(RuleBasedStateMachine):
         samples=st.sampled_from([1, 1, 2, 4]),
     )
     def submit(self, which, cut, more, max_tokens, salt, times, samples):
-        """A request, some times over, with some samples each."""
+        """Add `times` equal requests, with `samples` samples each."""
         text = self.texts[which % len(self.texts)]
         prompt = (text[: cut % (len(text) + 1)] + tuple(more) or (1,))[: self.geometry.max_request_tokens - 1]
         if not prompt:
-            return  # no room for a prompt and an answer
+            return  # no room for a prompt and an output
         for _ in range(times):
             group = []
             for _ in range(samples):
@@ -123,7 +123,7 @@ class Texts(RuleBasedStateMachine):
 
     @rule(num_written=st.integers(0, 8), copies=st.booleans())
     def fail_step(self, num_written, copies):
-        """The forward raises when it has written some of its tokens, or not even copied pages: all are spoilt."""
+        """The forward pass raises before it copies pages, or after it has written some tokens, which are invalid."""
         chunks = self.scheduler.schedule()
         if chunks and copies:
             self.copy_pages()
@@ -140,7 +140,7 @@ class Texts(RuleBasedStateMachine):
 
     @rule(pick=st.integers(0, 30))
     def break_the_next_chunk_of_one(self, pick):
-        """Not for its text, but by an accident of this one."""
+        """Make the values of one chunk not finite, independent of its text."""
         if self.live:
             self.faulty.add(list(self.live)[pick % len(self.live)])
 
@@ -154,14 +154,14 @@ class Texts(RuleBasedStateMachine):
         self.scheduler.reset()
         self.live.clear()
 
-    # ---- one step, watched ----
+    # ---- one step, with checks ----
 
     def copy_pages(self):
-        """All at once: what is copied is what was there before."""
+        """Copy all pages at once: every copy has the content from before this call."""
         written = {window: dict(texts) for window, texts in self.written.items()}
         targets = set()
         for table, source, target in itertools.chain(*self.kv.copies.values()):
-            assert source and target and (table, target) not in targets, "page 0, or a page twice"
+            assert source and target and (table, target) not in targets, "a copy uses page 0 or has a repeated target"
             targets.add((table, target))
             for window in self.layout.windows:
                 for offset in range(self.geometry.page_size if self.kv.table(window) is table else 0):
@@ -171,7 +171,7 @@ class Texts(RuleBasedStateMachine):
 
     def step(self):
         chunks = self.scheduler.schedule()
-        assert bool(chunks) == bool(self.live), "a step with work pending does some of it, and none is made up"
+        assert bool(chunks) == bool(self.live), "a step computes tokens exactly if there are unfinished requests"
         if not chunks:
             return
         self.copy_pages()
@@ -188,11 +188,11 @@ class Texts(RuleBasedStateMachine):
             assert len(set(slots)) == len(slots), "two tokens in one slot"
             for (chunk, text), slot in zip(tokens, slots):
                 page = slot // self.geometry.page_size
-                assert page and table.rows_of(page)[0] == chunk.sequence.row, "a page is filled by its first reader"
+                assert page and table.rows_of(page)[0] == chunk.sequence.row, "the first row of a page must fill it"
                 spoilt = is_broken(text) or key_of(chunk.sequence) in self.faulty
                 self.written[window][slot] = ZEROS if spoilt else (chunk.sequence.cache_salt, *text)
 
-        invalidated = set()  # who has seen zeros that somebody else wrote: what comes of it must not count
+        invalidated = set()  # samples that saw zeros of another sample: their token must be ignored
         for window in self.layout.windows:
             for (chunk, text), slots in zip(tokens, visible_slots(batch, window)):
                 key = key_of(chunk.sequence)
@@ -212,7 +212,7 @@ class Texts(RuleBasedStateMachine):
             said[key] = NOT_FINITE if key in broken else NEVER if key in invalidated else token
         finished = self.scheduler.commit(chunks, list(said.values()))
         for key in invalidated:
-            assert self.live[key][0].row is None, "who was invalidated begins again"
+            assert self.live[key][0].row is None, "an invalidated sample must be requeued"
         for sequence in finished:
             key = key_of(sequence)
             _, prompt, _ = self.live.pop(key)
@@ -227,7 +227,7 @@ class Texts(RuleBasedStateMachine):
     @invariant()
     def holds(self):
         if hasattr(self, "scheduler"):
-            copied = copy.deepcopy(self.scheduler)  # on a copy, since it syncs
+            copied = copy.deepcopy(self.scheduler)  # on a copy, because it syncs
             copied.check_invariants()
             assert list(self.live) == list(map(key_of, (*self.scheduler.running, *self.scheduler.waiting)))
             assert all(NEVER not in sequence.token_ids for sequence, _, _ in self.live.values())
@@ -238,7 +238,7 @@ class Texts(RuleBasedStateMachine):
         self.faulty.clear()
         steps_left = 10 + 2 * sum(sequence.max_total_tokens for sequence, _, _ in self.live.values())
         while self.live:
-            assert steps_left > 0, "does not terminate"
+            assert steps_left > 0, "requests do not end"
             steps_left -= 1
             self.step()
         for table in self.kv.pools.values():
@@ -250,7 +250,7 @@ TestTexts.settings = settings(max_examples=150, **MACHINE)
 
 
 @pytest.mark.parametrize("seed", range(100))
-def test_random_walk(seed):
+def test_random_operations_keep_shared_pages_correct(seed):
     random = Random(seed)
     texts = Texts()
     texts.build(

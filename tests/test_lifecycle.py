@@ -1,4 +1,4 @@
-"""What an engine lives through: aborts, callers that come at the wrong time, takeovers, its end."""
+"""The life cycle of an engine: abort, calls at the wrong time, takeover of the model by another engine, and close."""
 
 import copy
 import gc
@@ -30,7 +30,7 @@ from flex_nano_vllm.patching import attention_layers, is_patched
 
 SCARCE = dict(n_pages=11, watermark=0)
 STATES = {
-    # prompt lengths of the older requests, and of the one that is aborted; sizes; the state, seen in its sequence
+    # prompt lengths of the older requests and of the aborted request; sizes; whether its sequence is in the state
     "waiting": ([4, 4, 4], 5, {}, lambda s: s.row is None),
     "half of its prompt computed": ([4], 14, {}, lambda s: 0 < s.num_computed_tokens < s.num_prompt_tokens),
     "decoding": ([4, 4], 5, {}, lambda s: len(s.output_token_ids) == 3),
@@ -38,16 +38,16 @@ STATES = {
     "recomputing": (
         [9, 9],
         9,
-        dict(SCARCE, enable_prefix_caching=False),  # else it would find nearly all of it again
+        dict(SCARCE, enable_prefix_caching=False),  # otherwise nearly all its tokens would be cache hits
         lambda s: s.metrics.num_preemptions and 0 < s.num_computed_tokens < s.num_tokens - 1,
     ),
 }
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_abort_works_in_every_state_and_others_do_not_notice(state):
+def test_abort_works_in_every_state_and_does_not_affect_other_requests(state):
     older, length, sizes, in_state = STATES[state]
-    prompts = [prompt_of(n, seed) for seed, n in enumerate([*older, length, 3])]  # and one younger
+    prompts = [prompt_of(n, seed) for seed, n in enumerate([*older, length, 3])]  # the last request is younger
     model = own_model("abort")
     oracle = [hf_generate(tiny_model("gemma2"), prompt, 8, ignore_eos=True) for prompt in prompts]
     with Inference(model, None, **{**SIZES, "max_num_batched_tokens": 8, **sizes}) as engine:
@@ -59,7 +59,7 @@ def test_abort_works_in_every_state_and_others_do_not_notice(state):
             if in_state(victim):
                 break
             outputs.update((output.request_id, output) for output in engine.run_one_step())
-        assert in_state(victim) and victim.finish_reason is None, "the workload never gets there"
+        assert in_state(victim) and victim.finish_reason is None, "the workload never reaches the state"
 
         aborted = engine.abort(aborted_id)
         engine.check_invariants()
@@ -84,7 +84,7 @@ def test_abort_of_a_request_that_never_ran_has_no_tokens(engine):
     assert_empty(engine)
 
 
-def test_abort_of_a_finished_or_an_unknown_request_is_none_and_no_harm(engine, expected):
+def test_abort_of_a_finished_or_unknown_request_returns_none_and_changes_nothing(engine, expected):
     finished = engine.generate([PROMPTS[0]], greedy(3), use_tqdm=False)[0].request_id
     running = engine.add_request(PROMPTS[1], greedy(8))
     engine.run_one_step()
@@ -97,9 +97,9 @@ def test_abort_of_a_finished_or_an_unknown_request_is_none_and_no_harm(engine, e
 # --- one caller at a time ----------------------------------------------------------------------------------------
 
 
-def test_generate_refuses_while_requests_are_unfinished_and_leaves_them_alone(engine, expected):
+def test_generate_raises_while_requests_are_unfinished_and_does_not_affect_them(engine, expected):
     request_id = engine.add_request(PROMPTS[0], greedy(8))
-    for _ in range(2):  # waiting, and then running
+    for _ in range(2):  # first waiting, then running
         before = engine.stats()
         with pytest.raises(RuntimeError, match="unfinished"):
             engine.generate([PROMPTS[1]], greedy(8), use_tqdm=False)
@@ -110,7 +110,7 @@ def test_generate_refuses_while_requests_are_unfinished_and_leaves_them_alone(en
 
 
 def inside_the_second_step(monkeypatch, callback):
-    """Have `callback` called from within the model's forward, once."""
+    """Call `callback` once, from inside the model's forward pass in the second step."""
     attend, calls = PagedKVCache.attend, itertools.count(1)
 
     def attend_and_call(*args, **kwargs):
@@ -132,7 +132,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_call_from_inside_a_step_is_refused_and_corrupts_nothing(engine, expected, monkeypatch, name):
+def test_a_call_from_inside_a_step_raises_and_corrupts_nothing(engine, expected, monkeypatch, name):
     call, error, match = CALLS[name]
     refusals = []
 
@@ -149,8 +149,8 @@ def test_a_call_from_inside_a_step_is_refused_and_corrupts_nothing(engine, expec
 
 @pytest.fixture
 def busy_engine(engine, monkeypatch):
-    """An engine in the middle of `generate` in another thread. Yields it and a function that lets that thread go on
-    and returns its result."""
+    """Yield an engine that is inside `generate` in another thread, and a function that lets this thread continue and
+    returns its result."""
     arrived, leave, results = threading.Event(), threading.Event(), []
 
     def wait():
@@ -172,11 +172,11 @@ def busy_engine(engine, monkeypatch):
 
     yield engine, finish
     finish()
-    engine.scheduler.reset()  # so that a call that slipped through fails its own test alone
+    engine.scheduler.reset()  # so that a call that was wrongly accepted fails only its own test
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_call_from_a_second_thread_is_refused_and_corrupts_nothing(busy_engine, expected, name):
+def test_a_call_from_a_second_thread_raises_and_corrupts_nothing(busy_engine, expected, name):
     engine, finish = busy_engine
     call, error, match = CALLS[name]
     with pytest.raises(error, match=match):
@@ -185,15 +185,15 @@ def test_a_call_from_a_second_thread_is_refused_and_corrupts_nothing(busy_engine
     assert_empty(engine)
 
 
-def test_a_request_added_by_a_second_thread_during_generate_is_refused(busy_engine, expected):
-    """It would be computed by a `generate` that does not know whose it is, and its answer thrown away."""
+def test_a_request_added_by_a_second_thread_during_generate_is_rejected(busy_engine, expected):
+    """Otherwise `generate` would compute the request and drop its output."""
     engine, finish = busy_engine
     with pytest.raises(RuntimeError):
         engine.add_request(PROMPTS[0], greedy(2))
     assert tokens_of(finish()) == expected
 
 
-# --- takeover and the end ----------------------------------------------------------------------------------------
+# --- takeover and close ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -219,7 +219,7 @@ CALLS_OF_AN_OPEN_ENGINE = {
 }
 
 
-def test_a_second_engine_takes_the_model_over_and_the_first_says_so(model, expected_of_llama):
+def test_a_second_engine_takes_over_the_model_and_calls_of_the_first_raise(model, expected_of_llama):
     first = Inference(model, None, **SIZES)
     assert answer(first) == expected_of_llama
     second = Inference(model, None, **{**SIZES, "n_pages": 9})
@@ -227,14 +227,14 @@ def test_a_second_engine_takes_the_model_over_and_the_first_says_so(model, expec
     for call in CALLS_OF_AN_OPEN_ENGINE.values():
         with pytest.raises(RuntimeError, match=r"closed.*another engine"):
             call(first)
-    first.close()  # what it gave back once is not its own any more
+    first.close()  # it has released the model already, so this does nothing
     assert answer(second) == expected_of_llama
     del first
     gc.collect()
     assert answer(second) == expected_of_llama
 
 
-def test_the_pool_of_the_first_engine_is_gone_before_the_second_takes_its_own(model, monkeypatch):
+def test_the_pool_of_the_first_engine_is_freed_before_the_second_allocates_its_own(model, monkeypatch):
     first = Inference(model, None, **SIZES)
     answer(first)
     layers = attention_layers(model)
@@ -256,10 +256,10 @@ def test_the_pool_of_the_first_engine_is_gone_before_the_second_takes_its_own(mo
     second.close()
 
 
-def test_an_engine_with_unfinished_requests_is_not_taken_over(model, expected_of_llama):
+def test_the_model_of_an_engine_with_unfinished_requests_cannot_be_taken_over(model, expected_of_llama):
     first = Inference(model, None, **SIZES)
     request_id = first.add_request(PROMPTS[0], greedy(4))
-    for _ in range(2):  # waiting, and then running
+    for _ in range(2):  # first waiting, then running
         with pytest.raises(ValueError, match="unfinished requests"):
             Inference(model, None, **SIZES)
         first.run_one_step()
@@ -267,7 +267,7 @@ def test_an_engine_with_unfinished_requests_is_not_taken_over(model, expected_of
     assert answer(Inference(model, None, **SIZES)) == expected_of_llama
 
 
-def test_a_closed_engine_forgets_its_requests_and_does_not_hold_the_model(model, expected_of_llama):
+def test_a_closed_engine_drops_its_requests_and_releases_the_model(model, expected_of_llama):
     first = Inference(model, None, **SIZES)
     first.add_request(PROMPTS[0], greedy(4))
     first.add_request(PROMPTS[1], greedy(4))
@@ -277,7 +277,7 @@ def test_a_closed_engine_forgets_its_requests_and_does_not_hold_the_model(model,
     assert answer(Inference(model, None, **SIZES)) == expected_of_llama
 
 
-def test_a_with_block_that_an_exception_leaves_gives_the_model_back(model, expected_of_llama):
+def test_a_with_block_that_ends_with_an_exception_restores_the_model(model, expected_of_llama):
     with pytest.raises(OSError, match="injected"), Inference(model, None, **SIZES) as engine:
         engine.add_request(PROMPTS[0], greedy(4))
         engine.run_one_step()
@@ -288,7 +288,7 @@ def test_a_with_block_that_an_exception_leaves_gives_the_model_back(model, expec
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("way", ["close", "with", "del"])
-def test_every_end_of_an_engine_gives_the_model_back(model, expected_of_llama, way, implementation):
+def test_closing_or_deleting_an_engine_restores_the_model(model, expected_of_llama, way, implementation):
     model.set_attn_implementation(implementation)
     attributes = [set(vars(layer)) for layer in attention_layers(model)]
     buffers = [name for name, _ in model.named_buffers()]
@@ -313,7 +313,7 @@ def test_every_end_of_an_engine_gives_the_model_back(model, expected_of_llama, w
 
 
 @pytest.mark.parametrize("close", [True, False], ids=["closed", "dropped"])
-def test_an_engine_and_its_model_die_together(close):
+def test_an_engine_and_its_model_are_garbage_collected(close):
     model = copy.deepcopy(tiny_model("llama"))
     engine = Inference(model, None, **SIZES)
     answer(engine)
@@ -326,7 +326,7 @@ def test_an_engine_and_its_model_die_together(close):
 
 
 @pytest.mark.parametrize("name", CALLS_OF_AN_OPEN_ENGINE)
-def test_a_closed_engine_says_that_it_is_closed(model, name):
+def test_a_call_of_a_closed_engine_raises(model, name):
     engine = Inference(model, None, **SIZES)
     engine.close()
     with pytest.raises(RuntimeError, match="this engine is closed"):
@@ -344,20 +344,20 @@ def test_a_closed_engine_says_that_it_is_closed(model, name):
     ],
     ids=["model()", "without cache", "with mask", "generate()"],
 )
-def test_a_patched_model_that_is_called_directly_says_whom_it_belongs_to(engine, call):
+def test_a_direct_call_of_a_patched_model_raises(engine, call):
     with pytest.raises(RuntimeError, match=r"belongs to an Inference engine.*engine\.close\(\)"):
         call(engine.model)
 
 
-def test_changing_the_attention_of_an_engines_model_is_noticed(model, expected_of_llama):
-    """Hugging Face's own functions would take the step for one more keyword, and requests would see each other."""
+def test_a_step_raises_if_the_attention_implementation_of_the_model_was_changed(model, expected_of_llama):
+    """Hugging Face's attention would accept the step as a keyword argument, and requests would attend to each other."""
     with Inference(model, None, **SIZES) as engine:
         model.set_attn_implementation("eager")
         with pytest.raises(RuntimeError, match="set_attn_implementation"):
             engine.generate([[5]], greedy(1), use_tqdm=False)
 
 
-def test_inference_mode_makes_no_difference(model, expected_of_llama):
+def test_an_engine_works_the_same_inside_and_outside_inference_mode(model, expected_of_llama):
     with torch.inference_mode():
         engine = Inference(model, None, **SIZES)
         assert answer(engine) == expected_of_llama
@@ -366,8 +366,8 @@ def test_inference_mode_makes_no_difference(model, expected_of_llama):
     assert not is_patched(model)
 
 
-def test_a_request_that_has_ended_is_freed_without_the_collector(engine, monkeypatch):
-    """Where torch is loaded, the collector comes once in tens of thousands of requests."""
+def test_an_ended_request_is_freed_without_the_garbage_collector(engine, monkeypatch):
+    """When torch is loaded, the garbage collector runs once in tens of thousands of requests."""
     seen = []
     add = engine.scheduler.add
     monkeypatch.setattr(engine.scheduler, "add", lambda sequence: seen.append(weakref.ref(sequence)) or add(sequence))

@@ -1,4 +1,4 @@
-"""`LLM`: scripts for vLLM and nano-vllm, with nothing but the import changed."""
+"""`LLM` runs scripts for vLLM and nano-vllm in which only the import is changed."""
 
 import pytest
 from transformers import AutoTokenizer
@@ -16,25 +16,25 @@ def llm():
         yield llm
 
 
-def test_options_by_vllms_names_are_the_engines(llm):
+def test_vllms_option_names_set_the_options_of_the_engine(llm):
     assert isinstance(llm, Inference) and not llm.runner.compiled
     table = llm.page_table
     assert (table.max_batch_size, llm.max_seq_length, table.page_size, table.n_pages) == (2, 128, 16, 17)
 
 
-def test_a_script_for_vllm_reads_its_outputs(llm):
+def test_a_script_for_vllm_can_read_the_outputs(llm):
     outputs = llm.generate([COUNT, MONTHS], SamplingParams(temperature=0, max_tokens=40))
     texts = {output.prompt: output.outputs[0].text for output in outputs}
     assert texts[COUNT] == " 3, 5, 7, 9, 11, 13, 15."
     assert texts[MONTHS].endswith("November, December.")
 
 
-def test_from_pretrained_is_the_constructor():
+def test_from_pretrained_is_the_same_as_the_constructor():
     with LLM.from_pretrained("tiny-gemma2", **SMALL) as llm:
         assert isinstance(llm, LLM) and llm.max_seq_length == 128
 
 
-def test_vllms_forms_of_a_prompt_are_taken(llm):
+def test_vllms_prompt_formats_are_accepted(llm):
     ids = llm.get_tokenizer()(COUNT).input_ids
     greedy = SamplingParams(temperature=0, max_tokens=40)
     outputs = llm.generate([{"prompt": COUNT}, {"prompt_token_ids": ids}], greedy, use_tqdm=False)
@@ -42,7 +42,7 @@ def test_vllms_forms_of_a_prompt_are_taken(llm):
     assert outputs[0].prompt == COUNT and outputs[1].prompt is None
 
 
-def test_a_script_for_nano_vllm_reads_its_outputs():
+def test_a_script_for_nano_vllm_can_read_the_outputs():
     path = str(EMBEDDED_MODELS["tiny-gemma2"])
     tokenizer = AutoTokenizer.from_pretrained(path)
     llm = LLM(path, enforce_eager=True, tensor_parallel_size=1, max_model_len=128)
@@ -71,6 +71,6 @@ def test_a_script_for_nano_vllm_reads_its_outputs():
     ],
     ids=str,
 )
-def test_what_the_engine_does_not_have_is_refused_by_name(options, error, match):
+def test_an_unsupported_option_is_rejected_with_its_name(options, error, match):
     with pytest.raises(error, match=match):
         LLM("tiny-gemma2", **options)

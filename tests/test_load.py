@@ -1,4 +1,4 @@
-"""A server that is asked for more than it can do, by clients of whom some break off: nothing is lost, nothing leaks."""
+"""A server under overload, where some clients disconnect: every request is answered or rejected, and nothing leaks."""
 
 import asyncio
 import gc
@@ -12,12 +12,12 @@ from serving import MODEL, new_engine, serving
 from flex_nano_vllm.bench import ask_all
 
 NUM_CLIENTS, NUM_REQUESTS = 64, 900
-# Nine usable pages of the pool are too few for eight rows, and the queue has places for 56 of 64 clients.
+# The 24 usable pages of the pool are too few for eight rows, and the queue has places for 56 of 64 clients.
 SIZES = dict(max_batch_size=8, max_seq_length=32, n_pages=25, page_size=4, watermark=0)
 
 
 def draw(rng):
-    """A request, and after how many events its client breaks off, if it does."""
+    """Draw a request, and the number of events after which its client disconnects, or None."""
     length = rng.randint(1, 20)
     body = dict(
         model=MODEL,
@@ -34,11 +34,11 @@ def draw(rng):
     if rng.random() < 0.1:
         body["stop"] = rng.choice("abcdefgh")
     if rng.random() < 0.03:
-        return body | dict(temperature=3), None  # a bad one among them
+        return body | dict(temperature=3), None  # an invalid request
     return body, rng.choice([0, 1, 2, 3]) if rng.random() < 0.15 else None
 
 
-def test_under_load_every_request_is_answered_or_refused_and_everything_is_given_back():
+def test_under_load_every_request_is_answered_or_rejected_and_all_pages_are_freed():
     rng = random.Random(0)
     rss, refusals, process = [], [], psutil.Process()
     with serving(new_engine(**SIZES), max_waiting=56) as server:
@@ -66,7 +66,7 @@ def test_under_load_every_request_is_answered_or_refused_and_everything_is_given
 
         answers = asyncio.run(rounds())
         server.wait_until_idle()
-        assert server.engine.stats().num_preemptions > 0, "the pool was meant to be too small"
+        assert server.engine.stats().num_preemptions > 0, "no sequence was preempted: the pool is too large"
         assert_empty(server.engine)
         assert not server.shared._mailboxes and server.shared.num_waiting == 0
         health, _, _ = server.ask("GET", "/health")

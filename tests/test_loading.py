@@ -1,4 +1,4 @@
-"""`Inference.from_pretrained`: a folder gives the same tokens as the model in it; nothing that comes with it is run."""
+"""`Inference.from_pretrained`: a folder gives the same tokens as its model, and code in the folder is never run."""
 
 import json
 
@@ -25,33 +25,33 @@ def change_config(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
 
 
-def test_a_saved_model_answers_as_it_did(folder):
+def test_a_saved_model_gives_the_same_tokens(folder):
     with Inference.from_pretrained(str(folder), device="cpu", dtype=torch.float64, **SIZES) as engine:
         (output,) = engine.generate("hello", greedy(5), use_tqdm=False)
     assert output.outputs[0].token_ids == hf_generate(byte_model(), byte_tokenizer()("hello").input_ids, 5, True)
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "never-heard-of"])
-def test_code_that_comes_with_a_model_is_refused_and_not_run(folder, model_type, monkeypatch):
-    """transformers would ask on the terminal whether to run it, and go by the answer."""
+def test_code_in_a_model_folder_is_rejected_and_not_run(folder, model_type, monkeypatch):
+    """transformers would ask on the terminal, and run the code if the answer is yes."""
     canary = folder / "canary"
     (folder / "code.py").write_text(f"open({str(canary)!r}, 'w')", encoding="utf-8")
     auto_map = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
     change_config(folder, model_type=model_type, auto_map=auto_map)
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    with pytest.raises(ValueError, match=r"brings its own code \(auto_map\)"):
+    with pytest.raises(ValueError, match=r"contains its own code \(auto_map\)"):
         Inference.from_pretrained(str(folder), device="cpu", **SIZES)
     assert not canary.exists()
 
 
-def test_pickled_weights_are_refused(folder):
+def test_pickled_weights_are_rejected(folder):
     (folder / "model.safetensors").unlink()
     torch.save(byte_model().state_dict(), folder / "pytorch_model.bin")
     with pytest.raises(OSError, match="safetensors"):
         Inference.from_pretrained(str(folder), device="cpu", **SIZES)
 
 
-def test_a_folder_without_a_tokenizer_is_refused(folder):
+def test_a_folder_without_a_tokenizer_is_rejected(folder):
     for path in folder.glob("token*"):
         path.unlink()
     with pytest.raises((ValueError, OSError), match="tokenizer"):

@@ -1,4 +1,4 @@
-"""The notebook runs as it stands, and prints what it shows."""
+"""The notebook runs unchanged, and prints its saved outputs."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "tour.ipynb"
 
 
-def test_every_cell_prints_what_the_notebook_shows(capsys):
+def test_every_cell_prints_its_saved_output(capsys):
     namespace = {}
     for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
         if cell["cell_type"] == "code":

@@ -1,5 +1,8 @@
-"""Every kind of answer against the types of the openai package, taken strictly: a client may rely on each field that
-OpenAI promises, and finds little else. The package itself forgives what is missing or has another type."""
+"""Checks every kind of response against the types of the openai package, in strict mode.
+
+A client can rely on each field that OpenAI promises, and receives only the extra fields in EXTRAS. The package itself
+accepts responses in which a field is missing or has another type.
+"""
 
 import copy
 import json
@@ -17,21 +20,21 @@ from serving import MODEL
 from test_responses import DAY, FLAT, LOGPROBS
 
 CHATS, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
-# What answers have beyond OpenAI's types, by the type.
+# Fields of responses that OpenAI's types do not have, by type
 EXTRAS = {
-    "Choice": {"stop_reason"},  # vLLM's: the stop token or text that was met
+    "Choice": {"stop_reason"},  # from vLLM: the stop token or stop string that ended the output
     "CompletionChoice": {"stop_reason"},
-    "Model": {"max_model_len"},  # vLLM's
-    "Response": {"frequency_penalty", "presence_penalty", "store"},  # OpenAI sends them; the schema of Open Responses
-    "Logprob": {"bytes"},  # of a delta; the types have it in the item only
+    "Model": {"max_model_len"},  # from vLLM
+    "Response": {"frequency_penalty", "presence_penalty", "store"},  # sent by OpenAI; in the schema of Open Responses
+    "Logprob": {"bytes"},  # in a delta; OpenAI's types have it only in the item
     "LogprobTopLogprob": {"bytes"},
-    "ResponseErrorEvent": {"error"},  # by which the openai package knows that a stream has failed
-    "ResponseFunctionCallArgumentsDoneEvent": {"name"},  # in OpenAI's documentation
+    "ResponseErrorEvent": {"error"},  # tells the openai package that a stream has failed
+    "ResponseFunctionCallArgumentsDoneEvent": {"name"},  # documented by OpenAI
 }
 
 
 def extras_of(value, place=""):
-    """The fields that a type does not have, and EXTRAS neither."""
+    """Return the fields that are neither in their type nor in EXTRAS."""
     if isinstance(value, BaseModel):
         unknown = set(value.model_extra or ()) - EXTRAS.get(type(value).__name__, set())
         found = [f"{place}.{name}" for name in sorted(unknown)]
@@ -51,7 +54,7 @@ def adapter(kind):
 
 
 def fit(kind, value):
-    """The value as its type. Raises ValueError if a field is missing, of another type, or unknown."""
+    """Parse a value as a type. Raises ValueError if a field is missing, has another type, or is unknown."""
     parsed = adapter(kind).validate_python(value, strict=True)
     unknown = extras_of(parsed)
     if unknown:
@@ -66,7 +69,7 @@ def ask(served, path, request):
 
 
 def events(served, path, request):
-    """The data of each event of a stream, but for [DONE]."""
+    """Return the data of each event of a stream, without [DONE]."""
     status, _, body = served.ask("POST", path, dict(model=MODEL, temperature=0, stream=True) | request)
     assert status == 200, body
     lines = [line.removeprefix("data: ") for line in body.decode().splitlines() if line.startswith("data: ")]
@@ -114,7 +117,7 @@ USAGE = [None, {"include_usage": True}, {"include_usage": True, "continuous_usag
 
 
 def as_ended(chunk):
-    """OpenAI's chunks of completions have no reason until the end, which its type does not know."""
+    """Replace the null finish_reason of a chunk. OpenAI sends null before the end, but its type does not allow null."""
     for choice in chunk["choices"]:
         assert choice["finish_reason"] in (None, "stop", "length")
         choice["finish_reason"] = choice["finish_reason"] or "stop"
@@ -122,7 +125,10 @@ def as_ended(chunk):
 
 
 def told(answer):
-    """An echo's first token follows nothing: OpenAI has null for how likely it was, which its type does not know."""
+    """Replace the null logprob of the first token of an echo.
+
+    No token precedes it, so OpenAI sends null as its log-probability, but OpenAI's type does not allow null.
+    """
     for choice in answer["choices"]:
         logprobs = choice["logprobs"]
         if logprobs and logprobs["text_offset"][:1] == [0] and logprobs["token_logprobs"][0] is None:
@@ -132,21 +138,21 @@ def told(answer):
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_a_completion_is_openais(parrot, name):
+def test_a_completion_has_openais_type(parrot, name):
     answer = fit(Completion, told(ask(parrot, COMPLETIONS, TEXTS[name])))
     assert (answer.choices[0].logprobs is not None) == ("logprobs" in TEXTS[name]) and answer.usage
 
 
 @pytest.mark.parametrize("options", USAGE)
 @pytest.mark.parametrize("name", TEXTS)
-def test_each_chunk_of_a_completion_is_openais(parrot, name, options):
+def test_each_chunk_of_a_completion_has_openais_type(parrot, name, options):
     request = TEXTS[name] | {"stream_options": options}
     chunks = [fit(Completion, told(as_ended(chunk))) for chunk in events(parrot, COMPLETIONS, request)]
     assert bool(chunks[-1].usage) == bool(options)
 
 
 @pytest.mark.parametrize("name", CHATTING)
-def test_a_chat_is_openais(parrot, name):
+def test_a_chat_completion_has_openais_type(parrot, name):
     answer = fit(ChatCompletion, ask(parrot, CHATS, CHATTING[name]))
     (message, *_) = (choice.message for choice in answer.choices)
     assert bool(message.tool_calls) == ("tools" in CHATTING[name]) and answer.usage
@@ -154,7 +160,7 @@ def test_a_chat_is_openais(parrot, name):
 
 @pytest.mark.parametrize("options", USAGE)
 @pytest.mark.parametrize("name", CHATTING)
-def test_each_chunk_of_a_chat_is_openais(parrot, name, options):
+def test_each_chunk_of_a_chat_completion_has_openais_type(parrot, name, options):
     chunks = [
         fit(ChatCompletionChunk, chunk) for chunk in events(parrot, CHATS, CHATTING[name] | {"stream_options": options})
     ]
@@ -163,12 +169,12 @@ def test_each_chunk_of_a_chat_is_openais(parrot, name, options):
 
 
 @pytest.mark.parametrize("name", RESPONDING)
-def test_a_response_is_openais(parrot, name):
+def test_a_response_has_openais_type(parrot, name):
     answer = fit(Response, ask(parrot, RESPONSES, RESPONDING[name]))
     assert answer.usage and answer.output and all(item.status for item in answer.output)
 
 
-def test_each_event_of_a_response_is_openais(parrot, monkeypatch):
+def test_each_event_of_a_response_has_openais_type(parrot, monkeypatch):
     kinds = set()
     for request in RESPONDING.values():
         kinds |= {fit(ResponseStreamEvent, event).type for event in events(parrot, RESPONSES, request)}
@@ -180,7 +186,7 @@ def test_each_event_of_a_response_is_openais(parrot, monkeypatch):
     assert kinds == {"error"} | {f"response.{name}" for name in of_response | of_items | of_text}
 
 
-def test_models_are_openais(parrot):
+def test_models_have_openais_type(parrot):
     status, _, body = parrot.ask("GET", "/v1/models")
     (model,) = fit(SyncPage[Model], json.loads(body)).data
     assert status == 200 and fit(Model, json.loads(parrot.ask("GET", f"/v1/models/{MODEL}")[2])) == model
@@ -199,7 +205,7 @@ def test_models_are_openais(parrot):
         ("DELETE", CHATS, None, 405),
     ],
 )
-def test_an_error_is_openais(parrot, method, path, body, expected):
+def test_an_error_has_openais_type(parrot, method, path, body, expected):
     status, _, answer = parrot.ask(method, path, body)
     assert status == expected
     answer = json.loads(answer)
@@ -209,7 +215,7 @@ def test_an_error_is_openais(parrot, method, path, body, expected):
 @pytest.mark.parametrize(
     ("path", "request_"), [(COMPLETIONS, TEXTS["plain"]), (CHATS, CHATTING["plain"])], ids=["completion", "chat"]
 )
-def test_an_error_in_a_stream_is_openais(parrot, monkeypatch, path, request_):
+def test_an_error_in_a_stream_has_openais_type(parrot, monkeypatch, path, request_):
     raise_at_call(monkeypatch, parrot.engine.runner, "forward", 3, OSError)
     last = events(parrot, path, request_)[-1]
     assert set(last) == {"error"} and "OSError" in fit(ErrorObject, last["error"]).message
@@ -219,7 +225,7 @@ def test_an_error_in_a_stream_is_openais(parrot, monkeypatch, path, request_):
 
 
 def places(value, place=()):
-    """Each dict in a JSON value, by the keys that lead to it."""
+    """Yield each dict in a JSON value, as the keys that lead to it."""
     if isinstance(value, dict):
         yield place
     children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -233,7 +239,7 @@ def at(value, place):
     return value
 
 
-# Objects whose keys are the client's own.
+# Objects whose keys the client chooses
 FREE = {"metadata", "parameters", "schema", "properties"}
 
 
@@ -246,12 +252,12 @@ FREE = {"metadata", "parameters", "schema", "properties"}
         (RESPONSES, Response, RESPONDING["logprobs"], 30),
     ],
 )
-def test_the_check_sees_what_is_unknown_and_what_is_missing_or_of_another_type(parrot, path, kind, request_, least):
+def test_the_check_detects_unknown_and_missing_fields_and_wrong_types(parrot, path, kind, request_, least):
     answer = ask(parrot, path, request_)
     answer = told(answer) if kind is Completion else answer
     fit(kind, answer)
     num_seen, kinds = 0, {}
-    for place in places(answer):  # one of each list
+    for place in places(answer):  # one dict of each list
         kinds.setdefault(tuple("" if isinstance(key, int) else key for key in place), place)
     for place in kinds.values():
         if FREE & set(map(str, place)) or (kind is Completion and "top_logprobs" in place):

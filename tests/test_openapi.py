@@ -1,4 +1,4 @@
-"""The server's description of itself is valid, and whatever fits it, or does not, is answered as it says."""
+"""The server's OpenAPI description is valid, and responses to valid and invalid requests conform to it."""
 
 import json
 
@@ -24,7 +24,7 @@ OPERATIONS = {
     *[("post", path) for path in ("/tokenize", "/detokenize")],
     *[("get", path) for path in ("/v1/models", "/v1/models/{name}", "/health", "/metrics", "/version", "/state")],
 }
-# What nobody would guess.
+# Fields to fix in generated requests: with random values, nearly all requests would be rejected
 FIELDS = {
     "/v1/completions": dict(model=MODEL, prompt="a", logit_bias=None) | dict.fromkeys(ABSENT),
     "/v1/chat/completions": dict(model=MODEL, messages=[{"role": "user", "content": "a"}], logit_bias=None)
@@ -64,21 +64,23 @@ def schema(served):
     return schemathesis.openapi.from_url(f"{served.url}/openapi.json")
 
 
-def test_the_description_is_a_valid_document_of_all_that_is_offered(description, schema):
+def test_the_description_is_valid_and_lists_all_operations(description, schema):
     schema.validate()
     offered = {(method, path) for path, methods in description["paths"].items() for method in methods}
     assert offered == OPERATIONS
 
 
-def test_the_description_says_what_every_answer_looks_like(description):
+def test_the_description_has_a_schema_for_every_json_response(description):
     answers = [
         op["responses"]["200"]["content"] for methods in description["paths"].values() for op in methods.values()
     ]
     schemas = [content["application/json"]["schema"] for content in answers if "application/json" in content]
-    assert len(schemas) == len(OPERATIONS) - 1 and all("$ref" in schema for schema in schemas), "all but /metrics"
+    assert len(schemas) == len(OPERATIONS) - 1 and all("$ref" in schema for schema in schemas), (
+        "every operation except /metrics has a schema"
+    )
 
 
-def test_the_description_says_what_an_error_looks_like(description):
+def test_the_description_has_the_error_schema_for_every_error_status(description):
     for path, methods in description["paths"].items():
         for operation in methods.values():
             for status in ("400", "401", "404", "413", "415", "429", "500", "503"):
@@ -87,8 +89,10 @@ def test_the_description_says_what_an_error_looks_like(description):
 
 
 def answers_as_described(operation, modes, **fields):
-    """Draw requests of an operation, with some fields given, and hold the answers against the description. Returns the
-    statuses that were met."""
+    """Generate requests of an operation, with some fixed fields, and check the responses against the description.
+
+    Returns the status codes of the responses.
+    """
     statuses = set()
 
     @settings(
@@ -110,17 +114,17 @@ def answers_as_described(operation, modes, **fields):
 
 
 @pytest.mark.parametrize("path", sorted(path for method, path in OPERATIONS if method == "get"))
-def test_what_is_asked_for_is_what_the_description_says(schema, path):
-    expected = {404} if "{" in path else {200}  # nobody guesses the name of the model
+def test_responses_to_get_requests_conform_to_the_description(schema, path):
+    expected = {404} if "{" in path else {200}  # a generated name is never the name of the model
     assert answers_as_described(schema[path]["GET"], [GenerationMode.POSITIVE]) == expected
 
 
 @pytest.mark.parametrize("path", FIELDS)
 @pytest.mark.parametrize("mode", GenerationMode)
-def test_whatever_comes_is_answered_as_the_description_says(schema, path, mode):
+def test_responses_to_generated_requests_conform_to_the_description(schema, path, mode):
     assert answers_as_described(schema[path]["POST"], [mode]) <= {200, 400, 404}
 
 
 @pytest.mark.parametrize("path", FIELDS)
-def test_whatever_comes_with_the_right_model_and_prompt_is_answered_as_the_description_says(schema, path):
+def test_responses_to_generated_requests_with_model_and_prompt_conform_to_the_description(schema, path):
     assert answers_as_described(schema[path]["POST"], GenerationMode, **FIELDS[path]) <= {200, 400}

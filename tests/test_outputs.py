@@ -1,6 +1,8 @@
-"""What comes out of an engine: when a request stops, in which order outputs come, what a seed decides, what is counted.
+"""Outputs of an engine: stop conditions, order, seeds and counts.
 
-Oracles: Hugging Face's `generate` for greedy tokens, and for drawn ones a sum in plain Python over its logits."""
+The oracle of greedy tokens is Hugging Face's `generate`. The oracle of drawn tokens is a sum over Hugging Face's logits
+in plain Python.
+"""
 
 import pytest
 import torch
@@ -32,7 +34,7 @@ STOP_PROMPT = "hello"
 
 @pytest.fixture
 def words():
-    """(a model, what it says to STOP_PROMPT, the index of a token that it has not said before)"""
+    """Return a model, its tokens after STOP_PROMPT, and the index of a token that does not occur before that index."""
     model = byte_model()
     tokens = hf_generate(model, byte_tokenizer()(STOP_PROMPT).input_ids, 12, ignore_eos=True)
     stop_at = next(i for i in range(3, 12) if tokens[i] not in tokens[:i] and tokens[i] > 2)
@@ -47,7 +49,7 @@ def say(engine, **parameters):
 @pytest.mark.parametrize(
     "source", ["generation_config", "generation_config list", "config", "config list", "tokenizer"]
 )
-def test_every_source_of_eos_stops_and_its_token_is_not_in_the_text(words, source):
+def test_an_eos_token_of_every_source_stops_and_is_not_in_the_text(words, source):
     model, tokens, stop_at = words
     eos, tokenizer = tokens[stop_at], byte_tokenizer()
     model.generation_config.eos_token_id = model.config.eos_token_id = None
@@ -68,7 +70,7 @@ def test_every_source_of_eos_stops_and_its_token_is_not_in_the_text(words, sourc
         assert (ignored.token_ids, ignored.finish_reason) == (tokens, "length")
 
 
-def test_all_sources_of_eos_are_taken_together(words):
+def test_the_eos_tokens_of_all_sources_are_combined(words):
     model, _, _ = words
     tokenizer = byte_tokenizer()
     model.generation_config.eos_token_id, model.config.eos_token_id = [10, 11], 12
@@ -76,7 +78,7 @@ def test_all_sources_of_eos_are_taken_together(words):
         assert engine.input_processor.eos_token_ids == {10, 11, 12, tokenizer.eos_token_id}
 
 
-def test_a_model_without_any_eos_stops_at_the_length(words):
+def test_a_model_without_eos_stops_at_max_tokens(words):
     model, tokens, _ = words
     model.generation_config.eos_token_id = model.config.eos_token_id = None
     tokenizer = byte_tokenizer()
@@ -86,7 +88,7 @@ def test_a_model_without_any_eos_stops_at_the_length(words):
         assert (say(engine).token_ids, say(engine).finish_reason) == (tokens, "length")
 
 
-def test_an_eos_as_the_last_token_allowed_is_a_stop(words):
+def test_an_eos_as_the_last_allowed_token_finishes_with_stop(words):
     model, tokens, stop_at = words
     model.generation_config.eos_token_id = tokens[stop_at]
     with Inference(model, None, **SIZES) as engine:
@@ -96,7 +98,7 @@ def test_an_eos_as_the_last_token_allowed_is_a_stop(words):
         assert output.outputs[0].text is None
 
 
-def test_an_eos_in_the_prompt_stops_nothing(words):
+def test_an_eos_in_the_prompt_does_not_stop_the_output(words):
     model, tokens, _ = words
     prompt = byte_tokenizer()(STOP_PROMPT).input_ids
     model.generation_config.eos_token_id = prompt
@@ -109,7 +111,7 @@ def test_an_eos_in_the_prompt_stops_nothing(words):
 # --- order -------------------------------------------------------------------------------------------------------
 
 
-def test_outputs_come_in_the_order_of_the_prompts_and_do_not_depend_on_it(engine):
+def test_outputs_are_in_prompt_order_and_their_tokens_do_not_depend_on_it(engine):
     prompts = [prompt_of(n) for n in (20, 1, 7, 3, 12)]
     lengths = [1, 9, 2, 6, 4]
     oracle = [hf_generate(tiny_model("gemma2"), p, n, ignore_eos=True) for p, n in zip(prompts, lengths)]
@@ -133,7 +135,7 @@ def test_requests_may_arrive_while_others_run(engine, expected):
     assert tokens_of(outputs[request_id] for request_id in ids) == expected
 
 
-def test_the_same_prompt_twice_is_two_requests(engine, expected):
+def test_equal_prompts_are_separate_requests(engine, expected):
     outputs = engine.generate([PROMPTS[0]] * 3, greedy(8), use_tqdm=False)
     assert tokens_of(outputs) == [expected[0]] * 3
 
@@ -147,13 +149,13 @@ def drawn(seed, temperature=1.0, max_tokens=8):
 
 @pytest.fixture(scope="module")
 def drawn_alone(expected):
-    """Eight tokens for PROMPTS[0] at temperature 1 with seed 7, from Hugging Face's logits."""
+    """Return eight tokens after PROMPTS[0] at temperature 1 with seed 7, drawn from Hugging Face's logits."""
     tokens = list(PROMPTS[0])
     with torch.no_grad():
         for position in range(len(tokens), len(tokens) + 8):
             logits = tiny_model("gemma2")(torch.tensor([tokens])).logits[0, -1].tolist()
             token, distance = inverse_cdf(logits, 1.0, uniform(7, position))
-            assert distance > 1e-9, "too close to call: choose another seed"
+            assert distance > 1e-9, "u is too close to a boundary between tokens: choose another seed"
             tokens.append(token)
     return tokens[len(PROMPTS[0]) :]
 
@@ -163,7 +165,7 @@ def test_a_seed_draws_from_the_distribution_of_the_model(engine, drawn_alone):
 
 
 @pytest.mark.parametrize("position", [0, 1, 2])
-def test_a_seed_gives_the_same_tokens_in_a_busy_batch(engine, drawn_alone, position):
+def test_a_seed_gives_the_same_tokens_in_a_batch_with_other_requests(engine, drawn_alone, position):
     prompts = [prompt_of(9, seed=1), prompt_of(2, seed=1)]
     params = [drawn(7, max_tokens=5), drawn(None)]
     prompts.insert(position, PROMPTS[0])
@@ -218,7 +220,7 @@ def test_each_request_has_its_own_temperature(engine, expected):
 
 @pytest.fixture(scope="module")
 def recorded():
-    """(engine, outputs) of a run with chunked prompts and preemptions, all steps recorded."""
+    """Return engine and outputs of a run with chunked prompts and preemptions, with all steps recorded."""
     sizes = {**TIGHT, "record_steps": True}
     with Inference(own_model("recorded"), None, **sizes) as engine:
         prompts = [prompt_of(n) for n in (8, 3, 11, 2)]
@@ -231,13 +233,13 @@ def test_the_recorded_run_preempts(recorded):
     assert engine.stats().num_preemptions > 0
 
 
-def test_tokens_of_the_steps_add_up_to_the_tokens_computed(recorded):
+def test_the_tokens_of_all_steps_add_up_to_the_computed_tokens(recorded):
     engine, outputs = recorded
     stats = engine.stats()
     steps = engine.steps
     assert [step.step for step in steps] == list(range(1, stats.num_steps + 1))
     assert sum(step.num_prefill_tokens + step.num_decode_tokens for step in steps) == stats.num_computed_tokens
-    # Each token but the last of a request is computed at least once, and again after a preemption.
+    # Every token of a request except the last is computed at least once, and some again after a preemption.
     assert stats.num_computed_tokens > sum(
         len(output.prompt_token_ids) + len(output.outputs[0].token_ids) - 1 for output in outputs
     )
@@ -247,13 +249,13 @@ def test_tokens_of_the_steps_add_up_to_the_tokens_computed(recorded):
     )
 
 
-def test_generated_and_finished_are_those_of_the_outputs(recorded):
+def test_the_counts_of_generated_tokens_and_finished_requests_match_the_outputs(recorded):
     engine, outputs = recorded
     assert engine.stats().num_generated_tokens == sum(len(tokens) for tokens in tokens_of(outputs))
     assert engine.stats().num_finished_requests == len(outputs)
 
 
-def test_preemptions_are_those_of_the_requests(recorded):
+def test_the_count_of_preemptions_matches_the_requests(recorded):
     engine, outputs = recorded
     preemptions = engine.stats().num_preemptions
     assert preemptions == sum(output.metrics.num_preemptions for output in outputs)
@@ -261,7 +263,7 @@ def test_preemptions_are_those_of_the_requests(recorded):
     assert counts == sorted(counts) and counts[-1] == preemptions
 
 
-def test_pages_of_the_steps_are_within_the_pool_and_all_free_in_the_end(recorded):
+def test_used_pages_never_exceed_the_pool_and_all_pages_are_free_at_the_end(recorded):
     engine, _ = recorded
     usable = engine.page_table.num_usable_pages
     for step in engine.steps:
@@ -274,7 +276,7 @@ def test_pages_of_the_steps_are_within_the_pool_and_all_free_in_the_end(recorded
     assert_empty(engine)
 
 
-def test_times_of_a_request_are_in_order(recorded):
+def test_the_times_of_a_request_are_in_order(recorded):
     _, outputs = recorded
     for output in outputs:
         times = output.metrics
@@ -282,7 +284,7 @@ def test_times_of_a_request_are_in_order(recorded):
         assert times.ttft >= 0 and times.tpot(len(output.outputs[0].token_ids)) >= 0
 
 
-def test_undisturbed_prompts_are_prefilled_once_and_everything_else_decodes():
+def test_prompt_tokens_are_prefilled_once_without_preemption_and_other_tokens_are_decodes():
     with Inference(own_model("counted"), None, **{**SIZES, "record_steps": True}) as engine:
         engine.generate([prompt_of(8), prompt_of(5)], [greedy(4), greedy(3)], use_tqdm=False)
         assert sum(step.num_prefill_tokens for step in engine.steps) == 8 + 5
@@ -290,7 +292,7 @@ def test_undisturbed_prompts_are_prefilled_once_and_everything_else_decodes():
 
 
 @pytest.mark.parametrize("length", [1, 9], ids=["a prompt of one token", "a last chunk of one token"])
-def test_a_single_token_of_a_prompt_is_prefill_too(length):
+def test_a_chunk_of_one_prompt_token_counts_as_prefill(length):
     with Inference(
         own_model("counted"), None, **{**SIZES, "max_num_batched_tokens": 4, "record_steps": True}
     ) as engine:
@@ -299,14 +301,14 @@ def test_a_single_token_of_a_prompt_is_prefill_too(length):
         assert sum(step.num_decode_tokens for step in engine.steps) == 3 - 1
 
 
-def test_steps_are_kept_only_on_request_and_counted_always(engine):
+def test_steps_are_recorded_only_on_request_and_always_counted(engine):
     before = engine.stats().num_steps
     engine.generate([PROMPTS[0]], greedy(3), use_tqdm=False)
     assert engine.steps == []
     assert engine.stats().num_steps == before + 3
 
 
-def test_stats_show_themselves_as_a_table(engine):
+def test_stats_are_displayed_as_an_html_table(engine):
     html = engine.stats()._repr_html_()
     assert html.startswith("<table>") and "num_free_pages" in html
 
@@ -319,7 +321,7 @@ def test_ttft_counts_from_arrival_and_tpot_from_the_first_token():
     assert RequestMetrics(arrival_time=10.0).ttft is None
 
 
-def test_greedy_requests_leave_torchs_generator_alone_and_others_draw_their_seed_from_it(engine):
+def test_only_sampled_requests_without_a_seed_use_torchs_generator(engine):
     def state_after(params):
         torch.manual_seed(0)
         engine.generate([PROMPTS[0]], params, use_tqdm=False)

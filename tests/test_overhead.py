@@ -1,4 +1,4 @@
-"""The measurement of what a step takes besides the model leaves the engine as it was, and adds up."""
+"""Measuring the time of a step outside the model leaves the engine unchanged, and the times add up."""
 
 import pytest
 import torch
@@ -15,14 +15,14 @@ def engine():
 
 
 @pytest.mark.parametrize(("batch_size", "num_waiting"), [(1, 0), (3, 0), (3, 5)])
-def test_so_many_decode_while_so_many_wait(engine, batch_size, num_waiting, monkeypatch):
+def test_the_given_numbers_of_requests_decode_and_wait(engine, batch_size, num_waiting, monkeypatch):
     queues = []
     step = type(engine).run_one_step
 
     def noted_step(self):
         outputs = step(self)
         queues.append((len(self.scheduler.running), len(self.scheduler.waiting)))
-        assert not outputs, "a request ended while it was measured"
+        assert not outputs, "a request ended during the measurement"
         return outputs
 
     monkeypatch.setattr(type(engine), "run_one_step", noted_step)
@@ -34,18 +34,18 @@ def test_so_many_decode_while_so_many_wait(engine, batch_size, num_waiting, monk
     engine.check_invariants()
 
 
-def test_a_request_that_ends_too_early_is_an_error_and_nothing_is_left_behind(engine, monkeypatch):
-    """Where the third one is never admitted, the first two end before it decodes."""
+def test_a_request_that_ends_too_early_raises_an_error_and_leaves_the_engine_idle(engine, monkeypatch):
+    """The third request is never admitted, so the first two end before it decodes."""
     scheduler, admit = engine.scheduler, engine.scheduler._admit
     monkeypatch.setattr(scheduler, "_admit", lambda sequence: len(scheduler.running) < 2 and admit(sequence))
-    with pytest.raises(RuntimeError, match="a request ended before 3 of them"):
+    with pytest.raises(RuntimeError, match="a request ended before 3 requests"):
         measure_decode_step(engine, 3, num_steps=4)
     assert not engine.has_unfinished_requests()
     engine.check_invariants()
 
 
 @pytest.mark.parametrize("sizes", [dict(max_seq_length=280), dict(max_seq_length=400, n_pages=30)])
-def test_requests_that_would_end_early_are_refused(sizes):
+def test_requests_that_would_end_early_are_rejected(sizes):
     with (
         Inference(tiny_model("llama"), None, 3, page_size=16, compile=False, **sizes) as engine,
         pytest.raises(ValueError, match="do not fit"),
@@ -53,7 +53,7 @@ def test_requests_that_would_end_early_are_refused(sizes):
         measure_decode_step(engine, 3)
 
 
-def test_a_queue_needs_all_rows_taken(engine):
+def test_waiting_requests_need_a_full_batch(engine):
     with pytest.raises(ValueError, match="max_batch_size=3"):
         measure_decode_step(engine, 2, num_waiting=1)
 

@@ -1,4 +1,4 @@
-"""What holds of the package as a whole."""
+"""Properties of the whole package: its imports have no side effects, and point one way."""
 
 import ast
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import flex_nano_vllm
 
 PACKAGE = Path(flex_nano_vllm.__file__).parent
-# Whoever stands further right may import whoever stands further left, never the other way round.
+# Levels of modules. A module may import only modules of earlier levels.
 ORDER = [
     ["metrics", "masks", "workload", "tasks", "random_models", "sampling_params", "plots", "geometry", "prefix_cache"],
     [
@@ -25,7 +25,7 @@ ORDER = [
     ["detokenizer"],
     ["chat"],
     ["sequence", "page_table", "sampler"],
-    ["kv_manager", "answers", "input_processor"],
+    ["kv_manager", "output_processor", "input_processor"],
     ["scheduler", "cascade"],
     ["step", "sampling"],
     ["attention"],
@@ -44,8 +44,8 @@ ORDER = [
 ]
 
 
-def test_importing_the_package_has_no_effect():
-    """It prints nothing, starts no CUDA, compiles nothing, and leaves torch's settings alone."""
+def test_importing_the_package_has_no_side_effects():
+    """The import prints nothing, does not initialize CUDA, compiles nothing, and does not change torch's settings."""
     program = """
 import torch, torch._dynamo
 from torch._dynamo.utils import counters
@@ -60,7 +60,7 @@ assert torch.is_grad_enabled()
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 
-def test_imports_point_one_way():
+def test_modules_import_only_modules_of_earlier_levels():
     rank = {name: level for level, names in enumerate(ORDER) for name in names}
     assert set(rank) == {path.stem for path in PACKAGE.glob("*.py")}
     for path in PACKAGE.glob("*.py"):

@@ -1,4 +1,4 @@
-"""The page at `/`, in a real browser: one chats with the model, and sees the engine's pages and queues."""
+"""The web page at `/` in a real browser: a chat with the model, and a view of the engine's pages and queues."""
 
 import json
 import re
@@ -15,7 +15,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
 --disable-component-update --disable-sync""".split()
-playwright.expect.set_options(timeout=30_000)  # a first step takes seconds on a busy machine
+playwright.expect.set_options(timeout=30_000)  # the first step takes seconds on a busy machine
 SUM = "What is 17 plus 8?"
 MONTHS = "The 12 months of the year are: January, February, March,"
 VIEWPORT = dict(width=1280, height=900)
@@ -31,7 +31,7 @@ def browser():
 
 @pytest.fixture
 def page(browser):
-    """An empty tab in which nothing may go wrong that the test has not asked for."""
+    """A new tab. The test fails if the web page raises or logs an error, except for resources that fail to load."""
     page = browser.new_page(viewport=VIEWPORT)
     page.wrong = []
     page.on("pageerror", lambda error: page.wrong.append(str(error)))
@@ -43,7 +43,7 @@ def page(browser):
 
 @pytest.fixture(scope="module")
 def engine():
-    """Small pages, so that there are some to see."""
+    """An engine with small pages, so that requests use several pages."""
     with Inference.from_pretrained(
         "tiny-gemma2", max_batch_size=4, max_seq_length=256, page_size=16, compile=False
     ) as e:
@@ -71,8 +71,13 @@ def last_answer(page):
 
 
 class Load:
-    """Requests of others before the page's own, and steps that stand still: each passes when the page is to see the
-    state after it."""
+    """Requests of other clients before the request of the web page, and a gate that holds the steps.
+
+    Each step passes when the web page needs the state after it.
+
+    Args:
+        nums_requests: the number of completion requests that each of the other clients sends.
+    """
 
     def __init__(self, page, server: Served, monkeypatch, *nums_requests: int):
         self.page, self.server = page, server
@@ -83,7 +88,7 @@ class Load:
         for number in nums_requests:
             prompts = [f"{i} times" for i in range(number)]
             stream = server.begin("/v1/completions", body | dict(prompt=prompts))
-            self.streams.append((number, stream, stream.getresponse()))  # its head: the requests are in the queue
+            self.streams.append((number, stream, stream.getresponse()))  # once it returns, the requests are queued
         self.gate.wait()
         page.goto(server.url)
 
@@ -95,9 +100,9 @@ class Load:
             self.aborts.wait()
 
     def ask(self, question: str) -> None:
-        with self.page.expect_response("**/v1/chat/completions"):  # its head, again
+        with self.page.expect_response("**/v1/chat/completions"):  # once it arrives, the request is queued
             say(self.page, question)
-        for _ in range(2):  # the first poll may have come before the question
+        for _ in range(2):  # the first poll may precede the question
             self.next_state()
 
     def next_state(self) -> None:
@@ -116,7 +121,7 @@ class Load:
 
 
 def num_ring_pixels(page) -> list[int]:
-    """Of each pool, the pixels in the colour of the text, which is no row's."""
+    """Return, for each pool, the number of pixels in the text colour, which only the ring around own pages has."""
     return page.evaluate(
         """() => [...document.querySelectorAll("#pools canvas")].map((canvas) => {
             const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
@@ -128,7 +133,7 @@ def num_ring_pixels(page) -> list[int]:
     )
 
 
-def test_a_chat_of_two_turns_is_answered_and_what_it_took_is_shown(page, fresh, tmp_path):
+def test_a_chat_of_two_turns_is_answered_and_its_statistics_are_shown(page, fresh, tmp_path):
     with serving(fresh) as server:
         page.goto(server.url)
         page.wait_for_selector("#status[data-state=ok]")
@@ -146,8 +151,8 @@ def test_a_chat_of_two_turns_is_answered_and_what_it_took_is_shown(page, fresh, 
         page.screenshot(path=tmp_path / "page.png")
 
 
-def test_running_and_waiting_requests_are_seen_and_stopped(page, fresh):
-    """Five chats in four rows: one waits. The steps stand still while one looks."""
+def test_running_and_waiting_requests_are_shown_until_they_are_aborted(page, fresh):
+    """Five requests and four rows: one request waits. The gate holds the steps until the web page has loaded."""
     with serving(fresh) as server:
         gate = Gate(fresh)
         open_streams = []
@@ -169,7 +174,7 @@ def test_running_and_waiting_requests_are_seen_and_stopped(page, fresh):
     assert fresh.stats().num_used_pages == 0
 
 
-def test_the_key_is_asked_for_and_then_sent(page, fresh):
+def test_the_web_page_requests_the_api_key_and_sends_it(page, fresh):
     with serving(fresh, api_key="open sesame") as server:
         page.goto(server.url)
         key = page.locator("#key")
@@ -199,16 +204,16 @@ def test_an_error_is_shown_and_the_turn_can_be_sent_again(page, fresh, monkeypat
         playwright.expect(last_answer(page).locator(".text")).to_have_text("25.")
 
 
-def test_the_key_is_asked_for_in_words_about_the_page(page, fresh):
+def test_the_error_for_a_missing_or_wrong_key_explains_where_to_enter_it(page, fresh):
     with serving(fresh, api_key="open sesame") as server:
         page.goto(server.url)
         say(page, SUM)
         error = page.locator("#messages > .message.error")
-        playwright.expect(error.locator(".text")).to_have_text("This server asks for an API key: type it above")
+        playwright.expect(error.locator(".text")).to_have_text("This server requires an API key: enter it above")
         page.fill("#key", "open barley")
         page.press("#key", "Enter")
         error.locator("button.again").click()
-        playwright.expect(error.locator(".text")).to_have_text("This server asks for another API key: type it above")
+        playwright.expect(error.locator(".text")).to_have_text("This server requires another API key: enter it above")
         page.fill("#key", "open sesame")
         page.press("#key", "Enter")
         error.locator("button.again").click()
@@ -216,10 +221,10 @@ def test_the_key_is_asked_for_in_words_about_the_page(page, fresh):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_my_request_is_marked_where_it_waits_and_where_it_runs(page, fresh, scheme, monkeypatch):
+def test_the_users_request_is_marked_while_it_waits_and_while_it_runs(page, fresh, scheme, monkeypatch):
     page.emulate_media(color_scheme=scheme)
     with serving(fresh) as server:
-        with Load(page, server, monkeypatch, 3, 2) as load:  # in four rows
+        with Load(page, server, monkeypatch, 3, 2) as load:  # five requests, four rows
             load.ask(MONTHS)
             playwright.expect(page.locator("#waiting .mine b")).to_have_text("yours")
             assert page.locator("#running .mine").count() == 0
@@ -235,14 +240,14 @@ def test_my_request_is_marked_where_it_waits_and_where_it_runs(page, fresh, sche
             assert min(num_ring_pixels(page)) > 20
             assert "yours" in page.text_content("#pools figure[data-window=none] small")
         playwright.expect(last_answer(page).locator(".text")).to_contain_text("December")
-        playwright.expect(page.locator("#status")).to_have_text("at rest")
+        playwright.expect(page.locator("#status")).to_have_text("idle")
         assert page.locator(".mine").count() == 0
         assert num_ring_pixels(page) == [0, 0]
 
 
-def test_waiting_and_reading_are_said_until_text_comes(page, engine, monkeypatch):
+def test_the_progress_of_waiting_and_prefill_is_shown_until_text_arrives(page, engine, monkeypatch):
     with (
-        engine_again(engine, max_batch_size=1, max_num_batched_tokens=8) as slow,  # reads the prompt in three steps
+        engine_again(engine, max_batch_size=1, max_num_batched_tokens=8) as slow,  # computes the prompt in three steps
         serving(slow) as server,
         Load(page, server, monkeypatch, 1, 1) as load,
     ):
@@ -260,7 +265,7 @@ def test_waiting_and_reading_are_said_until_text_comes(page, engine, monkeypatch
         playwright.expect(progress).to_have_count(0)
 
 
-def test_of_many_waiting_requests_the_first_eight_are_shown_and_mine(page, fresh, monkeypatch):
+def test_the_first_eight_waiting_requests_and_the_users_request_are_shown(page, fresh, monkeypatch):
     with serving(fresh) as server, Load(page, server, monkeypatch, 4, 20) as load:
         load.ask(SUM)
         playwright.expect(page.locator("#waiting span")).to_have_count(9)
@@ -268,7 +273,7 @@ def test_of_many_waiting_requests_the_first_eight_are_shown_and_mine(page, fresh
         playwright.expect(page.locator("#waiting")).to_contain_text("and 12 more")
 
 
-def test_a_request_behind_the_64_listed_ones_is_told_so(page, fresh, monkeypatch):
+def test_a_request_behind_the_64_listed_requests_shows_64_or_more_requests_ahead(page, fresh, monkeypatch):
     with serving(fresh) as server, Load(page, server, monkeypatch, 4, 35, 35) as load:
         load.ask(SUM)
         progress = last_answer(page).locator(".progress")
@@ -278,7 +283,7 @@ def test_a_request_behind_the_64_listed_ones_is_told_so(page, fresh, monkeypatch
         playwright.expect(progress).to_have_count(0)
 
 
-def test_examples_are_sent_at_once_and_come_back_with_a_new_chat(page, fresh):
+def test_an_example_is_sent_on_click_and_the_examples_return_with_a_new_chat(page, fresh):
     answers = {SUM: "25.", "Reverse these words: lamp key drum boat.": "boat drum key lamp.", MONTHS: "April"}
     with serving(fresh) as server:
         page.goto(server.url)
@@ -293,8 +298,8 @@ def test_examples_are_sent_at_once_and_come_back_with_a_new_chat(page, fresh):
         assert examples.all_text_contents() == list(answers)
 
 
-def test_what_matters_is_in_sight_under_load(page, engine, monkeypatch):
-    """With the sizes that an engine has by itself."""
+def test_the_main_information_is_visible_without_scrolling_under_load(page, engine, monkeypatch):
+    """The engine has its default sizes."""
     with (
         engine_again(engine, max_batch_size=32, max_seq_length=None, page_size=None) as large,
         serving(large) as server,
@@ -313,10 +318,10 @@ def test_what_matters_is_in_sight_under_load(page, engine, monkeypatch):
         assert len(pools) == 2 and all(box["width"] > 0 for box in boxes)
         assert max(box["y"] + box["height"] for box in boxes) <= VIEWPORT["height"]
         tops = [element.bounding_box()["y"] for element in lists]
-        assert tops == sorted(tops), "waiting stands above running"
+        assert tops == sorted(tops), "Waiting must be above Running, and the rows must be in order"
 
 
-def test_the_speed_has_a_peak_only_where_tokens_were_generated(page, fresh):
+def test_the_peak_speed_is_shown_only_after_tokens_were_generated(page, fresh):
     with serving(fresh) as server:
         page.goto(server.url)
         playwright.expect(page.locator("#numbers [data-stat=rate] dd")).to_have_text("0")
@@ -326,7 +331,7 @@ def test_the_speed_has_a_peak_only_where_tokens_were_generated(page, fresh):
         playwright.expect(page.locator("#peak")).to_have_text(re.compile(r"^peak \d+$"))
 
 
-def test_the_command_for_curl_asks_this_server(page, fresh):
+def test_the_curl_command_requests_an_answer_of_this_server(page, fresh):
     with serving(fresh) as server:
         page.goto(server.url)
         page.wait_for_selector("#status[data-state=ok]")

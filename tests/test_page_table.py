@@ -1,8 +1,7 @@
-"""PageTable by example: who owns which page, what the host and the device know of it, and what is refused.
+"""Examples for PageTable: which row uses which page, the tables on the host and on the device, and invalid calls.
 
-`check_invariants` runs after every call that changes something, always on a copy: it calls `sync`, and on the table
-itself that would hide a device left out of date. Its verdict counts for something only because the tests at the
-end show that it notices every kind of corruption.
+`check_invariants` runs after every call that changes rows, always on a copy. It calls `sync`, which on the table itself
+would hide outdated device tables. The tests at the end show that `check_invariants` detects each kind of corruption.
 """
 
 import copy
@@ -14,7 +13,7 @@ from flex_nano_vllm.page_table import PageTable
 
 
 class CheckedPageTable(PageTable):
-    """A PageTable whose every call is followed by `check_invariants`."""
+    """A PageTable that runs `check_invariants` after every call that changes its rows."""
 
     def reset(self):
         super().reset()
@@ -49,12 +48,12 @@ class CheckedPageTable(PageTable):
 
 def check(table: PageTable) -> None:
     copied = copy.deepcopy(table)
-    copied.__class__ = PageTable  # or its sync would be checked again
+    copied.__class__ = PageTable  # so that `check_invariants` calls the unchecked `sync`
     copied.check_invariants()
 
 
 def state(table: PageTable) -> dict:
-    """All that the table knows, the not yet uploaded part included, as plain values that compare with ==."""
+    """Return the whole state, including changes not yet uploaded, as plain values that can be compared with ==."""
     plain = {name: copy.deepcopy(value) for name, value in vars(table).items()}
     for name in ("table", "host_table", "physical_to_logical"):
         plain[name] = plain[name].tolist()
@@ -62,7 +61,7 @@ def state(table: PageTable) -> dict:
 
 
 def pages_of(table: PageTable, row: int) -> list[int]:
-    """The pages of `row` in logical order, read from the host mirror."""
+    """Return the pages of `row` in logical order, from the host mirror."""
     return table.host_table[row, : table.num_pages(row)].tolist()
 
 
@@ -74,7 +73,7 @@ def make(
 
 @pytest.fixture
 def worked_example() -> PageTable:
-    """The state drawn in the module's docstring: row 2 holds 10 tokens on pages 3, 1, 6."""
+    """The example in the docstring of `page_table`: row 2 holds 10 tokens on pages 3, 1, 6."""
     table = make()
     assert [table.allocate() for _ in range(3)] == [1, 2, 3]
     assert table.reserve(1, 4)  # page 1
@@ -87,7 +86,7 @@ def worked_example() -> PageTable:
     return table
 
 
-def test_worked_example_of_the_docstring_holds(worked_example):
+def test_the_example_in_the_docstring_of_page_table_holds(worked_example):
     table = worked_example
     assert pages_of(table, 2) == [3, 1, 6]
     table.sync()
@@ -114,24 +113,24 @@ def test_slots_of_unmapped_positions_and_of_row_0_lie_in_page_0(worked_example):
     assert worked_example.slots(rows, positions).tolist() == [0, 3, 0, 3, 0, 1]
 
 
-def test_slots_sees_a_reservation_before_the_device_does():
+def test_slots_includes_reservations_that_are_not_yet_uploaded():
     table = make()
     row = table.allocate()
     table.reserve(row, 5)
     assert table.slots(np.array([row, row]), np.array([0, 4])).tolist() == [4, 8]
-    assert table.table.count_nonzero() == 0, "nothing goes to the device before sync"
+    assert table.table.count_nonzero() == 0, "nothing is uploaded before sync"
     table.sync()
     assert table.table[row].tolist() == [1, 2, 0, 0, 0, 0, 0]
 
 
-def test_sync_twice_changes_nothing(worked_example):
+def test_a_second_sync_changes_nothing(worked_example):
     worked_example.sync()
     before = state(worked_example)
     worked_example.sync()
     assert state(worked_example) == before
 
 
-def test_a_new_table_maps_nothing_and_has_all_pages_but_one_free():
+def test_a_new_table_maps_nothing_and_has_all_pages_except_page_0_free():
     table = make(n_pages=8)
     assert (table.num_usable_pages, table.num_free_pages, table.num_used_pages) == (7, 7, 0)
     assert table.num_live_pages == 1
@@ -140,7 +139,7 @@ def test_a_new_table_maps_nothing_and_has_all_pages_but_one_free():
     assert (table.physical_to_logical == -1).all()
 
 
-def test_every_row_but_row_0_is_handed_out_once_then_allocate_raises():
+def test_allocate_returns_every_row_except_row_0_once_and_then_raises():
     table = make(max_batch_size=3)
     assert sorted(table.allocate() for _ in range(3)) == [1, 2, 3]
     before = state(table)
@@ -149,7 +148,7 @@ def test_every_row_but_row_0_is_handed_out_once_then_allocate_raises():
     assert state(table) == before
 
 
-def test_every_page_but_page_0_is_handed_out_once():
+def test_every_page_except_page_0_is_allocated_once():
     table = make(n_pages=6, page_size=1, max_pages_per_row=5)
     first, second = table.allocate(), table.allocate()
     assert table.reserve(first, 2)
@@ -161,7 +160,7 @@ def test_every_page_but_page_0_is_handed_out_once():
 
 @pytest.mark.parametrize("n_pages", [2, 3, 8])
 @pytest.mark.parametrize("page_size", [1, 3, 4])
-def test_a_pool_of_n_pages_holds_n_minus_1_pages_of_tokens_and_not_one_token_more(n_pages, page_size):
+def test_a_pool_of_n_pages_holds_exactly_n_minus_1_pages_of_tokens(n_pages, page_size):
     table = make(n_pages, page_size, max_pages_per_row=n_pages)
     row = table.allocate()
     capacity = (n_pages - 1) * page_size
@@ -172,7 +171,7 @@ def test_a_pool_of_n_pages_holds_n_minus_1_pages_of_tokens_and_not_one_token_mor
     assert not table.reserve(row, capacity + 1)
 
 
-def test_a_row_holds_just_the_pages_that_its_tokens_need():
+def test_a_row_holds_exactly_the_pages_that_its_tokens_need():
     table = make(page_size=4)
     row = table.allocate()
     for num_tokens, pages in [(0, 0), (1, 1), (4, 1), (5, 2), (8, 2), (9, 3)]:
@@ -181,7 +180,7 @@ def test_a_row_holds_just_the_pages_that_its_tokens_need():
         assert table.num_used_pages == pages
 
 
-def test_reserving_fewer_tokens_than_held_gives_nothing_back():
+def test_reserving_fewer_tokens_than_before_releases_nothing():
     table = make(page_size=4)
     row = table.allocate()
     table.reserve(row, 9)
@@ -190,7 +189,7 @@ def test_reserving_fewer_tokens_than_held_gives_nothing_back():
     assert state(table) == before
 
 
-def test_growing_a_row_keeps_its_earlier_pages_where_they_are(worked_example):
+def test_growing_a_row_keeps_its_earlier_pages(worked_example):
     assert worked_example.reserve(2, 16)
     assert pages_of(worked_example, 2) == [3, 1, 6, 7]
 
@@ -201,14 +200,14 @@ def test_a_reservation_that_does_not_fit_returns_false_and_changes_nothing(worke
     if synced:
         worked_example.sync()
     before = state(worked_example)
-    assert not worked_example.reserve(2, 17)  # two more pages; one is free, and it must not be taken
+    assert not worked_example.reserve(2, 17)  # needs two more pages; the one free page must not be taken
     assert not worked_example.reserve(3, 28)
     assert state(worked_example) == before
 
 
 def test_reserving_on_a_row_that_is_not_allocated_raises_with_its_number(worked_example):
     before = state(worked_example)
-    for row in (0, 1, 4, -1):  # reserved, erased, and two that do not exist
+    for row in (0, 1, 4, -1):  # row 0 is reserved, row 1 was erased, rows 4 and -1 do not exist
         with pytest.raises(ValueError, match=f"row {row} of the page table is not allocated"):
             worked_example.reserve(row, 1)
     assert state(worked_example) == before
@@ -222,32 +221,32 @@ def test_erasing_a_row_that_is_not_allocated_raises_with_its_number(worked_examp
     assert state(worked_example) == before
 
 
-def test_erasing_twice_raises_and_frees_nothing_twice(worked_example):
+def test_erasing_a_row_twice_raises_and_frees_nothing_twice(worked_example):
     worked_example.erase(2)
     before = state(worked_example)
     with pytest.raises(ValueError, match="row 2 "):
         worked_example.erase(2)
     assert state(worked_example) == before
-    assert worked_example.allocate() != worked_example.allocate(), "one row given to two sequences"
+    assert worked_example.allocate() != worked_example.allocate(), "one row was allocated twice"
 
 
-def test_more_tokens_than_a_row_can_list_raise_with_the_numbers():
+def test_reserving_more_tokens_than_a_row_can_list_raises_with_the_numbers():
     table = make(n_pages=8, page_size=4, max_pages_per_row=2)
     row = table.allocate()
     assert table.reserve(row, 8)
     before = state(table)
-    with pytest.raises(ValueError, match=r"9 tokens are 3 pages of 4, but a row lists at most 2"):
+    with pytest.raises(ValueError, match=r"9 tokens need 3 pages of 4 tokens, but a row can list at most 2 pages"):
         table.reserve(row, 9)
     assert state(table) == before
 
 
-def test_too_many_tokens_for_a_row_raise_even_where_the_pool_has_no_room_for_them_either():
+def test_reserving_too_many_tokens_for_a_row_raises_even_if_the_pool_is_too_small():
     table = make(n_pages=3, page_size=4, max_pages_per_row=2)
-    with pytest.raises(ValueError, match="100 tokens are 25 pages"):
+    with pytest.raises(ValueError, match="100 tokens need 25 pages"):
         table.reserve(table.allocate(), 100)
 
 
-def test_erase_gives_back_the_row_and_all_its_pages(worked_example):
+def test_erase_releases_the_row_and_all_its_pages(worked_example):
     worked_example.erase(2)
     assert worked_example.allocated_rows == [3]
     assert (worked_example.num_free_pages, worked_example.num_used_pages) == (4, 3)
@@ -281,7 +280,7 @@ def test_a_page_that_changes_rows_between_two_syncs_is_mapped_by_its_new_row_onl
     assert table.physical_to_logical[new].tolist() == [-1, 0, 1, -1, -1, -1, -1, -1]
 
 
-def test_a_page_that_comes_back_to_its_row_between_two_syncs_is_mapped_by_the_last_word():
+def test_a_page_that_returns_to_its_row_between_two_syncs_has_its_last_logical_page():
     table = make()
     row, other = table.allocate(), table.allocate()
     table.reserve(row, 12)  # pages 1, 2, 3
@@ -289,14 +288,14 @@ def test_a_page_that_comes_back_to_its_row_between_two_syncs_is_mapped_by_the_la
     table.erase(row)
     table.reserve(other, 4)  # page 1
     assert table.allocate() == row
-    table.reserve(row, 8)  # pages 2 and 3, one place further to the front than before
+    table.reserve(row, 8)  # pages 2 and 3, each one logical page earlier than before
     table.sync()
     assert table.table[row].tolist() == [2, 3, 0, 0, 0, 0, 0]
     assert table.physical_to_logical[row].tolist() == [-1, -1, 0, 1, -1, -1, -1, -1]
     assert table.table[other].tolist() == [1, 0, 0, 0, 0, 0, 0]
 
 
-def test_a_page_taken_and_given_back_between_two_syncs_leaves_no_trace():
+def test_a_page_reserved_and_released_between_two_syncs_is_not_mapped():
     table = make()
     table.sync()
     row = table.allocate()
@@ -307,7 +306,7 @@ def test_a_page_taken_and_given_back_between_two_syncs_leaves_no_trace():
     assert (table.physical_to_logical == -1).all()
 
 
-def test_reset_forgets_everything_even_what_the_device_was_not_yet_told(worked_example):
+def test_reset_clears_the_table_including_changes_not_yet_uploaded(worked_example):
     worked_example.sync()
     worked_example.erase(2)
     worked_example.reserve(3, 16)
@@ -318,26 +317,26 @@ def test_reset_forgets_everything_even_what_the_device_was_not_yet_told(worked_e
     assert (worked_example.physical_to_logical == -1).all()
 
 
-def test_num_live_pages_reaches_to_the_highest_page_in_use(worked_example):
+def test_num_live_pages_is_one_more_than_the_highest_page_in_use(worked_example):
     assert worked_example.num_live_pages == 7  # page 6
     worked_example.erase(2)
     assert worked_example.num_live_pages == 6  # page 5
     worked_example.erase(3)
-    assert worked_example.num_live_pages == 1  # page 0 is always there
+    assert worked_example.num_live_pages == 1  # page 0 always counts
     worked_example.allocate()
-    assert worked_example.num_live_pages == 1, "a row without pages"
+    assert worked_example.num_live_pages == 1, "a row without pages does not count"
 
 
-# ---- pages of several rows, and of none ----
+# ---- pages used by several rows, or by none ----
 
 
-def test_a_shared_page_is_free_when_its_last_row_has_given_it_back():
+def test_a_shared_page_is_free_after_its_last_row_has_released_it():
     table = make()
     first, second = table.allocate(), table.allocate()
     assert table.reserve(first, 8)  # pages 1 and 2
     table.share(second, [1, 2])
     assert table.rows_of(2) == [first, second]
-    assert table.reserve(second, 10)  # page 3 is its own
+    assert table.reserve(second, 10)  # page 3 is not shared
     assert pages_of(table, second) == [1, 2, 3]
     assert table.num_used_pages == 3
     table.sync()
@@ -349,7 +348,7 @@ def test_a_shared_page_is_free_when_its_last_row_has_given_it_back():
     assert table.num_used_pages == 0
 
 
-def test_a_kept_page_is_idle_when_nobody_uses_it_and_can_be_taken_up_again():
+def test_a_cached_page_without_users_is_evictable_and_can_be_shared_again():
     evicted = []
     table = make(on_evict=evicted.append)
     row = table.allocate()
@@ -366,7 +365,7 @@ def test_a_kept_page_is_idle_when_nobody_uses_it_and_can_be_taken_up_again():
     assert evicted == []
 
 
-def test_idle_pages_are_evicted_only_when_no_other_is_free_longest_idle_and_deepest_first():
+def test_pages_are_evicted_only_if_none_is_free_oldest_row_first_and_last_page_first():
     evicted = []
     table = make(n_pages=6, max_pages_per_row=5, on_evict=evicted.append)
     old, young = table.allocate(), table.allocate()
@@ -382,7 +381,7 @@ def test_idle_pages_are_evicted_only_when_no_other_is_free_longest_idle_and_deep
     assert not table.reserve(table.allocate(), 1)
 
 
-def test_a_page_that_is_no_longer_kept_is_free_after_use():
+def test_an_uncached_page_is_free_when_no_row_uses_it():
     table = make()
     row = table.allocate()
     table.reserve(row, 8)
@@ -397,7 +396,7 @@ def test_a_page_that_is_no_longer_kept_is_free_after_use():
 
 @pytest.mark.parametrize("page_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("window", [1, 2, 3, 4, 5, 9])
-def test_pages_out_of_the_window_are_given_back_and_no_other(window, page_size):
+def test_exactly_the_pages_out_of_the_window_are_released(window, page_size):
     table = make(n_pages=40, page_size=page_size, max_pages_per_row=40, window=window)
     row = table.allocate()
     for position in range(20):  # the token that is computed next
@@ -409,7 +408,7 @@ def test_pages_out_of_the_window_are_given_back_and_no_other(window, page_size):
         assert (table.host_table[row] > 0).sum() == len(seen)
 
 
-def test_without_a_window_nothing_is_given_back():
+def test_without_a_window_no_page_is_released():
     table = make()
     row = table.allocate()
     table.reserve(row, 28)
@@ -429,7 +428,7 @@ def set_device_inverse(table: PageTable) -> None:
 
 def leave_page_in_inverse_of_erased_row(table: PageTable) -> None:
     table.sync()
-    table.physical_to_logical[1, 1] = 0  # page 1 was row 1's, and is now row 2's
+    table.physical_to_logical[1, 1] = 0  # page 1 was used by row 1, and is now used by row 2
 
 
 def leave_page_in_table_of_erased_row(table: PageTable) -> None:
@@ -457,20 +456,20 @@ def map_page_0(table: PageTable) -> None:
 @pytest.mark.parametrize(
     ("corrupt", "message"),
     [
-        pytest.param(lambda t: t._free_pages.pop(), "pages lost", id="lost free page"),
-        pytest.param(lambda t: t._pages[2].popitem(), "number of users", id="lost owned page"),
-        pytest.param(lambda t: t._free_pages.append(7), "doubled", id="page twice free"),
-        pytest.param(lambda t: t._free_pages.append(6), "doubled", id="page free and owned"),
+        pytest.param(lambda t: t._free_pages.pop(), "pages missing", id="lost free page"),
+        pytest.param(lambda t: t._pages[2].popitem(), "number of users", id="lost used page"),
+        pytest.param(lambda t: t._free_pages.append(7), "duplicated", id="page free twice"),
+        pytest.param(lambda t: t._free_pages.append(6), "duplicated", id="page free and used"),
         pytest.param(lambda t: t._pages[3].update({3: 6}), "number of users", id="page of two rows"),
         pytest.param(lambda t: t._num_users.__setitem__(6, 2), "number of users", id="page with too many users"),
         pytest.param(lambda t: t._free_pages.append(0), "page 0", id="page 0 free"),
-        pytest.param(lambda t: map_page_0(t), "page 0", id="page 0 owned"),
+        pytest.param(lambda t: map_page_0(t), "page 0", id="page 0 used"),
         pytest.param(lambda t: t._free_rows.append(0), "row 0", id="row 0 free"),
         pytest.param(lambda t: t._pages.update({0: {}}), "row 0", id="row 0 in use"),
-        pytest.param(lambda t: t._free_rows.clear(), "rows lost", id="lost row"),
-        pytest.param(lambda t: t._free_rows.append(2), "rows lost or doubled", id="row free and in use"),
-        pytest.param(lambda t: t._free_rows.append(1), "rows lost or doubled", id="row twice free"),
-        pytest.param(lambda t: t._num_tokens.update({2: 8}), "row 2 holds pages .* for 8", id="hoarded page"),
+        pytest.param(lambda t: t._free_rows.clear(), "rows missing", id="lost row"),
+        pytest.param(lambda t: t._free_rows.append(2), "rows missing or duplicated", id="row free and in use"),
+        pytest.param(lambda t: t._free_rows.append(1), "rows missing or duplicated", id="row free twice"),
+        pytest.param(lambda t: t._num_tokens.update({2: 8}), "row 2 holds pages .* for 8", id="one page too many"),
         pytest.param(lambda t: t._num_tokens.update({2: 13}), "row 2 holds pages .* for 13", id="too few pages"),
         pytest.param(lambda t: t._num_tokens.pop(2), None, id="row without a count"),
         pytest.param(lambda t: t.host_table.__setitem__((2, 1), 7), "host mirror", id="stale host mirror"),
@@ -479,20 +478,20 @@ def map_page_0(table: PageTable) -> None:
         pytest.param(set_device_inverse, "inverse", id="stale device inverse"),
         pytest.param(leave_page_in_inverse_of_erased_row, "inverse", id="inverse maps an erased row"),
         pytest.param(leave_page_in_table_of_erased_row, "device table", id="device maps an erased row"),
-        pytest.param(forget_upload, "device table", id="upload forgotten"),
-        pytest.param(forget_inverse_upload, "inverse", id="inverse upload forgotten"),
+        pytest.param(forget_upload, "device table", id="missing upload"),
+        pytest.param(forget_inverse_upload, "inverse", id="missing upload of the inverse"),
     ],
 )
-def test_check_invariants_notices(worked_example, corrupt, message):
+def test_check_invariants_detects_corruption(worked_example, corrupt, message):
     table = worked_example
-    table.__class__ = PageTable  # so that it is this test's check that fails, not one on the way
+    table.__class__ = PageTable  # so that only the checks in this test can fail
     table.check_invariants()
     corrupt(table)
     with pytest.raises(AssertionError, match=message):
         table.check_invariants()
 
 
-def test_swapped_pages_are_noticed_although_none_is_lost(worked_example):
+def test_check_invariants_detects_swapped_pages(worked_example):
     worked_example.sync()
     pages = worked_example._pages
     pages[2][0], pages[3][0] = pages[3][0], pages[2][0]

@@ -1,4 +1,4 @@
-"""Requests that begin alike: what one has computed the others take up, and nobody's tokens change."""
+"""Requests with a common prefix share its computed pages, and their tokens do not change."""
 
 import random
 
@@ -36,11 +36,11 @@ def expected(prompt, max_tokens=3):
     return hf_generate(tiny_model("gemma2"), prompt, max_tokens, ignore_eos=True)
 
 
-# ---- what is found ----
+# ---- cache hits ----
 
 
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 9, 13])
-def test_a_prompt_asked_again_is_found_in_full_pages_all_but_its_last_token(engine, length):
+def test_a_repeated_prompt_hits_all_full_pages_before_its_last_token(engine, length):
     prompt = prompt_of(length)
     first, again = generate(engine, prompt), generate(engine, prompt)
     assert cached(first) == [0] and cached(again) == [(length - 1) // PAGE * PAGE]
@@ -48,19 +48,19 @@ def test_a_prompt_asked_again_is_found_in_full_pages_all_but_its_last_token(engi
     assert engine.stats().num_computed_tokens == 2 * (length + 2) - cached(again)[0]
 
 
-def test_what_was_generated_is_found_as_well(engine):
-    """As in a chat, where each turn extends the last one."""
+def test_generated_tokens_are_cached_too(engine):
+    """As in a chat, each prompt extends the previous prompt and its output."""
     prompt, computed = prompt_of(6), 0
     for turn in range(3):
         (output,) = generate(engine, prompt, max_tokens=4)
-        known = max(0, len(prompt) - 3) // PAGE * PAGE if turn else 0  # the last token of a turn was never computed
+        known = max(0, len(prompt) - 3) // PAGE * PAGE if turn else 0  # the last token of an output is never computed
         assert output.num_cached_tokens == known
         computed += len(prompt) - known + 3
         assert engine.stats().num_computed_tokens == computed
         prompt = prompt + output.outputs[0].token_ids + prompt_of(2, seed=turn)
 
 
-def test_a_common_beginning_is_shared_and_what_differs_is_not(engine):
+def test_only_the_common_prefix_of_prompts_is_shared(engine):
     common, tails = prompt_of(9), [prompt_of(5, seed) for seed in range(3)]
     generate(engine, common + tails[0])
     outputs = generate(engine, common + tails[1], common[:8] + tails[2], common[:7] + tails[2], tails[2] + common)
@@ -68,19 +68,19 @@ def test_a_common_beginning_is_shared_and_what_differs_is_not(engine):
     assert tokens_of(outputs)[:2] == [expected(common + tails[1]), expected(common[:8] + tails[2])]
 
 
-def test_identical_prompts_share_in_the_very_step_that_computes_them():
+def test_identical_prompts_share_pages_in_the_step_that_computes_them():
     with Inference(own_model("prefix caching"), None, **dict(SIZES, max_num_batched_tokens=64)) as engine:
         prompt = prompt_of(13)
         ids = [engine.add_request(prompt, greedy(3)) for _ in range(3)]
         engine.run_one_step()
-        assert engine.stats().num_computed_tokens == 13 + 1 + 1, "in one step"
+        assert engine.stats().num_computed_tokens == 13 + 1 + 1, "all three prompts are computed in one step"
         assert engine.stats().num_used_pages == 4 + 1 + 1
         outputs = drain(engine)
         assert [outputs[i].num_cached_tokens for i in ids] == [0, 12, 12]
         assert tokens_of(outputs.values()) == [expected(prompt)] * 3
 
 
-def test_the_hit_rate_is_in_the_statistics(engine):
+def test_stats_contains_the_cache_hit_rate(engine):
     generate(engine, prompt_of(13))
     generate(engine, prompt_of(13))
     stats = engine.stats()
@@ -89,17 +89,17 @@ def test_the_hit_rate_is_in_the_statistics(engine):
     assert stats.num_free_pages == engine.page_table.num_usable_pages
 
 
-# ---- what is not ----
+# ---- no cache hits ----
 
 
-def test_without_caching_nothing_is_found():
+def test_without_prefix_caching_there_are_no_cache_hits():
     with Inference(own_model("prefix caching"), None, **SIZES, enable_prefix_caching=False) as engine:
         assert cached(generate(engine, prompt_of(13), prompt_of(13))) == [0, 0]
         assert cached(generate(engine, prompt_of(13))) == [0]
         assert engine.stats().num_evictable_pages == 0
 
 
-def test_other_salts_share_nothing_and_the_same_salt_does(engine):
+def test_only_requests_with_equal_salts_share_pages(engine):
     prompt = prompt_of(13)
     assert cached(generate(engine, prompt, cache_salt="a")) == [0]
     assert cached(generate(engine, prompt)) == [0]
@@ -109,24 +109,24 @@ def test_other_salts_share_nothing_and_the_same_salt_does(engine):
 
 
 @pytest.mark.parametrize("salt", ["", 1, b"a"])
-def test_a_salt_is_a_text(engine, salt):
+def test_a_salt_must_be_a_non_empty_string(engine, salt):
     with pytest.raises(ValueError, match="cache_salt"):
         generate(engine, prompt_of(3), cache_salt=salt)
 
 
-def test_equal_hashes_of_different_texts_are_never_mistaken(engine, monkeypatch):
-    """All hashes are forged to be the same: of other tokens, of the same tokens elsewhere, of another salt."""
+def test_different_texts_with_equal_keys_are_never_confused(engine, monkeypatch):
+    """All pages have one key: pages with other tokens, with equal tokens at other positions, and with other salts."""
     monkeypatch.setattr(prefix_cache, "chained_key", lambda parent_key, token_ids: b"forged")
     page = prompt_of(PAGE)
     twice, other = page * 3 + [5], [*prompt_of(2 * PAGE, seed=1), 5]
     for prompt, known in ((twice, 0), (twice, PAGE), (other, 0), (twice, PAGE), (other, 0), (page + other, PAGE)):
         outputs = generate(engine, prompt)
-        assert cached(outputs) == [known], "only what took the hash first is found"
+        assert cached(outputs) == [known], "only the entry that got the key first is found"
         assert tokens_of(outputs) == [expected(prompt)]
     assert cached(generate(engine, twice, cache_salt="a")) == [0]
 
 
-def test_a_key_depends_on_everything_before_and_on_the_salt():
+def test_a_key_depends_on_all_previous_tokens_and_on_the_salt():
     cache = PrefixCache(page_size=2)
     root, salted = cache.root(None), cache.root("a")
     a = cache.add(root, [1, 2])
@@ -137,7 +137,7 @@ def test_a_key_depends_on_everything_before_and_on_the_salt():
     assert cache.find([1, 2, 1], salted) == [entries[3]]
 
 
-def test_an_entry_that_nobody_refers_to_is_forgotten():
+def test_an_entry_without_references_is_removed():
     cache = PrefixCache(page_size=1)
     root = cache.root(None)
     leaf = cache.add(cache.add(root, [1]), [2])
@@ -146,7 +146,7 @@ def test_an_entry_that_nobody_refers_to_is_forgotten():
     assert cache.find([1, 2, 3], root) == []
 
 
-def test_after_a_reset_nothing_is_known_and_with_requests_under_way_it_is_refused(engine):
+def test_reset_prefix_cache_empties_the_cache_and_raises_while_requests_are_unfinished(engine):
     generate(engine, prompt_of(13))
     engine.reset_prefix_cache()
     assert cached(generate(engine, prompt_of(13))) == [0]
@@ -163,10 +163,12 @@ def test_the_hit_rate_counts_the_prompt_of_several_samples_once():
         assert (engine.stats().num_prompt_tokens, engine.stats().num_cached_tokens) == (13, 0)
 
 
-@pytest.mark.parametrize("every", [4, 8])  # with eight rows
-def test_a_common_beginning_stays_known_while_others_come_and_go(every):
-    """Layers with a window soon leave it behind, and their pool is small: when somebody has once come for the end of
-    that beginning in vain, it is kept."""
+@pytest.mark.parametrize("every", [4, 8])  # one of `every` requests has the common prefix; there are eight rows
+def test_a_common_prefix_stays_cached_while_other_requests_run(every):
+    """Pages in the last window of the prefix are kept after a request has needed them once.
+
+    Layers with a window soon release these pages, and their pool is small.
+    """
     rng = random.Random(0)
     geometry = Geometry(1 + 8 * 64, 16, 8, 1024, 128, (64, None))
     scheduler = Scheduler(KVManager(geometry), 128, 32)
@@ -184,10 +186,10 @@ def test_a_common_beginning_stays_known_while_others_come_and_go(every):
     assert [sequence.num_cached_tokens for sequence in sequences[::every]][2:] == [256] * 6
 
 
-# ---- nobody's tokens change ----
+# ---- sharing changes no tokens ----
 
 
-def test_pages_are_evicted_only_when_needed_the_deepest_and_longest_unused_first():
+def test_pages_are_evicted_only_if_needed_and_the_longest_evictable_pages_first():
     with Inference(own_model("prefix caching"), None, **dict(SIZES, n_pages=9, enable_window_release=False)) as engine:
         old, young = prompt_of(13), prompt_of(13, seed=1)
         generate(engine, old)  # 13 + 2 tokens: three full pages
@@ -200,7 +202,7 @@ def test_pages_are_evicted_only_when_needed_the_deepest_and_longest_unused_first
 
 @pytest.mark.parametrize("options", [{}, dict(enable_window_release=False), dict(enable_prefix_caching=False)], ids=str)
 @pytest.mark.parametrize("seed", range(4))
-def test_tokens_are_those_of_generate_whatever_is_shared_evicted_and_preempted(seed, options):
+def test_tokens_equal_hugging_face_with_sharing_eviction_and_preemption(seed, options):
     rng = random.Random(seed)
     with Inference(own_model("prefix caching"), None, **{**TIGHT, "n_pages": 9, **options}) as engine:
         texts = [prompt_of(4, seed)]
@@ -220,7 +222,7 @@ def test_tokens_are_those_of_generate_whatever_is_shared_evicted_and_preempted(s
         assert (engine.stats().num_cached_tokens > 0) == engine.kv.prefix_caching
 
 
-def test_a_preempted_request_finds_its_own_pages_again():
+def test_a_preempted_request_hits_its_own_cached_pages():
     computed = {}
     for caching in (False, True):
         with Inference(own_model("prefix caching"), None, **TIGHT, enable_prefix_caching=caching) as engine:
@@ -232,8 +234,8 @@ def test_a_preempted_request_finds_its_own_pages_again():
     assert computed[True] < computed[False]
 
 
-def test_after_a_failed_step_nobody_reads_what_it_was_to_compute(monkeypatch):
-    """Three equal prompts are admitted in a step that fails; then the one whose pages the others share is aborted."""
+def test_pages_that_a_failed_step_did_not_compute_are_never_read(monkeypatch):
+    """Three equal prompts are admitted in a step that fails. Then the one whose pages the others share is aborted."""
     with Inference(own_model("prefix caching"), None, **dict(SIZES, max_num_batched_tokens=64)) as engine:
         prompt = prompt_of(13)
         ids = [engine.add_request(prompt, greedy(3)) for _ in range(3)]
@@ -247,8 +249,8 @@ def test_after_a_failed_step_nobody_reads_what_it_was_to_compute(monkeypatch):
         assert tokens_of(outputs.values()) == [expected(prompt)] * 2
 
 
-def test_pages_are_found_beyond_the_window_too(engine):
-    """The layers with a window keep only the end of a beginning, and that is enough."""
+def test_a_prompt_longer_than_the_window_hits_the_cache(engine):
+    """Layers with a window hold only the last window of a prefix, which is enough for a cache hit."""
     length = WINDOW + 3 * PAGE + 1
     prompt = prompt_of(length)[:28]
     first = generate(engine, prompt)

@@ -1,4 +1,4 @@
-"""The README's snippet runs as pasted and prints what stands below it; its links lead somewhere."""
+"""The README's snippets run as pasted and print the output below them. Links to files are not broken."""
 
 import re
 from pathlib import Path
@@ -12,8 +12,8 @@ SNIPPETS = re.findall(r"```python\n(.*?)```\n```text\n(.*?)```", README.read_tex
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize(("snippet", "shown"), SNIPPETS, ids=("in a notebook", "what is shared", "sampling"))
-def test_snippet_prints_what_the_readme_shows(snippet, shown, capsys):
+@pytest.mark.parametrize(("snippet", "shown"), SNIPPETS, ids=("in a notebook", "shared pages", "sampling"))
+def test_a_snippet_prints_the_output_in_the_readme(snippet, shown, capsys):
     exec(compile(snippet, "README.md", "exec"), {})
     assert capsys.readouterr().out == shown
 

@@ -1,4 +1,4 @@
-"""Figures of runs are what they say, a comparison is of equal work only, baselines do the whole work."""
+"""Reports of runs: figures are right, only runs of equal work are compared, and baselines do the whole work."""
 
 import functools
 import io
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def a_run(engine="flex-nano-vllm", seconds=2.0, seed=0, model="m", dtype="float32", tokens=20, **sizes) -> str:
-    """The JSON line of a run of one request, of 10 prompt tokens."""
+    """Return the JSON line of a run of one request with 10 prompt tokens."""
     options = RunOptions(
         model=model, dtype=dtype, num_requests=1, min_new_tokens=20, max_new_tokens=20, seed=seed, **sizes
     )
@@ -30,7 +30,7 @@ def a_run(engine="flex-nano-vllm", seconds=2.0, seed=0, model="m", dtype="float3
     return json_line(engine, "1.0", "compiled", model, CPU, options, options.requests(), 3.0, results)
 
 
-def test_summary_adds_up():
+def test_a_summary_adds_up():
     requests = [FinishedRequest(10, 1, 0.1, None), FinishedRequest(30, 4, 0.3, 0.02), FinishedRequest(2, 3, 0.2, 0.04)]
     results = summarize(requests, 2.0, CPU)
     assert (results["num_requests"], results["prompt_tokens"], results["output_tokens"]) == (3, 42, 8)
@@ -51,7 +51,7 @@ def test_a_figure_that_was_not_measured_is_null():
 
 
 def compared(tmp_path, *runs: str) -> list[list[str]]:
-    """The rows that `compare_runs` prints, cell by cell."""
+    """Return the cells of each line of the table that `compare_runs` prints."""
     files = []
     for i, run in enumerate(runs):
         files.append(tmp_path / f"{i}.log")
@@ -70,7 +70,7 @@ def test_runs_are_compared_by_their_medians(tmp_path):
     assert second[1:4] == ["3", "5", "0.50"]
 
 
-def test_runs_of_other_sizes_are_rows_of_their_own(tmp_path):
+def test_runs_of_different_sizes_are_separate_lines_of_the_table(tmp_path):
     runs = [a_run(seconds=2.0, n_pages=513), a_run(seconds=4.0, n_pages=257), a_run("vllm", seconds=1.0)]
     full, half, vllm = compared(tmp_path, *runs)
     assert "n_pages 513" in full[0] and "n_pages 257" in half[0] and "n_pages" not in vllm[0]
@@ -80,30 +80,30 @@ def test_runs_of_other_sizes_are_rows_of_their_own(tmp_path):
 @pytest.mark.parametrize(
     ("other", "what"), [({"seed": 1}, "workload digest"), ({"tokens": 19}, "output tokens"), ({"model": "n"}, "model")]
 )
-def test_no_ratio_of_different_work(tmp_path, other, what):
+def test_runs_of_different_work_are_not_compared(tmp_path, other, what):
     with pytest.raises(ValueError, match=f"no ratio: the runs differ in {what}"):
         compared(tmp_path, a_run(), a_run("vllm", **other))
 
 
 def test_a_file_without_a_run_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="holds no JSON line"):
+    with pytest.raises(ValueError, match="contains no JSON line"):
         compared(tmp_path, "Traceback")
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
-def test_padded_batches_answer_every_request(architecture):
+def test_padded_batches_finish_every_request(architecture):
     model = tiny_model(architecture, torch.float32)
     requests = make_workload(5, (1, 20), (2, 6), range(3, 200), seed=0)
     finished, seconds = padded_batches(model, requests, batch_size=2)
     lengths = [(request.num_prompt_tokens, request.num_output_tokens) for request in finished]
     assert lengths == [(len(request.prompt_token_ids), request.max_tokens) for request in requests]
     assert all(0 < request.ttft < seconds for request in finished)
-    # The third batch has to wait for the second.
+    # Each batch waits for the previous one.
     assert finished[0].ttft == finished[1].ttft < finished[2].ttft == finished[3].ttft < finished[4].ttft
 
 
-def test_continuous_batching_is_measured_only_where_it_is_right(monkeypatch):
-    # By itself it takes most of the machine's memory, which takes a minute.
+def test_continuous_batching_is_measured_only_if_its_tokens_are_right(monkeypatch):
+    # By default it allocates most of the machine's memory, which takes a minute.
     small = functools.partial(baselines.ContinuousBatchingConfig, num_blocks=16, max_batch_tokens=64)
     monkeypatch.setattr(baselines, "ContinuousBatchingConfig", small)
     requests = make_workload(5, (20, 30), (4, 6), range(3, 200), seed=0)
@@ -134,14 +134,14 @@ def test_plot_draws_every_run(tmp_path):
     assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_where_vllm_cannot_run_one_line_says_so():
+def test_a_missing_vllm_is_reported_in_one_line():
     program = "import sys; sys.modules['vllm'] = None; sys.argv = ['benchmark_vllm.py']; import benchmark_vllm as b; "
     run = subprocess.run([sys.executable, "-c", program + "sys.exit(b.main())"], capture_output=True, text=True)
     assert run.returncode == 2 and run.stdout == ""
     assert len(run.stderr.splitlines()) == 1 and "vLLM cannot run here" in run.stderr
 
 
-def test_vllm_is_handed_the_default_model_and_an_error_without_words_is_still_said():
+def test_vllm_gets_the_default_model_and_an_error_without_a_message_is_reported():
     program = """
 import sys, types, torch
 torch.cuda.is_available = lambda: False

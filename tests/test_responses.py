@@ -1,4 +1,4 @@
-"""`/v1/responses` as its clients see it: the same answers as chats, as items and as events.
+"""`/v1/responses` over HTTP: it gives the same answers as chats, in the form of items and of events.
 
 Most engines here are parrots, see parrots.py.
 """
@@ -24,7 +24,7 @@ LOGPROBS = ["message.output_text.logprobs"]
 
 
 def flat(tool):
-    """A tool as responses have it."""
+    """Return a tool in the form of `/v1/responses`."""
     return {"type": "function", **tool["function"]}
 
 
@@ -32,7 +32,7 @@ FLAT = [flat(f), flat(g)]
 
 
 def anonymous(value, names=()):
-    """A response without ids and times."""
+    """Return a response without its ids, its times and the fields in `names`."""
     if isinstance(value, dict):
         changing = ("id", "call_id", "created_at", "completed_at", *names)
         return {key: anonymous(child, names) for key, child in value.items() if key not in changing}
@@ -40,7 +40,7 @@ def anonymous(value, names=()):
 
 
 def raw_events(served, **request):
-    """(name, data) of each event of a stream."""
+    """Request a stream and return (name, data) of each of its events."""
     body = dict(model=MODEL, temperature=0, stream=True) | request
     status, headers, body = served.ask("POST", RESPONSES, body)
     assert status == 200 and headers["content-type"].startswith("text/event-stream"), body
@@ -55,7 +55,7 @@ def raw_events(served, **request):
 
 
 def check_stream(events):
-    """The order of events, and what each of them says of the items. Returns the last one's response."""
+    """Check the order of the events and their data. Return the response in the last event."""
     assert [data["sequence_number"] for _, data in events] == list(range(len(events)))
     assert all(name == data["type"] for name, data in events)
     (_, created), (_, begun), *items, (last, final) = events
@@ -100,7 +100,10 @@ def check_stream(events):
 
 
 def one(client, served, input, **options):
-    """A response, the same whole and streamed, and by the client's own reading of the stream."""
+    """Request a response with and without streaming, check that both are equal, and return it.
+
+    The stream is checked twice: its raw events, and the events as parsed by the client.
+    """
     request = dict(model=MODEL, input=input, temperature=0) | options
     whole = client.responses.create(**request)
     streamed = check_stream(raw_events(served, **request))
@@ -137,7 +140,7 @@ def user(text):
     ],
     ids=["text", "item", "parts"],
 )
-def test_a_text_is_answered_by_one_message(client, parrot, input):
+def test_the_answer_to_a_text_is_one_message(client, parrot, input):
     response = one(client, parrot, input)
     assert (response.object, response.model, response.id[:5]) == ("response", MODEL, "resp_")
     (message,) = response.output
@@ -160,7 +163,7 @@ def test_an_answer_without_text_is_an_empty_message(client, parrot):
     assert response.output_text == "" and response.output[0].content[0].text == ""
 
 
-def test_what_was_asked_for_is_said_again(client, parrot):
+def test_a_response_contains_the_fields_of_its_request(client, parrot):
     request = dict(
         instructions="Be brief.",
         max_output_tokens=7,
@@ -258,8 +261,7 @@ FUNCTION = {"id": "c1", "type": "function", "function": {"name": "f", "arguments
     ],
     ids=["instructions", "developer", "system", "turns", "output", "assistants", "call", "calls"],
 )
-def test_a_conversation_is_the_chats(parrot, client, monkeypatch, request_, messages):
-    """The model reads the same tokens."""
+def test_the_prompt_has_the_same_tokens_as_the_prompt_of_a_chat(parrot, client, monkeypatch, request_, messages):
     prompts = []
     chat_prompt = parrot.engine.input_processor.chat_prompt
     monkeypatch.setattr(
@@ -270,7 +272,7 @@ def test_a_conversation_is_the_chats(parrot, client, monkeypatch, request_, mess
     assert prompts == [chat_token_ids(gemma_tokenizer(), messages, tools)]
 
 
-def test_the_output_can_be_sent_back_as_it_is(client, parrot):
+def test_the_output_items_can_be_sent_back_unchanged(client, parrot):
     first = one(client, parrot, "SAY:I see.\n" + written(HERMES, CALL_F, CALL_G), tools=FLAT)
     results = [
         {"type": "function_call_output", "call_id": item.call_id, "output": "SAY:done"}
@@ -289,7 +291,7 @@ def test_the_output_can_be_sent_back_as_it_is(client, parrot):
 @pytest.mark.parametrize(
     "text", ["SAY:zoë 😀\n", "SAY:" + written(HERMES, CALL_F), "SAY:a b " + written(HERMES, CALL_F, CALL_G)]
 )
-def test_a_chat_is_answered_the_same(client, parrot, text):
+def test_a_chat_with_the_same_messages_has_the_same_answer(client, parrot, text):
     response = one(client, parrot, text, tools=FLAT, instructions="Be brief.")
     messages = [{"role": "system", "content": "Be brief."}, user(text)]
     chat = client.chat.completions.create(model=MODEL, messages=messages, temperature=0, tools=[f, g])
@@ -301,7 +303,7 @@ def test_a_chat_is_answered_the_same(client, parrot, text):
     assert (usage.input_tokens, usage.output_tokens) == (of_chat.prompt_tokens, of_chat.completion_tokens)
 
 
-def test_the_trained_model_answers_as_in_a_chat():
+def test_the_trained_model_answers_a_response_request():
     requests = [dict(), dict(stream=True), dict(include=LOGPROBS)]
     sizes = dict(max_batch_size=4, max_seq_length=128, page_size=16, compile=False)
     with Inference.from_pretrained("tiny-gemma2", **sizes) as engine, serving(engine) as served:
@@ -323,7 +325,7 @@ class Day(pydantic.BaseModel):
     hour: Literal[1, 22]
 
 
-def test_a_text_has_the_format_asked_for(client, parrot):
+def test_a_text_has_the_requested_format(client, parrot):
     assert one(client, parrot, 'SAY:{"day": "tue"}', text={"format": DAY}).output_text == '{"day": "tue"}'
     other = one(client, parrot, "SAY:hello", text={"format": DAY})
     assert json.loads(other.output_text)["day"] in ("mon", "tue")
@@ -348,7 +350,7 @@ def test_a_call_is_an_item(client, parrot, call):
     assert item.id[:3] == "fc_" and item.call_id[:5] == "call_" and response.status == "completed"
 
 
-def test_text_and_calls_are_items_in_their_order(client, parrot):
+def test_text_and_calls_are_items_in_the_order_of_the_output(client, parrot):
     response = one(client, parrot, "SAY:I see.\n" + written(HERMES, CALL_F, CALL_G), tools=FLAT)
     assert [item.type for item in response.output] == ["message", "function_call", "function_call"]
     assert response.output_text == "I see." and calls_of(response) == [CALL_F, CALL_G]
@@ -356,7 +358,7 @@ def test_text_and_calls_are_items_in_their_order(client, parrot):
 
 
 @pytest.mark.parametrize("text", ["hello", written(HERMES, CALL_F)])
-def test_which_tool_is_called_is_the_clients_choice(client, parrot, text):
+def test_tool_choice_determines_the_called_tool(client, parrot, text):
     def calls(choice, **options):
         response = one(client, parrot, f"SAY:{text}", tools=FLAT, tool_choice=choice, **options)
         assert response.to_dict()["tool_choice"] == choice
@@ -368,7 +370,7 @@ def test_which_tool_is_called_is_the_clients_choice(client, parrot, text):
     assert [name for name, _ in calls({"type": "function", "name": "g"})] == ["g"]
 
 
-def test_without_parallel_calls_there_is_one(client, parrot):
+def test_without_parallel_calls_a_response_has_one_call(client, parrot):
     text = "SAY:" + written(HERMES, CALL_F, CALL_G)
     assert calls_of(one(client, parrot, text, tools=FLAT, parallel_tool_calls=False)) == [CALL_F]
     assert calls_of(one(client, parrot, text, tools=FLAT, tool_choice="required", parallel_tool_calls=True)) == [
@@ -392,14 +394,14 @@ def test_arguments_are_parsed_as_a_pydantic_model(client):
 # --- limits and log-probabilities --------------------------------------------------------------------------------
 
 
-def test_a_response_that_the_token_limit_cuts_off_is_incomplete(client, parrot):
+def test_a_response_truncated_by_the_token_limit_is_incomplete(client, parrot):
     response = one(client, parrot, "SAY:a b c d e f", max_output_tokens=4)
     assert (response.status, response.incomplete_details.reason) == ("incomplete", "max_output_tokens")
     assert response.output[0].status == "incomplete" and "a b c d".startswith(response.output_text)
     assert response.usage.output_tokens == 4 and response.output_text
 
 
-def test_a_call_that_the_token_limit_cuts_off_is_incomplete(client, parrot):
+def test_a_call_truncated_by_the_token_limit_is_incomplete(client, parrot):
     text = written(HERMES, CALL_F)
     num_tokens = len(gemma_tokenizer()(text[: text.index('"dd"')], add_special_tokens=False).input_ids)
     response = one(client, parrot, f"SAY:{text}", tools=FLAT, max_output_tokens=num_tokens)
@@ -409,7 +411,7 @@ def test_a_call_that_the_token_limit_cuts_off_is_incomplete(client, parrot):
 
 
 @pytest.mark.parametrize("text", ["ab", "a b\n", "é😀"])
-def test_log_probabilities_come_if_they_are_asked_for(client, parrot, text):
+def test_log_probabilities_are_returned_if_requested(client, parrot, text):
     plain = one(client, parrot, f"SAY:{text}")
     assert plain.output[0].content[0].logprobs == []
     for options, num_top in ((dict(include=LOGPROBS), 0), (dict(include=LOGPROBS, top_logprobs=2), 2)):
@@ -425,7 +427,7 @@ def test_log_probabilities_come_if_they_are_asked_for(client, parrot, text):
         assert response.top_logprobs == num_top
 
 
-def test_log_probabilities_with_tools_are_refused_because_calls_have_no_place_for_them(client):
+def test_log_probabilities_with_tools_are_rejected_because_calls_have_no_field_for_them(client):
     with pytest.raises(openai.BadRequestError, match="cannot be combined with tools") as error:
         client.responses.create(model=MODEL, input="x", tools=FLAT, include=LOGPROBS)
     assert error.value.param == "top_logprobs"
@@ -494,7 +496,7 @@ def image(kind="input_image"):
     ],
     ids=lambda value: str(value)[:50] if isinstance(value, dict) else "",
 )
-def test_what_is_wrong_is_refused_by_name(parrot, fields, param, words):
+def test_an_invalid_request_is_rejected_with_the_name_of_the_field(parrot, fields, param, words):
     request = dict(model=MODEL, input="x", temperature=0) | fields
     before = parrot.engine.stats().num_steps
     for stream in (False, True):
@@ -502,7 +504,7 @@ def test_what_is_wrong_is_refused_by_name(parrot, fields, param, words):
         assert status == 400 and headers["content-type"] == "application/json", body
         error = assert_is_error(status, body)
         assert error["param"] in (param if isinstance(param, tuple) else (param,)) and words in error["message"], error
-        assert not error["message"].startswith("messages"), "a name that the client does not know"
+        assert not error["message"].startswith("messages"), "the message names a field that the request does not have"
     assert parrot.engine.stats().num_steps == before
 
 
@@ -522,12 +524,12 @@ def test_what_is_wrong_is_refused_by_name(parrot, fields, param, words):
     ],
     ids=str,
 )
-def test_what_asks_for_nothing_special_is_answered(parrot, fields):
+def test_fields_that_do_not_change_the_answer_are_accepted(parrot, fields):
     status, _, body = parrot.ask("POST", RESPONSES, dict(model=MODEL, input="SAY:x", temperature=0) | fields)
     assert status == 200 and json.loads(body)["output"][0]["content"][0]["text"] == "x", body
 
 
-def test_tools_are_refused_where_the_template_has_no_place_for_them():
+def test_tools_are_rejected_if_the_chat_template_does_not_support_them():
     with new_engine() as engine, serving(parrot_of(engine)) as served:
         status, _, body = served.ask("POST", RESPONSES, dict(model=MODEL, input="x", tools=FLAT))
     assert status == 400 and assert_is_error(status, body)["param"] == "tools"
@@ -537,7 +539,7 @@ def test_tools_are_refused_where_the_template_has_no_place_for_them():
     ("method", "path"),
     [("POST", "/v1/responses/compact"), ("GET", "/v1/responses/resp_1"), ("POST", "/v1/responses/resp_1/cancel")],
 )
-def test_what_needs_stored_responses_is_not_found(parrot, method, path):
+def test_endpoints_for_stored_or_compacted_responses_are_not_found(parrot, method, path):
     body = dict(model=MODEL, input=[user("x")]) if method == "POST" else None
     status, _, body = parrot.ask(method, path, body)
     assert status == 404
@@ -550,8 +552,8 @@ def test_an_unknown_model_is_not_found(client):
     assert caught.value.param == "model"
 
 
-@pytest.mark.parametrize("number", [1, 3], ids=["before the first token", "after it"])
-def test_an_error_of_the_engine_ends_a_stream_with_an_error_event(client, parrot, monkeypatch, number):
+@pytest.mark.parametrize("number", [1, 3], ids=["before the first token", "after the first token"])
+def test_an_engine_error_ends_a_stream_with_an_error_event(client, parrot, monkeypatch, number):
     raise_at_call(monkeypatch, parrot.engine.runner, "forward", number, OSError)
     events = raw_events(parrot, input="SAY:a b c d")
     monkeypatch.undo()
@@ -570,14 +572,14 @@ def test_an_error_of_the_engine_ends_a_stream_with_an_error_event(client, parrot
     assert client.responses.create(model=MODEL, input="SAY:fine", temperature=0).output_text == "fine"
 
 
-def test_an_error_of_the_engine_is_the_answer(client, parrot, monkeypatch):
+def test_an_engine_error_is_returned_as_an_internal_server_error(client, parrot, monkeypatch):
     raise_at_call(monkeypatch, parrot.engine.runner, "forward", 2, OSError)
     with pytest.raises(openai.InternalServerError, match="OSError"):
         client.responses.create(model=MODEL, input="SAY:a b c d", temperature=0)
 
 
-def test_a_client_that_leaves_ends_its_response():
-    """The steps stand still until it has left: then there is nothing to compute."""
+def test_a_client_that_disconnects_aborts_its_response():
+    """The gate holds the steps until the client has disconnected, so the response cannot finish earlier."""
     with new_parrot() as engine:
         gate = Gate(engine)
         with serving(engine) as served:

@@ -1,4 +1,4 @@
-"""Logits to tokens, against sums in plain Python."""
+"""Sampling of tokens from logits, compared with sums in plain Python."""
 
 import math
 import random
@@ -24,16 +24,16 @@ def sample(logits, temperatures, levels):
     return sample_tokens(logits, draws).tolist()
 
 
-def test_uniform_is_a_function_of_seed_and_position_into_the_unit_interval():
+def test_uniform_maps_seed_and_position_into_the_unit_interval():
     numbers = {(s, p): uniform(s, p) for s in (0, 1, 12, 2**63 - 1) for p in range(500)}
     assert all(0 <= number < 1 for number in numbers.values())
     assert all(uniform(s, p) == number for (s, p), number in numbers.items())
     assert len(set(numbers.values())) == len(numbers)
-    assert uniform(1, 23) != uniform(12, 3)  # not just their digits
+    assert uniform(1, 23) != uniform(12, 3)  # depends on more than the joined digits
 
 
 def test_uniform_never_changes():
-    """What a seed has given once it gives in every version."""
+    """A seed gives the same numbers in every version."""
     assert [uniform(0, 0), uniform(7, 5), uniform(2**63 - 1, 4096)] == [
         0.8336885269740499,
         0.14270864735161393,
@@ -57,7 +57,7 @@ def test_consecutive_uniforms_are_independent():
 
 @DTYPES
 @pytest.mark.parametrize("vocabulary", [2, 50, 1000])
-def test_sample_is_the_inverse_of_the_distribution(dtype, vocabulary):
+def test_sample_is_the_inverse_of_the_cumulative_distribution(dtype, vocabulary):
     generator = torch.Generator().manual_seed(vocabulary)
     num_rows = 200
     logits = (4 * torch.randn(num_rows, vocabulary, generator=generator, dtype=torch.float64)).to(dtype)
@@ -66,11 +66,11 @@ def test_sample_is_the_inverse_of_the_distribution(dtype, vocabulary):
     tokens = sample(logits, temperatures, levels)
     oracle = [inverse_cdf(*arguments) for arguments in zip(logits.double().tolist(), temperatures, levels)]
     clear = [row for row, (_, distance) in enumerate(oracle) if distance > 1e-12]
-    assert len(clear) >= num_rows - 2  # the levels next to 0 and 1 may be too close to call
+    assert len(clear) >= num_rows - 2  # the levels next to 0 and 1 may be too close to a boundary
     assert [tokens[row] for row in clear] == [oracle[row][0] for row in clear]
 
 
-def test_sampled_frequencies_are_the_probabilities():
+def test_sampled_frequencies_match_the_probabilities():
     logits, temperature, num_draws = [0.0, 1.0, -1.0, 2.0, 0.5], 0.8, 20_000
     weights = [math.exp(logit / temperature) for logit in logits]
     rows = torch.tensor([logits], dtype=torch.float32).expand(num_draws, -1)
@@ -82,7 +82,7 @@ def test_sampled_frequencies_are_the_probabilities():
 
 @DTYPES
 @pytest.mark.parametrize("vocabulary", [5, 256, 100_003])
-def test_of_equal_logits_greedy_takes_the_lowest_id(dtype, vocabulary):
+def test_greedy_sampling_takes_the_lowest_id_of_equal_logits(dtype, vocabulary):
     logits = torch.zeros(4, vocabulary, dtype=dtype)
     logits[1, 3:] = 2.0
     logits[2, vocabulary - 2 :] = 2.0
@@ -92,9 +92,9 @@ def test_of_equal_logits_greedy_takes_the_lowest_id(dtype, vocabulary):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @DTYPES
-def test_rows_that_are_not_finite_have_no_token_and_the_others_have_theirs(dtype, temperature):
+def test_logits_rows_that_are_not_finite_get_no_token_and_other_rows_get_theirs(dtype, temperature):
     logits = torch.zeros(7, 9, dtype=dtype)
-    logits[:, 4] = 50.0  # the answer at any temperature
+    logits[:, 4] = 50.0  # the token at any temperature
     logits[1, 2] = math.nan
     logits[2] = math.nan
     logits[3, 8] = math.inf
@@ -107,7 +107,7 @@ def test_rows_that_are_not_finite_have_no_token_and_the_others_have_theirs(dtype
 
 @pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2**-53])
 @pytest.mark.parametrize("temperature", [0.0, 1e-4, 1.0, 2.0])
-def test_a_token_of_minus_infinity_is_never_taken(temperature, u):
+def test_a_token_with_a_logit_of_minus_infinity_is_never_chosen(temperature, u):
     logits = torch.full((2, 100), -math.inf, dtype=torch.float32)
     logits[0, 40:60] = torch.linspace(-1, 1, 20)
     logits[1, 71] = -3.0
@@ -116,35 +116,35 @@ def test_a_token_of_minus_infinity_is_never_taken(temperature, u):
     assert second == 71
 
 
-def test_rows_are_sampled_each_at_its_own_temperature():
+def test_each_logits_row_has_its_own_temperature():
     logits = torch.tensor([[0.0, 1.0, 0.9]]).expand(4, -1)
-    # Token 0 has 1 in 4 at temperature 2, but 1 in 10,000 at temperature 0.1; at 0 there is token 1 only.
+    # The probability of token 0 is 1/4 at temperature 2, and 1/30,000 at 0.1. At 0, only token 1 is possible.
     assert sample(logits, [2.0, 0.1, 0.0, 2.0], [0.2, 0.2, 0.2, 0.99]) == [0, 1, 1, 2]
 
 
-def test_no_rows_are_no_tokens():
+def test_zero_logits_rows_give_no_tokens():
     assert sample(torch.zeros(0, 9), [], []) == []
 
 
-# --- everything that changes the distribution --------------------------------------------------------------------
+# --- parameters that change the distribution ---------------------------------------------------------------------
 
 
 def edits_of(changes):
-    """LogitEdits of {token id: (bias, divisor, penalty)}."""
+    """Return `LogitEdits` from {token id: (bias, divisor, penalty)}."""
     columns = zip(*changes.values()) if changes else ((), (), ())
     return LogitEdits(np.array(list(changes), dtype=np.int64), *(np.array(column, dtype=float) for column in columns))
 
 
 def bits_of(token_ids, vocabulary, beyond=0):
-    """The bitmask of tokens, by sums of powers of two; `beyond`: bits of tokens that there are not."""
+    """Return the bitmask of tokens, made of sums of powers of two. `beyond`: bits to set beyond the vocabulary."""
     words = [sum(1 << i % 32 for i in token_ids if i // 32 == word) for word in range((vocabulary + 31) // 32)]
     words[-1] |= beyond & ~((1 << (vocabulary - 1) % 32 + 1) - 1)
     return np.array(words, dtype=np.uint32).view(np.int32)
 
 
 def random_row(rng, vocabulary, some=0.5):
-    """(logits, a draw without its arrays, changes, allowed): each parameter is in use with the odds of `some`."""
-    grid = rng.choice([1, 4, 1e9])  # coarse: many are equally likely
+    """Return (logits, a draw without its arrays, changes, allowed). Each parameter is used with probability `some`."""
+    grid = rng.choice([1, 4, 1e9])  # a coarse grid gives many ties
     logits = [round(rng.gauss(0, 3) * grid) / grid for _ in range(vocabulary)]
 
     def maybe(value, otherwise):
@@ -165,7 +165,7 @@ def random_row(rng, vocabulary, some=0.5):
 
 
 def sampled(rows, dtype, beyond=0, sample_tokens=sample_tokens):
-    """The tokens of a batch, and those of the oracle."""
+    """Return the tokens of a batch, and the tokens of the oracle."""
     logits = torch.tensor([row[0] for row in rows], dtype=torch.float64).to(dtype)
     vocabulary, draws = logits.shape[1], []
     for _, draw, changes, allowed in rows:
@@ -180,7 +180,7 @@ def sampled(rows, dtype, beyond=0, sample_tokens=sample_tokens):
 @DTYPES
 @pytest.mark.parametrize("num_rows", [1, 2, 9])
 @pytest.mark.parametrize("vocabulary", [2, 31, 32, 33, 1000])
-def test_all_parameters_together_mean_what_is_stated(dtype, num_rows, vocabulary):
+def test_all_parameters_together_match_the_oracle(dtype, num_rows, vocabulary):
     rng = random.Random(f"{dtype} {num_rows} {vocabulary}")
     num_unclear, num_batches = 0, 8 if vocabulary == 1000 else 40
     for batch in range(num_batches):
@@ -193,7 +193,7 @@ def test_all_parameters_together_mean_what_is_stated(dtype, num_rows, vocabulary
 
 @pytest.mark.compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_compiled_it_means_the_same(dtype):
+def test_compiled_sampling_matches_the_oracle(dtype):
     rng = random.Random(0)
     model = byte_model().to(dtype)
     with Inference(model, None, max_batch_size=2, max_seq_length=32, page_size=16) as engine:
@@ -233,15 +233,15 @@ def batches(draw):
 
 @settings(max_examples=300, deadline=None, database=None)
 @given(batches(), st.sampled_from([torch.float64, torch.float32]), st.integers(0, 2**32 - 1))
-def test_no_values_mean_anything_else_whatever_stands_beside_them(rows, dtype, beyond):
-    """NaN, infinities, everything banned, ties, and bits beyond the vocabulary."""
+def test_sampling_of_arbitrary_values_matches_the_oracle(rows, dtype, beyond):
+    """The values include NaN, infinities, ties, rows without an allowed token, and bits beyond the vocabulary."""
     for token, wanted in zip(*sampled(rows, dtype, beyond)):
         assert wanted is None or token == wanted
 
 
 @settings(max_examples=100, deadline=None, database=None)
 @given(batches(), st.randoms(use_true_random=False))
-def test_a_row_does_not_depend_on_its_neighbours(rows, rng):
+def test_a_logits_row_does_not_depend_on_other_rows(rows, rng):
     alone = [sampled([row], torch.float64)[0][0] for row in rows]
     order = rng.sample(range(len(rows)), len(rows))
     assert sampled([rows[i] for i in order], torch.float64)[0] == [alone[i] for i in order]
@@ -250,9 +250,13 @@ def test_a_row_does_not_depend_on_its_neighbours(rows, rng):
 LOG = [math.log(weight) for weight in (16, 8, 4, 4, 2, 1)]
 
 
-def test_frequencies_are_the_odds_of_all_parameters_in_their_order():
-    """Weights 16 8 4 4 2 1; the first is not allowed, the last times 4; squared by the temperature: - 64 16 16 4 16.
-    min_p takes 4; top_k has all three 16 as its second; 64 of 112 are less than top_p, so they stay: 4 to 1, 1, 1."""
+def test_frequencies_match_the_probabilities_with_all_parameters_in_their_order():
+    """The weights are 16 8 4 4 2 1. Token 0 is not allowed, and the bias multiplies the weight of token 5 by 4.
+
+    The temperature of 0.5 squares the weights: - 64 16 16 4 16. `min_p` removes the weight 4. `top_k` keeps all three
+    weights of 16, because they tie for the second place. `top_p` keeps them too, because 64/112 is less than 0.6. The
+    remaining weights are 4 to 1, 1, 1.
+    """
     changes, allowed, num_draws = {5: (math.log(4), 1.0, 0.0)}, bits_of({1, 2, 3, 4, 5}, 6), 20_000
     options = dict(temperature=0.5, min_p=0.1, top_k=2, top_p=0.6, edits=edits_of(changes), allowed=allowed)
     logits = torch.tensor([LOG], dtype=torch.float64).expand(num_draws, -1)
@@ -264,7 +268,7 @@ def test_frequencies_are_the_odds_of_all_parameters_in_their_order():
 
 
 def support(weights, **options):
-    """All tokens that are ever drawn."""
+    """Return all tokens that are drawn for 1000 values of `u`."""
     logits = torch.tensor([[math.log(weight) for weight in weights]], dtype=torch.float64).expand(1000, -1)
     return set(sample_tokens(logits, [Draw(temperature=1.0, u=i / 1000, **options) for i in range(1000)]).tolist())
 
@@ -284,12 +288,12 @@ def support(weights, **options):
         ((4, 3, 2), dict(top_k=3, top_p=1.0, min_p=0.6), {0, 1}),
     ],
 )
-def test_who_is_drawn_from(weights, options, tokens):
+def test_limits_keep_the_expected_tokens(weights, options, tokens):
     assert support(weights, **options) == tokens
 
 
-def test_a_batch_of_one_kind_of_cut_does_not_widen_another():
-    """Two rows look at fewer ranks than the third, which looks at all."""
+def test_the_limits_of_one_logits_row_do_not_change_those_of_another():
+    """Two logits rows use fewer ranks than the third, which uses all ranks."""
     logits = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]]).expand(3, -1)
     draws = [Draw(temperature=1.0, top_k=1), Draw(temperature=1.0, top_k=3), Draw(temperature=1.0, top_p=0.999999)]
     assert sample_tokens(logits, draws).tolist() == [4, 2, 0]
@@ -297,8 +301,8 @@ def test_a_batch_of_one_kind_of_cut_does_not_widen_another():
 
 @DTYPES
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_row_that_is_not_finite_stays_so_under_a_mask_and_edits(dtype, temperature):
-    """Even where all that is wrong with it would be masked: what else it says cannot be relied on."""
+def test_a_logits_row_that_is_not_finite_fails_despite_a_mask_and_edits(dtype, temperature):
+    """It fails even if the mask would remove the bad logit, because its other logits are not reliable."""
     logits = torch.zeros(5, 40, dtype=dtype)
     logits[0, 7], logits[1, 7], logits[2, 7] = math.nan, math.inf, -math.inf
     logits[3] = -math.inf
@@ -307,7 +311,7 @@ def test_a_row_that_is_not_finite_stays_so_under_a_mask_and_edits(dtype, tempera
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_where_everything_is_banned_there_is_no_token(temperature):
+def test_a_logits_row_without_an_allowed_token_gets_no_token(temperature):
     ban = edits_of(dict.fromkeys([1, 3], (-math.inf, 1.0, 0.0)))
     nothing, odd = bits_of(set(), 5), bits_of({1, 3}, 5)
     options = [dict(allowed=nothing), dict(allowed=odd, edits=ban), dict(edits=ban), dict(allowed=odd)]
@@ -315,7 +319,7 @@ def test_where_everything_is_banned_there_is_no_token(temperature):
     assert tokens.tolist() == [NOT_FINITE, NOT_FINITE, 0, 1]
 
 
-def test_the_logits_are_left_as_they_are():
+def test_sampling_does_not_change_the_logits():
     logits = torch.zeros(2, 8)
     sample_tokens(logits, [Draw(edits=edits_of({2: (9.0, 1.0, 0.0)})), Draw(allowed=bits_of({5}, 8))])
     assert torch.equal(logits, torch.zeros(2, 8))
@@ -327,7 +331,7 @@ def test_the_logits_are_left_as_they_are():
 @DTYPES
 @pytest.mark.parametrize("num_top", [0, 1, 7])
 @pytest.mark.parametrize("vocabulary", [7, 500])
-def test_logprobs_are_logarithms_of_a_softmax_and_ranks_count_who_is_more_likely(dtype, num_top, vocabulary):
+def test_logprobs_are_a_log_softmax_and_ranks_count_more_likely_tokens(dtype, num_top, vocabulary):
     rng = random.Random(vocabulary)
     values = [[round(rng.gauss(0, 4)) / 2 for _ in range(vocabulary)] for _ in range(6)]  # with many ties
     token_ids = [rng.randrange(vocabulary) for _ in values]
@@ -345,6 +349,6 @@ def test_logprobs_are_logarithms_of_a_softmax_and_ranks_count_who_is_more_likely
         assert tops == pytest.approx(sorted(wanted, reverse=True)[:num_top], abs=tolerance)
 
 
-def test_a_token_of_minus_infinity_has_that_logprob_and_the_last_rank():
+def test_a_token_with_a_logit_of_minus_infinity_has_that_logprob_and_the_last_rank():
     (row,) = logprobs_of(torch.tensor([[0.0, -math.inf, 0.0]]), torch.tensor([1]), 2).tolist()
     assert row[:2] == [-math.inf, 3.0] and set(row[2:4]) == {0.0, 2.0}

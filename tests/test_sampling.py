@@ -1,5 +1,8 @@
-"""Every sampling parameter through the engine. The oracle runs Hugging Face's model on the growing sequence, token by
-token, and loops over the vocabulary in plain Python."""
+"""Every sampling parameter through the engine.
+
+The oracle runs Hugging Face's model on the growing sequence, one token at a time, and loops over the vocabulary in
+plain Python.
+"""
 
 import functools
 import math
@@ -28,7 +31,7 @@ EOS = 1
 
 @functools.cache
 def hf_logits(tokens):
-    """Of all positions, [T, V]."""
+    """Return the logits of all positions, [T, V]."""
     with torch.no_grad():
         return tiny_model("gemma2")(torch.tensor([tokens])).logits[0]
 
@@ -39,7 +42,7 @@ def hf_logprobs(tokens):
 
 
 def expected(prompt, params, index=0):
-    """(tokens, finish_reason, stop_reason) of sample `index`."""
+    """Return (tokens, finish_reason, stop_reason) of sample `index`."""
     tokens, room = list(prompt), SIZES["max_seq_length"] - len(prompt)
     num_wanted = min(room, params.max_tokens or room)
     stop_ids = set(params.stop_token_ids or ())
@@ -63,7 +66,7 @@ def expected(prompt, params, index=0):
         )
         logits = hf_logits(tuple(tokens))[-1].tolist()
         token = token_of(logits, draw, changes, params.allowed_token_ids, is_double=True, margin=1e-6)
-        assert token is not None, "too close to call: choose another seed"
+        assert token is not None, "a number is too close to a boundary between tokens: choose another seed"
         tokens.append(token)
         output = tokens[len(prompt) :]
         if token in end_ids:
@@ -73,7 +76,7 @@ def expected(prompt, params, index=0):
 
 
 def check_rating(named, context, token_id, num_top):
-    """What is said of a token that follows `context`. Hugging Face's softmax of attention is one in float32."""
+    """Check the logprobs of a token after `context`. Hugging Face's attention softmax is in float32."""
     logprobs = hf_logprobs(context)[-1]
     best = sorted(range(VOCABULARY), key=lambda i: -logprobs[i])
     assert next(iter(named)) == token_id
@@ -84,7 +87,7 @@ def check_rating(named, context, token_id, num_top):
 
 
 def check(output, prompt, params):
-    """All that a request asked for."""
+    """Check an output against the oracle and the parameters of its request."""
     assert output.prompt_token_ids == prompt
     for index, completion in enumerate(output.outputs):
         answer = (completion.token_ids, completion.finish_reason, completion.stop_reason)
@@ -107,7 +110,7 @@ def check(output, prompt, params):
 
 
 def random_params(rng, some):
-    """Each parameter is in use with the odds of `some`."""
+    """Return random parameters. Each is in use with probability `some`."""
 
     def maybe(value, otherwise):
         return value if rng.random() < some else otherwise
@@ -135,7 +138,7 @@ def random_params(rng, some):
     )
 
 
-COMMON = prompt_of(9, seed=5)  # what several prompts begin with
+COMMON = prompt_of(9, seed=5)  # several prompts begin with these tokens
 NUM_REQUESTS = 12
 
 
@@ -146,13 +149,13 @@ def requests():
     return [(prompt, random_params(rng, some=(0.3, 0.6, 0.9)[i % 3])) for i, prompt in enumerate(prompts)]
 
 
-def test_the_requests_of_these_tests_end_in_every_way_and_use_everything(requests):
+def test_the_requests_of_these_tests_use_every_parameter_and_end_in_every_way(requests):
     ends = [expected(prompt, params, index)[1:] for prompt, params in requests for index in range(params.n)]
     assert {reason for reason, _ in ends} == {"stop", "length"}
     assert ("stop", None) in ends and any(stop is not None for _, stop in ends)
     default = vars(SamplingParams())
     unused = {name for name in default if all(vars(params)[name] == default[name] for _, params in requests)}
-    assert unused == {"stop", "skip_special_tokens", "include_stop_str_in_output", "structured_outputs"}  # about text
+    assert unused == {"stop", "skip_special_tokens", "include_stop_str_in_output", "structured_outputs"}  # of text
 
 
 @pytest.mark.parametrize(
@@ -166,11 +169,14 @@ def test_the_requests_of_these_tests_end_in_every_way_and_use_everything(request
     ],
     ids=str,
 )
-def test_every_parameter_in_every_kind_of_company(requests, sizes):
-    """And again in another order, when much of it is cached: log-probabilities of a prompt are complete even so."""
+def test_every_parameter_matches_the_oracle_for_every_size(requests, sizes):
+    """The requests run twice, in different orders, so that the second run can have many cached tokens.
+
+    Prompt logprobs must be complete in both runs.
+    """
     with Inference(own_model("sampling"), None, **{**SIZES, **sizes}) as engine:
-        everyone = list(range(5 if sizes == dict(max_num_batched_tokens=1) else NUM_REQUESTS))
-        for order in (everyone, random.Random(1).sample(everyone, len(everyone))):
+        indices = list(range(5 if sizes == dict(max_num_batched_tokens=1) else NUM_REQUESTS))
+        for order in (indices, random.Random(1).sample(indices, len(indices))):
             prompts, params = zip(*(requests[i] for i in order))
             outputs = engine.generate(prompts, params, use_tqdm=False)
             for i, output in zip(order, outputs):
@@ -183,7 +189,7 @@ def test_every_parameter_in_every_kind_of_company(requests, sizes):
             assert engine.stats().num_cached_tokens > 0
 
 
-def test_requests_that_come_while_others_run_get_the_same(engine, requests):
+def test_requests_that_arrive_while_others_run_match_the_oracle(engine, requests):
     ids, outputs = [], {}
     for prompt, params in requests:
         ids.append(engine.add_request(prompt, params))
@@ -195,8 +201,8 @@ def test_requests_that_come_while_others_run_get_the_same(engine, requests):
 
 
 @pytest.mark.parametrize("repetition", [1.0, 2.0, 0.5])
-def test_penalties_count_the_output_and_repetition_the_prompt_too(engine, repetition):
-    """Where every other token that may come is one of the prompt."""
+def test_penalties_count_output_tokens_and_repetition_penalty_also_prompt_tokens(engine, repetition):
+    """The prompt is half of the list of allowed tokens."""
     prompt = prompt_of(9, seed=4)
     allowed = [*prompt, *prompt_of(9, seed=3)]
     params = [
@@ -216,13 +222,13 @@ def test_penalties_count_the_output_and_repetition_the_prompt_too(engine, repeti
         check(output, prompt, p)
 
 
-def test_logprobs_of_a_long_prompt_are_rated_some_at_a_time(engine, monkeypatch):
+def test_prompt_logprobs_of_a_long_prompt_are_computed_in_parts(engine, monkeypatch):
     monkeypatch.setattr(sampling, "LOGPROB_ROWS_AT_ONCE", 4)
     prompt, params = prompt_of(21), SamplingParams(temperature=0, prompt_logprobs=3, logprobs=2, max_tokens=3)
     check(engine.generate(prompt, params, use_tqdm=False)[0], prompt, params)
 
 
-def test_a_prompt_whose_logprobs_are_asked_is_found_by_others_but_finds_nothing(engine):
+def test_a_prompt_with_prompt_logprobs_is_cached_but_has_no_cache_hit(engine):
     prompt, rated = prompt_of(17, seed=9), SamplingParams(temperature=0, prompt_logprobs=0, max_tokens=1)
     cached = [engine.generate(prompt, p, use_tqdm=False)[0].num_cached_tokens for p in (rated, greedy(1), rated)]
     assert cached == [0, 16, 0]
@@ -249,7 +255,7 @@ def test_a_prompt_whose_logprobs_are_asked_is_found_by_others_but_finds_nothing(
     ],
     ids=str,
 )
-def test_a_likely_eos_ends_the_output_as_soon_as_it_may(engine, options, num_tokens, reason):
+def test_a_likely_eos_ends_the_output_as_soon_as_it_is_allowed(engine, options, num_tokens, reason):
     params = SamplingParams(**{**dict(temperature=0, max_tokens=8, logit_bias={EOS: 100}), **options})
     prompt = prompt_of(5)
     (output,) = engine.generate(prompt, params, use_tqdm=False)
@@ -259,8 +265,8 @@ def test_a_likely_eos_ends_the_output_as_soon_as_it_may(engine, options, num_tok
     check(output, prompt, params)
 
 
-def test_an_eos_that_the_model_does_not_have_is_none(requests):
-    """A tokenizer may have tokens that were added to it alone, and a config name -1."""
+def test_an_eos_that_the_model_does_not_have_is_ignored(requests):
+    """A tokenizer may have added tokens that the model does not have, and a config may contain -1."""
     model = own_model("odd eos")
     model.generation_config.eos_token_id = [EOS, -1, VOCABULARY, 10**6]
     params = SamplingParams(temperature=0, max_tokens=4, min_tokens=2)
@@ -268,7 +274,7 @@ def test_an_eos_that_the_model_does_not_have_is_none(requests):
         check(engine.generate(prompt_of(5), params, use_tqdm=False)[0], prompt_of(5), params)
 
 
-def test_a_top_k_of_any_size_is_all_tokens(engine):
+def test_a_top_k_of_zero_or_of_at_least_the_vocabulary_keeps_all_tokens(engine):
     params = [SamplingParams(seed=3, max_tokens=4, top_k=top_k) for top_k in (10**400, 0, 211)]
     answers = tokens_of(engine.generate([prompt_of(5)] * 3, params, use_tqdm=False))
     assert answers[0] == answers[1] == answers[2]
@@ -278,9 +284,7 @@ def test_a_top_k_of_any_size_is_all_tokens(engine):
 
 
 @pytest.mark.parametrize("num_good_tokens", [0, 2])
-def test_logprobs_of_a_request_that_fails_end_with_its_tokens_and_others_have_all_of_theirs(
-    engine, monkeypatch, num_good_tokens
-):
+def test_a_failed_request_has_logprobs_of_its_tokens_and_other_requests_have_all(engine, monkeypatch, num_good_tokens):
     forward, prompts = engine.runner.forward, [prompt_of(5), prompt_of(9), prompt_of(2)]
 
     def spoiled(chunks):
@@ -304,21 +308,21 @@ def test_logprobs_of_a_request_that_fails_end_with_its_tokens_and_others_have_al
     assert_empty(engine)
 
 
-def test_where_everything_is_banned_the_request_ends_in_error_and_no_other_one(engine):
+def test_only_the_request_without_a_possible_token_ends_in_error(engine):
     banned = SamplingParams(seed=1, max_tokens=4, min_tokens=2, allowed_token_ids=[EOS, 5], stop_token_ids=[5, 6])
     with pytest.raises(ValueError, match="holds stop tokens only"):
         engine.generate(prompt_of(5), banned, use_tqdm=False)
     params = SamplingParams(seed=1, max_tokens=3, logprobs=0)
-    object.__setattr__(params, "repetition_penalty", 5e-324)  # which is refused: logits beyond all floats
+    object.__setattr__(params, "repetition_penalty", 5e-324)  # normally rejected: logits become infinite
     outputs = engine.generate([prompt_of(5)] * 2, [params, greedy(3)], use_tqdm=False)
     assert [output.outputs[0].finish_reason for output in outputs] == ["error", "length"]
     assert outputs[0].outputs[0].logprobs == [] and outputs[0].outputs[0].cumulative_logprob == 0
 
 
-# --- what it costs -----------------------------------------------------------------------------------------------
+# --- cost --------------------------------------------------------------------------------------------------------
 
 
-def test_who_asks_for_nothing_takes_the_plain_way(engine, monkeypatch):
+def test_a_step_of_greedy_requests_does_not_call_choose(engine, monkeypatch):
     calls = []
     choose = engine.runner.choose
     monkeypatch.setattr(engine.runner, "choose", lambda *arguments: calls.append(1) or choose(*arguments))
@@ -326,15 +330,15 @@ def test_who_asks_for_nothing_takes_the_plain_way(engine, monkeypatch):
     engine.generate([prompt_of(5), prompt_of(2)], [plain, greedy(3)], use_tqdm=False)
     assert not calls
     engine.generate([prompt_of(5), prompt_of(2)], [SamplingParams(max_tokens=3), greedy(5)], use_tqdm=False)
-    assert len(calls) == 3, "the others' two steps are plain again"
+    assert len(calls) == 3, "the two steps after the end of the sampled request must not call choose"
 
 
 TO_THE_HOST = ["tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero"]
 
 
 @pytest.mark.parametrize("some", [0.0, 1.0], ids=["plain", "everything"])
-def test_a_step_brings_its_results_to_the_host_in_one_transfer(engine, monkeypatch, some):
-    """Of the model's logits; what is known on the host is computed there, in numpy."""
+def test_a_step_copies_its_results_to_the_host_in_one_transfer(engine, monkeypatch, some):
+    """Only results that depend on logits are copied. Other numbers are computed on the host, in numpy."""
     params = random_params(random.Random(3), some) if some else greedy(6)
     engine.generate([prompt_of(5), prompt_of(8)], params, use_tqdm=False)
     for length in (5, 8):

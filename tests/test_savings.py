@@ -1,4 +1,4 @@
-"""What the measurements of sharing say adds up, whatever the times are."""
+"""The numbers in the measurements of sharing add up, for any measured times."""
 
 import json
 
@@ -67,9 +67,9 @@ def test_all_parts_are_measured_and_add_up(options, capsys, monkeypatch, tmp_pat
         (3, 8),
         (3, 16),
     ]
-    assert not any(row["packed"] for row in record["cascade"]), "too little to save"
+    assert not any(row["packed"] for row in record["cascade"]), "packing saves too little at these sizes"
     *curve, last, peak = record["long_contexts"]
-    # A window of 12 and chunks of 8 tokens, in pages of 4: of the layers with a window no more than (11 + 8) / 4 + 1.
+    # With a window of 12, chunks of 8 tokens and pages of 4, a window layer has at most (11 + 8) / 4 + 1 pages.
     full, windowed = (sum(w is window for w in built[0].kv.geometry.layer_windows) for window in (None, 12))
     assert (full, windowed) == (1, 1)
     assert [row["tokens of the first"] for row in curve] == [8, 16, 24, 32, 40, 48, 56, 61]
@@ -85,6 +85,6 @@ def test_all_parts_are_measured_and_add_up(options, capsys, monkeypatch, tmp_pat
     assert (tmp_path / "run.png").stat().st_size > 10_000
 
 
-def test_a_part_that_there_is_not_is_refused(options):
-    with pytest.raises(ValueError, match="no such part: cascades; there are common_prefix, "):
+def test_an_unknown_part_is_rejected(options):
+    with pytest.raises(ValueError, match="unknown parts: cascades; choose from common_prefix, "):
         report_savings(byte_model(), options, SIZES, ["cascade", "cascades"], Console())

@@ -1,7 +1,7 @@
-"""The scheduler by example: order of arrival, token budget, preemption, watermark, endings. No model.
+"""Examples for the scheduler: order of arrival, token budget, preemption, watermark, endings. They need no model.
 
-The fake model's token depends on the request and the position alone, as a greedy model's does; so a request's output
-must be the same whatever was scheduled around it. `check_invariants` runs after every call.
+The next token of the fake model depends only on the request and the position. Therefore the output of a request must
+not depend on the other requests, as with greedy sampling. `check_invariants` runs after every call.
 """
 
 from collections.abc import Iterator
@@ -29,9 +29,9 @@ def make_scheduler(
 
 
 def submit(scheduler: Scheduler, request_id: int, prompt_len: int, max_tokens: int = 1000) -> Sequence:
-    """Add a request as the engine does: what it may generate is cut to what the pool can hold."""
+    """Add a request like the engine: its output is limited to the tokens that fit into the pool."""
     room = scheduler.kv.primary.num_usable_pages * scheduler.kv.primary.page_size - prompt_len
-    assert room >= 1, "the engine would have refused it"
+    assert room >= 1, "the engine would reject this prompt"
     sequence = Sequence(
         request_id=request_id,
         prompt=None,
@@ -56,20 +56,20 @@ def schedule(scheduler: Scheduler) -> list[Chunk]:
 
 
 def reply(chunk: Chunk, replies: dict[int, int]) -> int:
-    """One for every chunk, also for those that end before the last token: what they say must not be taken."""
+    """Return a token for any chunk. If the chunk does not sample, a token >= 0 must be ignored."""
     request_id = chunk.sequence.request_id
     return replies.get(request_id, fake_token(request_id, chunk.start + chunk.length))
 
 
 def commit(scheduler: Scheduler, chunks: list[Chunk], replies: dict[int, int] | None = None) -> list[Sequence]:
-    """Commit what the fake model says, or what `replies` says for a request id."""
+    """Commit the tokens of the fake model, or of `replies` for the request ids in it."""
     finished = scheduler.commit(chunks, [reply(chunk, replies or {}) for chunk in chunks])
     scheduler.check_invariants()
     return finished
 
 
 def step(scheduler: Scheduler, replies: dict[int, int] | None = None) -> dict[int, int]:
-    """One whole step. Returns how many tokens of each request it computed."""
+    """Run one step. Returns the number of computed tokens by request id."""
     chunks = schedule(scheduler)
     commit(scheduler, chunks, replies)
     return lengths(chunks)
@@ -84,16 +84,16 @@ def ids(sequences) -> list[int]:
 
 
 def until_done(scheduler: Scheduler, max_steps: int = 1000) -> Iterator[None]:
-    """One round for each step, and an end even where the scheduler finds none."""
+    """Yield once per step until all requests are finished. Raises AssertionError after `max_steps` steps."""
     for _ in range(max_steps):
         if not scheduler.has_unfinished_requests():
             return
         yield
-    raise AssertionError(f"not done after {max_steps} steps")
+    raise AssertionError(f"requests are unfinished after {max_steps} steps")
 
 
 def run_until_done(scheduler: Scheduler) -> int:
-    """Returns the number of tokens computed on the way."""
+    """Run steps until all requests are finished. Returns the number of computed tokens."""
     computed = sum(sum(step(scheduler).values()) for _ in until_done(scheduler))
     assert_empty(scheduler)
     return computed
@@ -108,7 +108,7 @@ def assert_empty(scheduler: Scheduler) -> None:
 
 
 def assert_complete(sequence: Sequence) -> None:
-    """The output is what the fake model says at each position, to the last token that was allowed."""
+    """Assert that the output has the token of the fake model at every position up to the length limit."""
     positions = range(sequence.num_prompt_tokens, sequence.max_total_tokens)
     assert sequence.output_token_ids == [fake_token(sequence.request_id, position) for position in positions]
     assert sequence.finish_reason == "length"
@@ -117,7 +117,7 @@ def assert_complete(sequence: Sequence) -> None:
 # ---- one request, or none ----
 
 
-def test_with_nothing_to_do_the_schedule_is_empty():
+def test_the_schedule_is_empty_without_requests():
     assert_empty(make_scheduler())
 
 
@@ -134,7 +134,7 @@ def test_a_prompt_is_one_chunk_then_each_step_computes_the_last_sampled_token():
     assert_empty(scheduler)
 
 
-def test_a_prompt_longer_than_the_budget_is_cut_and_only_its_last_chunk_samples():
+def test_a_prompt_longer_than_the_budget_is_chunked_and_only_its_last_chunk_samples():
     scheduler = make_scheduler(budget=4)
     submit(scheduler, 0, prompt_len=10)
     seen = []
@@ -154,30 +154,30 @@ def test_pages_are_reserved_for_the_chunk_only_not_for_the_whole_prompt():
 
 
 @pytest.mark.parametrize("prompt_len", [1, 5, 11])
-def test_a_request_alone_may_fill_the_pool_to_its_last_page_whatever_the_watermark(prompt_len):
+def test_a_single_request_can_fill_the_whole_pool_with_any_watermark(prompt_len):
     scheduler = make_scheduler(usable_pages=4, page_size=3, watermark=1000)
     sequence = submit(scheduler, 0, prompt_len)
     run_until_done(scheduler)
     assert sequence.num_tokens == 12
     assert_complete(sequence)
-    assert scheduler.num_preemptions == 0, "nobody preempts himself for nothing"
+    assert scheduler.num_preemptions == 0, "a request that runs alone is never preempted"
 
 
 @pytest.mark.parametrize(("usable_pages", "page_size"), [(100, 4), (5, 4), (20, 1)])
-def test_a_budget_of_one_token_serves_everybody(usable_pages, page_size):
+def test_a_token_budget_of_one_completes_all_requests(usable_pages, page_size):
     scheduler = make_scheduler(usable_pages, page_size, rows=3, budget=1)
     sequences = [submit(scheduler, i, prompt_len=4 + i, max_tokens=5) for i in range(4)]
     computed = run_until_done(scheduler)
     for sequence in sequences:
         assert_complete(sequence)
-    assert computed == sum(sequence.num_tokens - 1 for sequence in sequences), "one at a time, nothing is recomputed"
+    assert computed == sum(sequence.num_tokens - 1 for sequence in sequences), "no token is computed twice"
 
 
 # ---- order ----
 
 
 def test_requests_are_admitted_strictly_in_order_of_arrival():
-    """A big request at the head of the queue is not overtaken by small ones that would fit."""
+    """A large request at the head of the queue is not overtaken by small requests that would fit."""
     scheduler = make_scheduler(usable_pages=10, budget=64)
     submit(scheduler, 0, prompt_len=5, max_tokens=3)
     submit(scheduler, 1, prompt_len=8, max_tokens=1)
@@ -186,7 +186,7 @@ def test_requests_are_admitted_strictly_in_order_of_arrival():
     assert_empty(scheduler)
 
 
-def test_first_tokens_come_in_order_of_arrival():
+def test_requests_get_their_first_tokens_in_order_of_arrival():
     scheduler = make_scheduler(usable_pages=24, page_size=2, rows=3, budget=5, watermark=4)
     sequences = [submit(scheduler, i, prompt_len=1 + 5 * i % 7, max_tokens=1 + i % 4) for i in range(12)]
     answered: list[int] = []
@@ -196,7 +196,7 @@ def test_first_tokens_come_in_order_of_arrival():
     assert answered == list(range(12))
 
 
-def test_no_more_requests_run_than_there_are_rows():
+def test_the_number_of_running_requests_is_limited_to_the_number_of_rows():
     scheduler = make_scheduler(rows=2)
     for i in range(4):
         submit(scheduler, i, prompt_len=1, max_tokens=2)
@@ -204,7 +204,7 @@ def test_no_more_requests_run_than_there_are_rows():
     assert_empty(scheduler)
 
 
-def test_a_request_is_admitted_in_the_very_step_after_the_one_that_frees_its_row():
+def test_a_waiting_request_is_admitted_in_the_step_after_a_row_is_released():
     scheduler = make_scheduler(rows=1)
     submit(scheduler, 0, prompt_len=3, max_tokens=1)
     submit(scheduler, 1, prompt_len=3, max_tokens=1)
@@ -220,11 +220,11 @@ def test_running_decodes_get_a_token_in_every_step_while_a_long_prompt_is_chunke
     submit(scheduler, 4, prompt_len=1)
     seen = [step(scheduler) for _ in range(6)]
     assert seen[:4] == [{0: 1, 1: 1, 2: 1, 3: 5}] * 4
-    assert seen[4] == {0: 1, 1: 1, 2: 1, 3: 3, 4: 1}, "what the prompt leaves of the budget goes to the next one"
+    assert seen[4] == {0: 1, 1: 1, 2: 1, 3: 3, 4: 1}, "the next request gets the rest of the budget"
     assert seen[5] == {0: 1, 1: 1, 2: 1, 3: 1, 4: 1}
 
 
-def test_a_step_does_not_spend_more_than_its_budget_and_admits_nobody_without_a_token():
+def test_a_step_keeps_its_token_budget_and_admits_no_request_without_a_token():
     scheduler = make_scheduler(budget=4)
     for i in range(3):
         submit(scheduler, i, prompt_len=2)
@@ -237,7 +237,7 @@ def test_a_step_does_not_spend_more_than_its_budget_and_admits_nobody_without_a_
 
 
 def preemption_scene() -> tuple[Scheduler, list[Sequence]]:
-    """0, 1 and 2 run and fill the pool to the last page; 3 and 4 have never run."""
+    """Return a scheduler and its requests: 0, 1 and 2 run and fill the pool, 3 and 4 have never run."""
     scheduler = make_scheduler(usable_pages=12, rows=3)
     sequences = [submit(scheduler, i, prompt_len=3) for i in range(5)]
     step(scheduler)
@@ -246,7 +246,7 @@ def preemption_scene() -> tuple[Scheduler, list[Sequence]]:
     return scheduler, sequences
 
 
-def test_the_newest_is_preempted_and_waits_ahead_of_everything_younger():
+def test_the_newest_running_request_is_preempted_and_waits_ahead_of_newer_requests():
     scheduler, (_, _, newest, *_) = preemption_scene()
     output = list(newest.output_token_ids)
     assert len(output) == 2
@@ -255,17 +255,17 @@ def test_the_newest_is_preempted_and_waits_ahead_of_everything_younger():
     assert ids(scheduler.waiting) == [2, 3, 4]
     assert newest.row is None
     assert newest.num_computed_tokens == 0
-    assert newest.output_token_ids == output, "what was sampled stays sampled"
+    assert newest.output_token_ids == output, "a preempted request keeps its output"
     assert newest.metrics.num_preemptions == scheduler.num_preemptions == 1
 
 
-def test_a_preempted_request_comes_back_before_anything_younger_and_recomputes_prompt_and_output():
+def test_a_preempted_request_runs_before_newer_ones_and_recomputes_prompt_and_output():
     scheduler, sequences = preemption_scene()
     step(scheduler)
     scheduler.abort(0)
     tokens_before = list(sequences[2].token_ids)
     chunks = schedule(scheduler)
-    assert lengths(chunks) == {1: 1, 2: 5}  # 3 needs more than the one page that is left
+    assert lengths(chunks) == {1: 1, 2: 5}  # request 3 needs more than the one free page
     assert (chunks[1].start, chunks[1].needs_sample) == (0, True)
     commit(scheduler, chunks)
     assert sequences[2].token_ids == [*tokens_before, fake_token(2, 5)]
@@ -274,18 +274,18 @@ def test_a_preempted_request_comes_back_before_anything_younger_and_recomputes_p
         assert_complete(sequence)
 
 
-def test_as_many_are_preempted_as_needed_newest_first_and_they_keep_their_order():
+def test_only_as_many_requests_as_needed_are_preempted_and_they_keep_their_order():
     scheduler = make_scheduler(usable_pages=4, page_size=4, rows=4)
     for i in range(4):
         submit(scheduler, i, prompt_len=3)
     step(scheduler)
-    step(scheduler)  # four tokens each, a page each: nobody can grow any more
-    assert step(scheduler) == {0: 1, 1: 1}  # 0 takes the page of 3, and 1 that of 2
+    step(scheduler)  # four tokens and one page each: no request can grow any further
+    assert step(scheduler) == {0: 1, 1: 1}  # request 0 takes the page of 3, and 1 takes the page of 2
     assert ids(scheduler.waiting) == [2, 3]
     assert scheduler.num_preemptions == 2
 
 
-def test_a_prompt_that_is_itself_the_newest_gives_way_when_its_next_chunk_does_not_fit():
+def test_a_prompt_is_preempted_if_it_is_the_newest_and_its_next_chunk_does_not_fit():
     scheduler = make_scheduler(usable_pages=12, budget=4)
     sequences = [submit(scheduler, 0, prompt_len=2, max_tokens=5), submit(scheduler, 1, prompt_len=8, max_tokens=2)]
     assert [step(scheduler) for _ in range(3)] == [{0: 2, 1: 2}, {0: 1, 1: 3}, {0: 1, 1: 3}]  # 4 + 8 pages
@@ -296,22 +296,22 @@ def test_a_prompt_that_is_itself_the_newest_gives_way_when_its_next_chunk_does_n
         assert_complete(sequence)
 
 
-def test_the_oldest_is_never_preempted_while_another_runs_and_grows_in_every_step():
+def test_the_oldest_request_is_never_preempted_and_advances_in_every_step():
     scheduler = make_scheduler(usable_pages=7, page_size=2, rows=4, budget=6)
     sequences = [submit(scheduler, i, prompt_len=1 + i % 3, max_tokens=4 + i) for i in range(9)]
     for _ in until_done(scheduler):
-        everyone = [*scheduler.running, *scheduler.waiting]
-        oldest, before = everyone[0], everyone[0].num_computed_tokens
+        oldest = [*scheduler.running, *scheduler.waiting][0]
+        before = oldest.num_computed_tokens
         assert next(iter(step(scheduler))) == oldest.request_id
         assert oldest.num_computed_tokens > before
-    assert scheduler.num_preemptions > 5, "the pool is too large for this test to mean anything"
+    assert scheduler.num_preemptions > 5, "the pool is too large: this test needs preemptions"
     assert sequences[0].metrics.num_preemptions == 0
     for sequence in sequences:
         assert_complete(sequence)
 
 
-def test_nobody_is_admitted_in_a_step_that_preempts():
-    """With pages to spare after the preemption: 2 held four, 0 and 1 take two of them, and 3 would need but one."""
+def test_a_step_that_preempts_admits_no_request():
+    """Pages are free after the preemption: 2 held four, 0 and 1 take two of them, and 3 needs only one."""
     scheduler = make_scheduler(usable_pages=10, rows=8)
     for i, prompt_len in enumerate([3, 3, 4]):
         submit(scheduler, i, prompt_len)
@@ -320,10 +320,10 @@ def test_nobody_is_admitted_in_a_step_that_preempts():
     assert step(scheduler) == {0: 1, 1: 1}
     assert (ids(scheduler.running), ids(scheduler.waiting)) == ([0, 1], [2, 3])
     assert scheduler.kv.primary.num_free_pages == 2
-    assert step(scheduler) == {0: 1, 1: 1}, "nor later, while 2 is ahead and does not fit"
+    assert step(scheduler) == {0: 1, 1: 1}, "3 is not admitted while 2 is ahead of it and does not fit"
 
 
-def test_in_no_step_does_anybody_come_in_when_somebody_went_out():
+def test_no_preempting_step_of_a_tight_workload_admits_a_request():
     scheduler = make_scheduler(usable_pages=6, page_size=2, rows=4, budget=5)
     for i in range(10):
         submit(scheduler, i, prompt_len=1 + 3 * i % 5, max_tokens=6)
@@ -352,8 +352,8 @@ def test_outputs_do_not_depend_on_preemption_budget_or_watermark(usable_pages, b
 # ---- watermark ----
 
 
-def test_another_request_is_admitted_exactly_if_all_can_then_grow_by_the_watermark():
-    """0 holds 4 tokens and will never have more than 6, 1 has 2 and may grow to 10."""
+def test_a_request_is_admitted_exactly_if_all_requests_can_then_grow_by_the_watermark():
+    """Request 0 has 4 tokens and can grow to 6. Request 1 has 2 tokens and can grow to 10."""
     for usable_pages in range(11, 20):
         for watermark in range(12):
             scheduler = make_scheduler(usable_pages, watermark=watermark)
@@ -364,8 +364,8 @@ def test_another_request_is_admitted_exactly_if_all_can_then_grow_by_the_waterma
             assert (1 in step(scheduler)) == (needed <= usable_pages)
 
 
-def test_a_running_request_counts_with_all_its_tokens_even_those_it_has_no_pages_for_yet():
-    """In the step that ends a chunked prompt, the next request sees what the whole prompt takes."""
+def test_admission_counts_all_tokens_of_a_request_with_a_chunked_prompt():
+    """In the step with the last chunk of a prompt, admission of the next request counts the whole prompt."""
     scheduler = make_scheduler(usable_pages=10, budget=4)
     submit(scheduler, 0, prompt_len=9, max_tokens=1)
     submit(scheduler, 1, prompt_len=3, max_tokens=1)
@@ -375,7 +375,7 @@ def test_a_running_request_counts_with_all_its_tokens_even_those_it_has_no_pages
 
 
 def thrash(watermark: int) -> tuple[int, int]:
-    """(tokens computed, preemptions) of 24 requests of 8 + 24 tokens in a pool that holds three of them."""
+    """Run 24 requests of 8 + 24 tokens in a pool that holds three. Returns (computed tokens, preemptions)."""
     scheduler = make_scheduler(usable_pages=24, page_size=4, rows=24, budget=64, watermark=watermark)
     sequences = [submit(scheduler, i, prompt_len=8, max_tokens=24) for i in range(24)]
     computed = run_until_done(scheduler)
@@ -389,16 +389,16 @@ def test_the_watermark_prevents_thrashing():
     without, preemptions_without = thrash(watermark=0)
     some, preemptions_some = thrash(watermark=8)
     ample, preemptions_ample = thrash(watermark=24)
-    assert (ample, preemptions_ample) == (necessary, 0), "who can grow to the end is never preempted"
+    assert (ample, preemptions_ample) == (necessary, 0), "a request that can grow to its end is never preempted"
     assert some <= 1.25 * necessary, "a watermark of a third of the output saves most of the recomputation"
-    assert 1.5 * necessary <= without <= 2 * necessary, "the pool is tight, yet thrashing is bounded"
+    assert 1.5 * necessary <= without <= 2 * necessary, "the pool is tight, but recomputation is bounded"
     assert preemptions_some < preemptions_without
 
 
 # ---- endings ----
 
 
-def test_eos_stops_with_stop_and_is_kept_as_the_last_token():
+def test_eos_ends_a_request_with_reason_stop_and_is_its_last_token():
     scheduler = make_scheduler()
     sequence = submit(scheduler, 0, prompt_len=2, max_tokens=5)
     step(scheduler)
@@ -409,14 +409,14 @@ def test_eos_stops_with_stop_and_is_kept_as_the_last_token():
     assert_empty(scheduler)
 
 
-def test_eos_as_the_last_token_allowed_is_a_stop():
+def test_eos_at_the_length_limit_ends_a_request_with_reason_stop():
     scheduler = make_scheduler()
     sequence = submit(scheduler, 0, prompt_len=2, max_tokens=1)
     step(scheduler, {0: EOS})
     assert sequence.finish_reason == "stop"
 
 
-def test_eos_in_the_prompt_stops_nothing():
+def test_eos_in_the_prompt_does_not_end_the_request():
     scheduler = make_scheduler()
     sequence = submit(scheduler, 0, prompt_len=3, max_tokens=2)
     sequence.token_ids[1] = EOS
@@ -425,7 +425,7 @@ def test_eos_in_the_prompt_stops_nothing():
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 7])
-def test_the_maximal_length_ends_with_length_after_exactly_that_many_tokens(max_tokens):
+def test_a_request_ends_with_reason_length_after_exactly_max_tokens_tokens(max_tokens):
     scheduler = make_scheduler()
     sequence = submit(scheduler, 0, prompt_len=4, max_tokens=max_tokens)
     assert run_until_done(scheduler) == 4 + max_tokens - 1
@@ -433,7 +433,7 @@ def test_the_maximal_length_ends_with_length_after_exactly_that_many_tokens(max_
     assert_complete(sequence)
 
 
-def test_commit_returns_the_finished_in_order_and_gives_their_pages_back():
+def test_commit_returns_finished_requests_in_order_and_releases_their_pages():
     scheduler = make_scheduler(usable_pages=20, page_size=2)
     a, b, c = (submit(scheduler, i, prompt_len=3, max_tokens=max_tokens) for i, max_tokens in enumerate([1, 9, 1]))
     chunks = schedule(scheduler)
@@ -444,14 +444,14 @@ def test_commit_returns_the_finished_in_order_and_gives_their_pages_back():
     assert (a.row, c.row) == (None, None)
 
 
-def test_a_token_of_minus_one_ends_only_its_own_request_with_error():
+def test_token_minus_one_ends_only_its_own_request_with_reason_error():
     scheduler = make_scheduler()
     sequences = [submit(scheduler, i, prompt_len=2, max_tokens=4) for i in range(3)]
     step(scheduler)
     chunks = schedule(scheduler)
     assert commit(scheduler, chunks, {1: -1}) == [sequences[1]]
     assert sequences[1].finish_reason == "error"
-    assert sequences[1].output_token_ids == [fake_token(1, 2)], "-1 is no token"
+    assert sequences[1].output_token_ids == [fake_token(1, 2)], "-1 is not a token of the output"
     assert ids(scheduler.running) == [0, 2]
     run_until_done(scheduler)
     assert_complete(sequences[0])
@@ -459,7 +459,7 @@ def test_a_token_of_minus_one_ends_only_its_own_request_with_error():
 
 
 @pytest.mark.parametrize("token", [EOS, 5])
-def test_the_token_of_a_chunk_that_does_not_sample_is_not_taken(token):
+def test_the_token_of_a_chunk_that_does_not_sample_is_ignored(token):
     scheduler = make_scheduler(budget=8)
     short = submit(scheduler, 0, prompt_len=2, max_tokens=1)
     long = submit(scheduler, 1, prompt_len=10, max_tokens=2)
@@ -472,7 +472,7 @@ def test_the_token_of_a_chunk_that_does_not_sample_is_not_taken(token):
     assert_complete(long)
 
 
-def test_minus_one_in_the_middle_of_a_prompt_ends_the_request_at_once_and_frees_its_pages():
+def test_token_minus_one_in_the_middle_of_a_prompt_ends_the_request_and_frees_its_pages():
     scheduler = make_scheduler(budget=8)
     other = submit(scheduler, 0, prompt_len=2, max_tokens=3)
     broken = submit(scheduler, 1, prompt_len=20)
@@ -484,7 +484,7 @@ def test_minus_one_in_the_middle_of_a_prompt_ends_the_request_at_once_and_frees_
     assert_complete(other)
 
 
-def test_finishing_in_the_middle_of_a_step_does_not_disturb_those_after_it():
+def test_a_request_that_finishes_does_not_affect_later_requests_of_the_step():
     scheduler = make_scheduler()
     sequences = [submit(scheduler, i, prompt_len=2, max_tokens=1 + i) for i in range(4)]
     run_until_done(scheduler)
@@ -495,7 +495,7 @@ def test_finishing_in_the_middle_of_a_step_does_not_disturb_those_after_it():
 # ---- abort ----
 
 
-def test_abort_of_a_waiting_request_takes_it_out_of_the_queue():
+def test_abort_removes_a_waiting_request_from_the_queue():
     scheduler = make_scheduler(rows=1)
     sequences = [submit(scheduler, i, prompt_len=2, max_tokens=3) for i in range(3)]
     step(scheduler)
@@ -508,7 +508,7 @@ def test_abort_of_a_waiting_request_takes_it_out_of_the_queue():
     assert_complete(sequences[2])
 
 
-def test_abort_in_the_middle_of_a_prefill_gives_the_pages_back():
+def test_abort_in_the_middle_of_a_prefill_releases_the_pages():
     scheduler = make_scheduler(budget=4, usable_pages=20)
     sequence, other = submit(scheduler, 0, prompt_len=10), submit(scheduler, 1, prompt_len=3, max_tokens=2)
     step(scheduler)
@@ -521,7 +521,7 @@ def test_abort_in_the_middle_of_a_prefill_gives_the_pages_back():
     assert_complete(other)
 
 
-def test_abort_of_a_running_request_keeps_its_output_and_leaves_the_others_alone():
+def test_abort_of_a_running_request_keeps_its_output_and_does_not_affect_others():
     scheduler = make_scheduler()
     sequences = [submit(scheduler, i, prompt_len=3, max_tokens=5) for i in range(3)]
     step(scheduler)
@@ -538,7 +538,7 @@ def test_abort_of_a_running_request_keeps_its_output_and_leaves_the_others_alone
 
 
 def test_preempt_newest_between_two_steps_changes_no_output():
-    """Whoever calls it: nobody has to be short of pages."""
+    """A caller may preempt the newest request although enough pages are free."""
     scheduler = make_scheduler()
     sequences = [submit(scheduler, i, prompt_len=3, max_tokens=4) for i in range(3)]
     step(scheduler)
@@ -561,10 +561,10 @@ def test_abort_of_a_preempted_request_keeps_its_output():
     assert ids(scheduler.waiting) == [3, 4]
 
 
-def test_abort_between_a_failed_step_and_the_next_is_harmless():
+def test_abort_after_a_failed_step_does_not_affect_other_requests():
     scheduler = make_scheduler()
     sequences = [submit(scheduler, i, prompt_len=3, max_tokens=2) for i in range(2)]
-    schedule(scheduler)  # and the forward raises
+    schedule(scheduler)  # then the forward pass raises
     assert scheduler.abort(0) == [sequences[0]]
     scheduler.check_invariants()
     assert step(scheduler) == {1: 3}
@@ -573,7 +573,7 @@ def test_abort_between_a_failed_step_and_the_next_is_harmless():
 
 
 @pytest.mark.parametrize("ending", ["finished", "aborted", "unknown"])
-def test_abort_of_what_has_ended_or_never_was_returns_none_and_changes_nothing(ending):
+def test_abort_of_an_ended_or_unknown_request_returns_an_empty_list_and_changes_nothing(ending):
     scheduler = make_scheduler()
     ended, other = submit(scheduler, 0, prompt_len=2, max_tokens=1), submit(scheduler, 1, prompt_len=2, max_tokens=3)
     step(scheduler, None)
@@ -596,29 +596,29 @@ def test_abort_of_what_has_ended_or_never_was_returns_none_and_changes_nothing(e
 # ---- failure and reset ----
 
 
-def test_a_failed_forward_can_be_scheduled_again_and_gives_the_same_step():
-    scheduler, _ = preemption_scene()  # the next step preempts, too
+def test_a_failed_step_can_be_scheduled_again_with_the_same_chunks():
+    scheduler, _ = preemption_scene()  # the next step also preempts
     first = schedule(scheduler)
     pages = scheduler.kv.primary.host_table.copy()
     again = schedule(scheduler)
     assert first == again
     assert (scheduler.kv.primary.host_table == pages).all()
-    assert scheduler.num_preemptions == 1, "the failed step's preemption is not done twice"
+    assert scheduler.num_preemptions == 1, "the preemption of the failed step is not repeated"
 
 
-def test_a_forward_that_fails_every_second_time_changes_no_output():
+def test_a_forward_pass_that_fails_every_second_time_changes_no_output():
     scheduler = make_scheduler(usable_pages=8, page_size=2, rows=3, budget=5)
     sequences = [submit(scheduler, i, prompt_len=1 + i, max_tokens=6) for i in range(6)]
     for _ in until_done(scheduler):
         before = [(list(s.token_ids), s.finish_reason) for s in sequences]
-        schedule(scheduler)  # and the forward raises
+        schedule(scheduler)  # then the forward pass raises
         assert before == [(list(s.token_ids), s.finish_reason) for s in sequences]
         step(scheduler)
     for sequence in sequences:
         assert_complete(sequence)
 
 
-def test_a_request_that_arrives_after_a_failed_step_joins_the_next_one():
+def test_a_request_that_arrives_after_a_failed_step_joins_the_next_step():
     scheduler = make_scheduler()
     submit(scheduler, 0, prompt_len=3)
     schedule(scheduler)
@@ -627,14 +627,14 @@ def test_a_request_that_arrives_after_a_failed_step_joins_the_next_one():
 
 
 class Interrupted(BaseException):
-    """Like KeyboardInterrupt, but never anybody else's."""
+    """Like KeyboardInterrupt, but raised only by this test."""
 
 
 @pytest.mark.parametrize("method", ["allocate", "reserve", "erase", "_map"])
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("call", [1, 2, 3])
-def test_reset_cleans_up_after_an_interrupt_anywhere_in_schedule(monkeypatch, method, when, call):
-    """The steps that follow preempt, admit, grow and finish; the interrupt comes at the n-th call of a method."""
+def test_reset_cleans_up_after_an_interrupt_in_a_method_of_the_page_table(monkeypatch, method, when, call):
+    """The steps preempt, admit, grow and finish requests. The interrupt is raised in the n-th call of a method."""
     scheduler, _ = preemption_scene()
     table, calls = scheduler.kv.primary, 0
     original = getattr(table, method)
@@ -658,16 +658,16 @@ def test_reset_cleans_up_after_an_interrupt_anywhere_in_schedule(monkeypatch, me
     scheduler.reset()
     scheduler.check_invariants()
     assert_empty(scheduler)
-    again = submit(scheduler, 100, prompt_len=3, max_tokens=9)  # all of the pool
+    again = submit(scheduler, 100, prompt_len=3, max_tokens=9)  # needs the whole pool
     run_until_done(scheduler)
     assert_complete(again)
 
 
-def test_reset_forgets_requests_in_impossible_places():
+def test_reset_removes_requests_from_inconsistent_queues_and_rows():
     scheduler, sequences = preemption_scene()
     scheduler.waiting.append(sequences[0])  # in both queues
     scheduler.running.append(sequences[3])  # runs without a row
-    scheduler.kv.primary.erase(sequences[1].row)  # runs on a row that is not its own
+    scheduler.kv.primary.erase(sequences[1].row)  # runs in a row that is not allocated
     with pytest.raises(AssertionError):
         scheduler.check_invariants()
     scheduler.reset()
@@ -733,7 +733,7 @@ def lose_a_page(scheduler, sequences):
         lose_a_page,
     ],
 )
-def test_check_invariants_notices(corrupt):
+def test_check_invariants_detects_corruption(corrupt):
     scheduler, sequences = preemption_scene()
     scheduler.check_invariants()
     corrupt(scheduler, sequences)

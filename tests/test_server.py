@@ -1,4 +1,4 @@
-"""The server as its clients see it: the openai package's, and those who send what nobody should."""
+"""The server over HTTP: with the openai package as the client, and with clients that send invalid requests."""
 
 import asyncio
 import importlib.metadata
@@ -48,7 +48,7 @@ def running():
 
 @pytest.fixture
 def served(running):
-    """After every test nothing is left of its requests."""
+    """A server that tests share. After each test, no request, page or mailbox is left."""
     yield running
     running.wait_until_idle()
     running.between_steps(lambda: assert_empty(running.engine))
@@ -69,7 +69,7 @@ def params_of(request):
     return SamplingParams(**names)
 
 
-# --- answers -----------------------------------------------------------------------------------------------------
+# --- responses ---------------------------------------------------------------------------------------------------
 
 REQUESTS = [
     dict(max_tokens=9, temperature=0),
@@ -83,7 +83,7 @@ REQUESTS = [
 
 
 @pytest.mark.parametrize("request_", REQUESTS)
-def test_a_completion_is_the_engines_whole_and_streamed(served, oracle, request_):
+def test_a_completion_equals_the_output_of_the_engine_streamed_or_not(served, oracle, request_):
     expected = oracle.generate(["hello"], params_of(request_), use_tqdm=False)[0]
     client = client_of(served)
     whole = client.completions.create(model=MODEL, prompt="hello", **request_)
@@ -111,7 +111,7 @@ def test_a_completion_is_the_engines_whole_and_streamed(served, oracle, request_
 
 
 @pytest.mark.parametrize("request_", [REQUESTS[0], REQUESTS[2], REQUESTS[3]])
-def test_a_chat_is_the_engines_whole_and_streamed(served, oracle, request_):
+def test_a_chat_completion_equals_the_output_of_the_engine_streamed_or_not(served, oracle, request_):
     messages = [
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": [{"type": "text", "text": "hi"}]},
@@ -138,7 +138,7 @@ def test_a_chat_is_the_engines_whole_and_streamed(served, oracle, request_):
     assert last.choices == [] and last.usage.completion_tokens == whole.usage.completion_tokens
 
 
-def test_max_completion_tokens_is_the_newer_name_and_none_stands_for_as_many_as_fit(served):
+def test_max_completion_tokens_limits_a_chat_and_by_default_a_chat_may_fill_the_context(served):
     client, messages = client_of(served), CHAT["messages"]
     ask = client.chat.completions.create
     assert ask(model=MODEL, messages=messages, temperature=0, max_completion_tokens=3).usage.completion_tokens == 3
@@ -147,7 +147,7 @@ def test_max_completion_tokens_is_the_newer_name_and_none_stands_for_as_many_as_
     assert ask(model=MODEL, messages=messages, temperature=0, max_tokens=10**12).choices[0].finish_reason == "length"
 
 
-def test_many_clients_at_once_get_their_own_answers(served, oracle):
+def test_many_concurrent_clients_get_their_own_outputs(served, oracle):
     prompts = [f"prompt number {i}" for i in range(8)]
     expected = [output.outputs[0].text for output in oracle.generate(prompts, greedy(6), use_tqdm=False)]
 
@@ -198,7 +198,7 @@ def joined_logprobs(chunks, index=0):
 
 @pytest.mark.parametrize("prompt", ["hello", [70, 71, 72]], ids=["text", "tokens"])
 @pytest.mark.parametrize("echo", [False, True])
-def test_log_probabilities_of_a_completion_are_the_engines(served, oracle, prompt, echo):
+def test_logprobs_of_a_completion_equal_those_of_the_engine(served, oracle, prompt, echo):
     params = SamplingParams(seed=3, max_tokens=5, logprobs=2, prompt_logprobs=2 if echo else None)
     output = oracle.generate([prompt], params, use_tqdm=False)[0]
     (completion,) = output.outputs
@@ -238,7 +238,7 @@ def test_log_probabilities_of_a_completion_are_the_engines(served, oracle, promp
     assert [top and set(top) for top in streamed["top_logprobs"]] == [top and set(top) for top in logprobs.top_logprobs]
 
 
-def test_echo_without_log_probabilities_comes_once_for_each_choice(served, oracle):
+def test_echo_without_logprobs_puts_the_prompt_once_before_each_choice(served, oracle):
     expected = oracle.generate(["hello"], SamplingParams(n=2, seed=4, max_tokens=4), use_tqdm=False)[0].outputs
     client = client_of(served)
     request = dict(model=MODEL, prompt="hello", n=2, seed=4, max_tokens=4, echo=True)
@@ -250,7 +250,7 @@ def test_echo_without_log_probabilities_comes_once_for_each_choice(served, oracl
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_log_probabilities_of_a_chat_are_the_engines(served, oracle, stream):
+def test_logprobs_of_a_chat_equal_those_of_the_engine(served, oracle, stream):
     (expected,) = oracle.chat(CHAT["messages"], SamplingParams(seed=3, max_tokens=5, logprobs=3), use_tqdm=False)
     (completion,) = expected.outputs
     answer = client_of(served).chat.completions.create(
@@ -266,7 +266,7 @@ def test_log_probabilities_of_a_chat_are_the_engines(served, oracle, stream):
         assert [top.token for top in entry.top_logprobs] == [other.decoded_token for other in best]
 
 
-def test_chat_log_probabilities_without_top_ones_are_the_tokens_own(served):
+def test_chat_logprobs_without_top_logprobs_have_empty_top_lists(served):
     answer = client_of(served).chat.completions.create(
         model=MODEL, messages=CHAT["messages"], seed=3, max_tokens=2, logprobs=True
     )
@@ -294,7 +294,7 @@ SCHEMA = {
     ],
     ids=["json_object", "json_schema", "regex"],
 )
-def test_a_structured_answer_has_its_structure(served, response_format, fits, stream):
+def test_a_structured_output_matches_its_response_format(served, response_format, fits, stream):
     token_id = served.engine.tokenizer.convert_tokens_to_ids("}")
     spaces = [served.engine.tokenizer.convert_tokens_to_ids(token) for token in "ĠĊĉč"]
     bias = {str(token_id): 100.0} | {str(space): -100.0 for space in spaces}
@@ -306,7 +306,7 @@ def test_a_structured_answer_has_its_structure(served, response_format, fits, st
     assert fits(text), text
 
 
-def test_without_llguidance_a_structure_is_refused_by_name_and_other_requests_work(monkeypatch):
+def test_without_llguidance_structured_outputs_are_rejected_and_other_requests_work(monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with new_engine() as engine, serving(engine) as served:
         status, _, body = served.ask("POST", COMPLETIONS, SMALL | {"response_format": {"type": "json_object"}})
@@ -315,8 +315,8 @@ def test_without_llguidance_a_structure_is_refused_by_name_and_other_requests_wo
         assert served.ask("POST", COMPLETIONS, SMALL)[0] == 200
 
 
-def test_events_of_one_time_are_sent_together(served):
-    """The first delta of a chat with its opening, the last one with the usage and the end."""
+def test_events_available_at_the_same_time_are_sent_together(served):
+    """The role is sent with the first delta of a chat, the usage and [DONE] with the last delta."""
     body = json.dumps(CHAT | dict(max_tokens=2, stream=True, ignore_eos=True, stream_options={"include_usage": True}))
     head = f"POST {CHATS} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nConnection: close\r\n"
     answer = served.raw(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
@@ -324,7 +324,7 @@ def test_events_of_one_time_are_sent_together(served):
     assert end == b"" and [chunk.count(b"data: ") for chunk in chunks] in ([1, 3], [2, 3], [4], [5])
 
 
-def test_prompts_that_are_echoed_with_more_log_probabilities_than_an_answer_may_have_are_refused(served, monkeypatch):
+def test_echo_with_more_logprobs_than_a_response_may_contain_is_rejected(served, monkeypatch):
     monkeypatch.setattr(protocol, "MAX_ECHOED", 2 * 6 * 3)
     request = SMALL | dict(prompt=[[5, 6, 7, 8, 9, 10]] * 2, echo=True, logprobs=2)
     for stream in (False, True):
@@ -347,7 +347,7 @@ def test_an_event_stream_ends_with_done_and_is_not_cached(served):
 # --- errors ------------------------------------------------------------------------------------------------------
 
 
-def test_errors_are_the_exceptions_of_openais_client(served, locked):
+def test_errors_raise_the_matching_exceptions_in_openais_client(served, locked):
     client = client_of(served)
     with pytest.raises(openai.BadRequestError, match="temperature") as error:
         client.completions.create(model=MODEL, prompt="a", temperature=3)
@@ -430,7 +430,7 @@ CHAT_FIELDS = [
 
 
 def json_of(fields):
-    return json.dumps(fields)  # with NaN and Infinity, which are no JSON
+    return json.dumps(fields)  # writes NaN and Infinity, which JSON does not have
 
 
 @pytest.mark.parametrize(
@@ -438,17 +438,17 @@ def json_of(fields):
     [(COMPLETIONS, fields) for fields in FIELDS] + [(CHATS, fields) for fields in CHAT_FIELDS],
     ids=lambda value: value[-11:] if isinstance(value, str) else str(value)[:40],
 )
-def test_a_field_that_is_wrong_is_a_400_that_says_so(served, path, fields):
+def test_an_invalid_field_is_rejected_with_400_and_never_reaches_the_engine(served, path, fields):
     request = (SMALL if path == COMPLETIONS else CHAT) | fields
     before = served.engine.stats().num_steps
     status, _, body = served.ask("POST", path, json_of(request))
     assert status == 400, body
     error = assert_is_error(status, body)
     assert error["param"] in (None, *fields)
-    assert served.engine.stats().num_steps == before, "it came to the engine"
+    assert served.engine.stats().num_steps == before, "the engine has run a step"
     request["stream"] = fields.get("stream", True)
     if "stream_options" not in fields:
-        assert served.ask("POST", path, json_of(request))[0] == 400  # not a stream of an error
+        assert served.ask("POST", path, json_of(request))[0] == 400  # not a stream that contains an error
 
 
 @pytest.mark.parametrize(
@@ -464,7 +464,7 @@ def test_a_field_that_is_wrong_is_a_400_that_says_so(served, path, fields):
     ],
     ids=lambda fields: str(fields)[:40],
 )
-def test_a_field_that_is_unusual_is_no_error(served, fields):
+def test_unusual_but_valid_fields_are_accepted(served, fields):
     status, _, body = served.ask("POST", COMPLETIONS, SMALL | fields)
     assert status == 200, body
     if fields.get("stream"):
@@ -481,8 +481,8 @@ def test_a_field_that_is_unusual_is_no_error(served, fields):
         ("/tokenize", dict(prompt="a" * 2049)),
     ],
 )
-def test_a_text_that_is_far_too_long_is_refused_without_being_tokenized(served, monkeypatch, path, request_):
-    """32 characters for each of the 64 tokens that there can be."""
+def test_a_text_above_the_character_limit_is_rejected_without_being_tokenized(served, monkeypatch, path, request_):
+    """The limit is 32 characters for each of the 64 tokens of the context."""
 
     def fail(*args, **kwargs):
         raise AssertionError("tokenized")
@@ -490,10 +490,10 @@ def test_a_text_that_is_far_too_long_is_refused_without_being_tokenized(served, 
     monkeypatch.setattr(served.engine.input_processor, "token_ids", fail)
     monkeypatch.setattr(served.engine.input_processor, "chat_prompt", fail)
     status, _, body = served.ask("POST", path, request_)
-    assert status == 400 and b"characters has more than 2048" in body
+    assert status == 400 and b"characters exceeds the limit of 2048" in body
 
 
-def test_what_a_token_prompt_may_be_is_said(served):
+def test_the_error_for_an_invalid_token_prompt_lists_the_valid_forms(served):
     status, _, body = served.ask("POST", COMPLETIONS, SMALL | dict(prompt=[1, -1]))
     assert status == 400 and b"prompt must be a text or a list of token ids" in body
 
@@ -505,13 +505,13 @@ RAW = {
     "null": b"null",
     "a number": b"1",
     "a text": b'"x"',
-    "half of it": b'{"model": "m", "prompt',
-    "no JSON": b"model=tiny&prompt=x",
+    "a truncated object": b'{"model": "m", "prompt',
+    "not JSON": b"model=tiny&prompt=x",
     "invalid UTF-8": b'{"model": "tiny-random", "prompt": "\xff"}',
-    "UTF-16 without an end": b"\xff\xfe{",
+    "truncated UTF-16": b"\xff\xfe{",
     "100,000 brackets": b"[" * 100_000,
     "100,000 objects": b'{"a":' * 100_000,
-    "a deep prompt": b'{"model": "tiny-random", "prompt": ' + b"[" * 900 + b"1" + b"]" * 900 + b"}",
+    "a deeply nested prompt": b'{"model": "tiny-random", "prompt": ' + b"[" * 900 + b"1" + b"]" * 900 + b"}",
     "5,000 digits": b'{"model": "tiny-random", "prompt": "a", "max_tokens": ' + b"9" * 5000 + b"}",
     "two values": b'{"model": "tiny-random", "prompt": "a"} {}',
 }
@@ -519,7 +519,7 @@ RAW = {
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHATS, "/tokenize", "/detokenize"])
 @pytest.mark.parametrize("name", RAW)
-def test_a_body_that_is_no_request_is_a_400(served, path, name):
+def test_a_body_that_is_not_a_request_is_rejected_with_400(served, path, name):
     status, _, body = served.ask("POST", path, RAW[name], {"Content-Type": "application/json"})
     assert status == 400, body
     error = assert_is_error(status, body)
@@ -528,7 +528,7 @@ def test_a_body_that_is_no_request_is_a_400(served, path, name):
 
 @pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize("field", ["temperature", "top_p", "min_p", "max_tokens", "seed", "n", "top_k", "prompt"])
-def test_what_is_no_number_is_a_400(served, field, number):
+def test_a_number_that_is_not_finite_is_rejected_with_400(served, field, number):
     body = f'{{"model": "{MODEL}", "prompt": "a", "{field}": {number}}}'
     status, _, body = served.ask("POST", COMPLETIONS, body)
     assert status == 400 and assert_is_error(status, body)["param"] == field
@@ -551,21 +551,21 @@ def test_what_is_no_number_is_a_400(served, field, number):
         (DetokenizeRequest, {"tokens": [-1] * 1000}),
     ],
 )
-def test_of_many_mistakes_only_the_first_is_noted(kind, fields):
-    """A body has room for a million of them; to note them all took seconds, in which nobody else was served."""
+def test_validation_stops_at_the_first_of_many_errors(kind, fields):
+    """A body can contain a million errors. Listing all of them took seconds, in which no other request was served."""
     with pytest.raises(ValidationError) as error:
         kind.model_validate({"model": MODEL} | fields)
-    assert error.value.error_count() <= 70  # 64 empty texts are fine
+    assert error.value.error_count() <= 70  # empty texts are valid items; only the limit of 64 items is an error
 
 
-def test_of_two_fields_of_one_name_the_last_one_counts(served):
-    """As everywhere in Python; there is no other reader before this one who could be told something else."""
+def test_a_repeated_field_has_its_last_value(served):
+    """The same as in Python's json module. No other parser reads the body first, so none can see another value."""
     body = b'{"model": "nobody", "model": "tiny-random", "prompt": "a", "max_tokens": 0, "max_tokens": 1}'
     assert served.ask("POST", COMPLETIONS, body)[0] == 200
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "multipart/form-data", "application/x-www-form-urlencoded", ""])
-def test_another_content_type_is_refused(served, content_type):
+def test_another_content_type_is_rejected(served, content_type):
     status, _, body = served.ask("POST", COMPLETIONS, SMALL, {"Content-Type": content_type})
     assert 400 <= status < 500
     assert_is_error(status, body)
@@ -579,7 +579,7 @@ def test_another_content_type_is_refused(served, content_type):
         *[("POST", "/metrics", 405), ("GET", "/%00", 404), ("GET", "/v1/models/../../etc/passwd", 404)],
     ],
 )
-def test_a_wrong_path_or_method_is_an_error_like_all(served, method, path, expected):
+def test_a_wrong_path_or_method_returns_an_error_in_openais_format(served, method, path, expected):
     status, headers, body = served.ask(method, path)
     assert status == expected
     assert_is_error(status, body)
@@ -587,7 +587,7 @@ def test_a_wrong_path_or_method_is_an_error_like_all(served, method, path, expec
 
 
 def send_in_parts(served, headers, parts):
-    """Send a body part by part. Returns the status, the answer, and by how many bytes the process has grown."""
+    """Send a body part by part. Returns the status, the response body, and the memory growth in bytes."""
     process = psutil.Process()
     before = most = process.memory_info().rss
     connection = served.connection()
@@ -605,7 +605,7 @@ def send_in_parts(served, headers, parts):
 
 
 @pytest.mark.parametrize("is_chunked", [False, True])
-def test_a_body_of_60_megabytes_is_refused_and_not_kept(served, is_chunked):
+def test_a_body_of_60_mib_is_rejected_and_not_kept_in_memory(served, is_chunked):
     part = b" " * 2**20
     if is_chunked:
         headers = {"Transfer-Encoding": "chunked"}
@@ -618,7 +618,7 @@ def test_a_body_of_60_megabytes_is_refused_and_not_kept(served, is_chunked):
     assert growth < 20 * 2**20
 
 
-def test_a_body_is_refused_from_the_byte_after_the_last_one_that_is_allowed(served):
+def test_a_body_of_exactly_the_limit_is_accepted_and_one_byte_more_is_rejected(served):
     request = json_of(SMALL).encode()
     most = Limits().max_body_bytes
     assert served.ask("POST", COMPLETIONS, request + b" " * (most - len(request)))[0] == 200
@@ -628,7 +628,7 @@ def test_a_body_is_refused_from_the_byte_after_the_last_one_that_is_allowed(serv
 @pytest.mark.parametrize(
     "request_", [b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n"]
 )
-def test_what_is_no_http_is_refused(served, request_):
+def test_invalid_http_is_rejected(served, request_):
     assert served.raw(request_).startswith(b"HTTP/1.1 400")
 
 
@@ -637,14 +637,14 @@ def test_what_is_no_http_is_refused(served, request_):
     [b"X-Big: " + b"x" * 2**20 + b"\r\n", b"".join(b"X-%d: x\r\n" % i for i in range(20_000))],
     ids=["1 MB", "20,000"],
 )
-def test_headers_that_are_too_large_are_refused(served, headers):
+def test_headers_that_are_too_large_are_rejected(served, headers):
     answer = served.raw(b"GET /health HTTP/1.1\r\nHost: x\r\n" + headers + b"\r\n")
     assert answer == b"" or answer.startswith((b"HTTP/1.1 400", b"HTTP/1.1 431"))
     assert served.ask("GET", "/health")[0] == 200
 
 
 @pytest.mark.parametrize("length", [b"-1", b"1e3", b"abc", b"5, 6"])
-def test_a_content_length_that_is_no_number_is_refused(served, length):
+def test_an_invalid_content_length_is_rejected(served, length):
     answer = served.raw(
         b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
         + length
@@ -653,39 +653,39 @@ def test_a_content_length_that_is_no_number_is_refused(served, length):
     assert answer.startswith(b"HTTP/1.1 4")
 
 
-def test_more_messages_than_there_are_tokens_are_refused_before_they_are_tokenized(served, monkeypatch):
+def test_more_messages_than_context_tokens_are_rejected_before_tokenization(served, monkeypatch):
     monkeypatch.setattr(served.engine.input_processor, "chat_prompt", None)
     status, _, body = served.ask("POST", CHATS, CHAT | {"messages": [{"role": "user", "content": ""}] * 65})
     assert status == 400 and "65 messages" in assert_is_error(status, body)["message"]
 
 
-def test_more_samples_than_may_ever_wait_are_a_bad_request():
+def test_more_samples_than_the_queue_can_hold_are_rejected_with_400():
     with new_engine() as engine, serving(engine, max_waiting=2) as served:
         status, _, body = served.ask("POST", COMPLETIONS, SMALL | dict(n=3, temperature=1))
         assert status == 400 and "3 sequences" in assert_is_error(status, body)["message"]
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nHost: a\r\n", b"GET"], ids=["nothing", "most", "some"])
-def test_a_connection_that_brings_no_request_is_closed(served, monkeypatch, sent):
+def test_a_connection_that_does_not_send_a_complete_head_in_time_is_closed(served, monkeypatch, sent):
     monkeypatch.setattr(guard, "HEAD_TIMEOUT", 0.05)
     assert served.raw(sent) == b""
     whole = b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"
-    answer = served.raw(whole + sent)  # the second request on a connection that was of use
+    answer = served.raw(whole + sent)  # the second request on a connection that has had a response
     assert answer.startswith(b"HTTP/1.1 200") and answer.endswith(b'{"status":"ok"}')
 
 
-def test_a_request_that_is_whole_may_take_longer_than_its_head(monkeypatch):
+def test_the_head_timeout_does_not_limit_a_complete_request(monkeypatch):
     monkeypatch.setattr(guard, "HEAD_TIMEOUT", 0.05)
     with new_engine() as engine, serving(engine) as served:
         gate = Gate(engine)
         connection = served.begin(COMPLETIONS, SMALL)
         gate.wait()
-        assert served.raw(b"GET") == b""  # for as long as another one is given
+        assert served.raw(b"GET") == b""  # waits for the head timeout of another connection
         gate.open()
         assert connection.getresponse().status == 200
 
 
-# --- the key -----------------------------------------------------------------------------------------------------
+# --- the API key -------------------------------------------------------------------------------------------------
 
 LOCKED = [
     *[("GET", path) for path in ("/v1/models", "/metrics", "/state", "/version", "/openapi.json", "/docs", "/nothing")],
@@ -719,7 +719,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize("headers", WRONG, ids=str)
-def test_without_the_key_every_path_but_two_is_closed(locked, headers):
+def test_without_the_api_key_every_path_except_two_returns_401(locked, headers):
     for method, path in LOCKED:
         status, _, body = locked.ask(method, path, SMALL if method == "POST" else None, headers)
         assert status == 401, (method, path)
@@ -728,19 +728,19 @@ def test_without_the_key_every_path_but_two_is_closed(locked, headers):
     assert locked.engine.stats().num_steps == 0
 
 
-def test_the_page_and_the_health_are_public(locked):
+def test_the_page_and_health_need_no_api_key(locked):
     for path in ("/", "/health", "/%68ealth"):
         assert locked.ask("GET", path)[0] == 200
 
 
-def test_a_path_in_absolute_form_does_not_pass_for_another(locked):
+def test_an_unusual_request_target_does_not_bypass_the_api_key(locked):
     for target in (b"http://x/health@/v1/models", b"http://x/health/../v1/models", b"/health;/../v1/models"):
         answer = locked.raw(b"GET " + target + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         assert answer.startswith((b"HTTP/1.1 401", b"HTTP/1.1 400"))
 
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
-def test_with_the_key_one_is_let_in(locked, scheme):
+def test_a_request_with_the_api_key_is_accepted(locked, scheme):
     assert locked.ask("GET", "/v1/models", headers={"Authorization": f"{scheme} {KEY}"})[0] == 200
 
 
@@ -757,17 +757,17 @@ def test_keys_are_compared_as_digests_in_constant_time(locked, monkeypatch):
     assert [(len(a), len(b), a == b) for a, b in compared] == [(32, 32, False), (32, 32, True)]
 
 
-def test_an_empty_key_is_no_key_at_all(served):
+def test_an_empty_api_key_is_rejected(served):
     with pytest.raises(ValueError, match="empty"):
         server.create_app(served.shared, MODEL, api_key="")
 
 
-def test_without_the_key_a_large_body_is_not_even_read(locked):
+def test_the_api_key_is_checked_before_the_size_of_the_body(locked):
     status, _, _ = locked.ask("POST", COMPLETIONS, b" " * 4 * 2**20)
     assert status == 401
 
 
-# --- who leaves, and who is slow ---------------------------------------------------------------------------------
+# --- clients that disconnect, and slow clients -------------------------------------------------------------------
 
 
 def hang_up(connection):
@@ -777,7 +777,7 @@ def hang_up(connection):
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("path", [COMPLETIONS, CHATS])
-def test_who_hangs_up_before_the_first_token_has_no_pages_after_the_step(monkeypatch, path, stream):
+def test_a_disconnect_before_the_first_token_frees_the_pages_after_the_step(monkeypatch, path, stream):
     with new_engine() as engine, serving(engine) as served:
         gate, aborted = Gate(engine), Calls(monkeypatch, served.shared, "abort")
         request = (SMALL if path == COMPLETIONS else CHAT) | dict(max_tokens=40, stream=stream, ignore_eos=True)
@@ -792,7 +792,7 @@ def test_who_hangs_up_before_the_first_token_has_no_pages_after_the_step(monkeyp
         gate.open()
 
 
-def test_who_hangs_up_in_the_middle_of_a_stream_has_no_pages_after_the_step(monkeypatch, oracle):
+def test_a_disconnect_in_the_middle_of_a_stream_frees_the_pages(monkeypatch, oracle):
     with new_engine() as engine, serving(engine) as served:
         gate, aborted = Gate(engine), Calls(monkeypatch, served.shared, "abort")
         leaving = served.begin(COMPLETIONS, SMALL | dict(max_tokens=40, stream=True, ignore_eos=True))
@@ -819,7 +819,9 @@ def test_who_hangs_up_in_the_middle_of_a_stream_has_no_pages_after_the_step(monk
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-def test_who_hangs_up_in_the_queue_leaves_it_before_the_next_step(monkeypatch, oracle, stream):
+def test_a_disconnect_while_waiting_removes_the_request_from_the_queue_before_the_next_step(
+    monkeypatch, oracle, stream
+):
     with new_engine(max_batch_size=1) as engine, serving(engine) as served:
         gate, aborted = Gate(engine), Calls(monkeypatch, served.shared, "abort")
         first = served.begin(COMPLETIONS, SMALL | dict(prompt="first", max_tokens=6, ignore_eos=True))
@@ -841,7 +843,7 @@ def test_who_hangs_up_in_the_queue_leaves_it_before_the_next_step(monkeypatch, o
         assert aborted.number == 1
 
 
-def test_who_gets_its_answer_sends_no_abort(served, monkeypatch):
+def test_a_request_that_gets_its_response_is_not_aborted(served, monkeypatch):
     aborted = Calls(monkeypatch, served.shared, "abort")
     for path, request in ((COMPLETIONS, SMALL), (CHATS, CHAT)):
         for stream in (False, True):
@@ -850,7 +852,7 @@ def test_who_gets_its_answer_sends_no_abort(served, monkeypatch):
     assert aborted.number == 0
 
 
-def test_a_client_that_does_not_read_its_stream_holds_nobody_up(oracle):
+def test_a_client_that_does_not_read_its_stream_does_not_block_other_requests(oracle):
     sizes = dict(max_seq_length=400, n_pages=301)
     with new_engine(**sizes) as engine, serving(engine, send_buffer=4096) as served:
         slow = socket.socket()
@@ -862,7 +864,7 @@ def test_a_client_that_does_not_read_its_stream_holds_nobody_up(oracle):
         slow.sendall(f"{head}Content-Length: {len(request)}\r\n\r\n".encode() + request)
         answers = [served.ask("POST", COMPLETIONS, SMALL)[0] for _ in range(3)]
         assert answers == [200] * 3
-        served.wait_until_idle()  # the slow one's as well
+        served.wait_until_idle()  # the request of the slow client has finished too
         parts = []
         while part := slow.recv(65536):
             parts.append(part)
@@ -871,13 +873,13 @@ def test_a_client_that_does_not_read_its_stream_holds_nobody_up(oracle):
         chunks = [json.loads(chunk)["choices"][0] for chunk in data]
         assert b"data: [DONE]" in parts[-1] or b"data: [DONE]" in b"".join(parts)
         tokens = sum(len(chunk["logprobs"]["tokens"]) for chunk in chunks)
-        assert tokens == 150 and len(chunks) < 150  # what it did not read in time has come together
+        assert tokens == 150 and len(chunks) < 150  # deltas that the client did not read in time are joined
 
 
 # --- limits and failures -----------------------------------------------------------------------------------------
 
 
-def test_one_request_too_many_is_a_429_that_says_when_to_come_again(monkeypatch):
+def test_a_request_that_exceeds_the_queue_gets_429_with_retry_after(monkeypatch):
     with new_engine(max_batch_size=1) as engine, serving(engine, max_waiting=1) as served:
         gate = Gate(engine)
         first = served.begin(COMPLETIONS, SMALL)
@@ -907,7 +909,7 @@ def spoil(engine, prompt, num_good_tokens):
     engine.runner.forward = spoiled
 
 
-def test_numbers_that_are_not_finite_are_an_error_of_their_request_only(oracle):
+def test_logits_that_are_not_finite_fail_only_their_requests(oracle):
     with new_engine() as engine, serving(engine) as served:
         spoil(engine, "bad", 2)
         bad = served.begin(COMPLETIONS, SMALL | dict(prompt="bad", max_tokens=6, ignore_eos=True))
@@ -927,7 +929,7 @@ def test_numbers_that_are_not_finite_are_an_error_of_their_request_only(oracle):
         served.between_steps(lambda: assert_empty(engine))
 
 
-def test_a_step_that_fails_is_an_error_of_its_requests_and_the_server_lives(monkeypatch, caplog):
+def test_a_failed_step_fails_its_requests_and_the_server_continues(monkeypatch, caplog):
     with new_engine() as engine, serving(engine) as served:
         for stream in (False, True):
             raise_at_call(monkeypatch, engine.runner, "forward", 2, OSError)
@@ -944,7 +946,7 @@ def test_a_step_that_fails_is_an_error_of_its_requests_and_the_server_lives(monk
         served.between_steps(lambda: assert_empty(engine))
 
 
-def test_openais_client_raises_what_comes_in_the_middle_of_a_stream():
+def test_openais_client_raises_an_error_that_is_sent_in_the_middle_of_a_stream():
     with new_engine() as engine, serving(engine) as served:
         spoil(engine, "bad", 2)
         stream = client_of(served).completions.create(**SMALL | dict(prompt="bad", max_tokens=6), stream=True)
@@ -952,7 +954,7 @@ def test_openais_client_raises_what_comes_in_the_middle_of_a_stream():
             list(stream)
 
 
-def test_when_the_engine_dies_streams_end_with_an_error_and_the_health_says_so(monkeypatch):
+def test_when_the_engine_dies_streams_end_with_an_error_and_health_returns_503(monkeypatch):
     with new_engine(max_batch_size=1) as engine, serving(engine) as served:
         gate = Gate(engine)
         raise_at_call(monkeypatch, engine.runner, "forward", 2, KeyboardInterrupt)
@@ -979,7 +981,7 @@ def test_when_the_engine_dies_streams_end_with_an_error_and_the_health_says_so(m
         engine.scheduler.reset()
 
 
-def test_a_request_that_takes_too_long_is_ended(monkeypatch):
+def test_a_request_above_the_time_limit_is_aborted(monkeypatch):
     with new_engine() as engine, serving(engine, limits=Limits(request_timeout=0.2)) as served:
         gate, aborted = Gate(engine), Calls(monkeypatch, served.shared, "abort")
         status, _, body = served.ask("POST", COMPLETIONS, SMALL | dict(max_tokens=40))
@@ -996,7 +998,7 @@ def test_a_request_that_takes_too_long_is_ended(monkeypatch):
         gate.open()
 
 
-def test_who_does_not_read_is_not_waited_for_when_its_time_is_over(monkeypatch):
+def test_a_timeout_does_not_wait_for_a_client_that_does_not_read(monkeypatch):
     monkeypatch.setattr(guard, "ERROR_EVENT_TIMEOUT", 0.01)
 
     async def stream(scope, receive, send):
@@ -1018,7 +1020,7 @@ def test_who_does_not_read_is_not_waited_for_when_its_time_is_over(monkeypatch):
     assert sent == ["http.response.start", "http.response.body"]
 
 
-def test_a_body_that_never_ends_is_ended():
+def test_a_request_with_an_incomplete_body_gets_503_at_the_time_limit():
     with new_engine() as engine, serving(engine, limits=Limits(request_timeout=0.2)) as served:
         answer = served.raw(
             b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -1027,7 +1029,7 @@ def test_a_body_that_never_ends_is_ended():
         assert answer.startswith(b"HTTP/1.1 503")
 
 
-# --- what else it tells ------------------------------------------------------------------------------------------
+# --- other endpoints, headers and logs ---------------------------------------------------------------------------
 
 
 def families_of(served):
@@ -1036,7 +1038,7 @@ def families_of(served):
     return {family.name: family for family in text_string_to_metric_families(body.decode())}
 
 
-def test_the_metrics_are_the_engines_counts():
+def test_the_metrics_equal_the_counters_of_the_engine():
     with new_engine() as engine, serving(engine) as served:
         assert served.ask("POST", COMPLETIONS, SMALL | dict(n=2, temperature=1, seed=1, max_tokens=5))[0] == 200
         assert served.ask("POST", CHATS, CHAT | {"stream": True})[0] == 200
@@ -1061,7 +1063,7 @@ def test_the_metrics_are_the_engines_counts():
             assert counts == sorted(counts) and counts[-1] == total == 3
 
 
-def test_what_clients_send_makes_no_new_metrics(served):
+def test_clients_cannot_create_new_metric_series(served):
     def series():
         return {(s.name, *sorted(s.labels.items())) for f in families_of(served).values() for s in f.samples}
 
@@ -1077,7 +1079,7 @@ def test_what_clients_send_makes_no_new_metrics(served):
     assert series() == before
 
 
-def test_the_state_shows_who_holds_which_page():
+def test_the_state_shows_the_queues_and_the_pools_but_no_prompts():
     with new_engine(max_batch_size=1) as engine, serving(engine) as served:
         gate = Gate(engine)
         first = served.begin(COMPLETIONS, SMALL | dict(prompt="the first", max_tokens=3, ignore_eos=True))
@@ -1102,7 +1104,7 @@ def test_the_state_shows_who_holds_which_page():
 
 
 @pytest.mark.parametrize("text", ["hello", "ä€😀", "a<eos>b", "two\nlines\t\x00"])
-def test_tokenize_and_detokenize_undo_each_other(served, text):
+def test_detokenize_reverses_tokenize(served, text):
     status, _, body = served.ask("POST", "/tokenize", {"prompt": text})
     answer = json.loads(body)
     assert status == 200 and answer["count"] == len(answer["tokens"]) and answer["max_model_len"] == 64
@@ -1111,7 +1113,7 @@ def test_tokenize_and_detokenize_undo_each_other(served, text):
     assert (status, json.loads(body)) == (200, {"prompt": "<bos>" + text})
 
 
-def test_a_conversation_is_tokenized_as_a_chat_has_it(served, oracle):
+def test_tokenize_returns_the_prompt_tokens_of_a_chat(served, oracle):
     status, _, body = served.ask("POST", "/tokenize", {"messages": CHAT["messages"]})
     (output,) = oracle.chat(CHAT["messages"], greedy(1), use_tqdm=False)
     assert status == 200 and json.loads(body)["tokens"] == output.prompt_token_ids
@@ -1132,13 +1134,13 @@ def test_a_conversation_is_tokenized_as_a_chat_has_it(served, oracle):
         ("/detokenize", {"tokens": [1], "model": "other"}, 404),
     ],
 )
-def test_what_cannot_be_tokenized_or_detokenized_is_said(served, path, request_, expected):
+def test_invalid_tokenize_and_detokenize_requests_are_rejected(served, path, request_, expected):
     status, _, body = served.ask("POST", path, request_)
     assert status == expected
     assert_is_error(status, body)
 
 
-def test_the_page_loads_nothing_from_elsewhere(served):
+def test_the_page_loads_nothing_from_other_origins(served):
     status, headers, body = served.ask("GET", "/")
     policy = headers["content-security-policy"]
     assert status == 200 and headers["content-type"].startswith("text/html")
@@ -1154,7 +1156,7 @@ def test_a_model_is_found_by_its_name(served):
         client.models.retrieve("org/other")
 
 
-def test_a_developers_message_is_the_systems(served):
+def test_the_developer_role_is_treated_as_the_system_role(served):
     answers = [
         served.ask("POST", "/tokenize", {"messages": [{"role": role, "content": "be kind"}, *CHAT["messages"]]})
         for role in ("developer", "system")
@@ -1162,26 +1164,26 @@ def test_a_developers_message_is_the_systems(served):
     assert answers[0][0] == 200 and answers[0][2] == answers[1][2]
 
 
-def test_cached_tokens_are_in_the_usage(served):
+def test_the_usage_contains_the_cached_tokens(served):
     request = SMALL | dict(prompt="a beginning that is known", cache_salt="of this test")
     cached = [
         json.loads(served.ask("POST", COMPLETIONS, request)[2])["usage"]["prompt_tokens_details"]["cached_tokens"]
         for _ in range(2)
     ]
-    assert cached == [0, 24]  # full pages of 4, and one token at least is computed
+    assert cached == [0, 24]  # filled pages of 4 tokens; at least one token is computed
 
 
-def test_the_version_is_the_packages(served):
+def test_the_version_is_that_of_the_package(served):
     status, _, body = served.ask("GET", "/version")
     assert (status, json.loads(body)) == (200, {"version": importlib.metadata.version("flex-nano-vllm")})
 
 
-def test_the_server_says_nothing_of_itself_in_headers_and_allows_no_other_origin(served):
+def test_headers_do_not_name_the_server_and_allow_no_other_origin(served):
     _, headers, _ = served.ask("GET", "/health", headers={"Origin": "http://evil.example"})
     assert "server" not in headers and not [name for name in headers if name.startswith("access-control")]
 
 
-def test_logs_hold_neither_prompts_nor_keys(monkeypatch, caplog):
+def test_logs_contain_neither_prompts_nor_keys(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     canary = "canary-of-the-prompt"
     with new_engine() as engine, serving(engine, api_key=KEY) as served:
@@ -1193,7 +1195,7 @@ def test_logs_hold_neither_prompts_nor_keys(monkeypatch, caplog):
         assert served.ask("POST", COMPLETIONS, request, {"Authorization": f"Bearer {KEY}-{canary}"})[0] == 401
         raise_at_call(monkeypatch, engine.runner, "forward", 1, OSError)
         assert served.ask("POST", COMPLETIONS, request, auth)[0] == 500
-        monkeypatch.setattr(engine.input_processor, "request", None)  # a bug of ours
+        monkeypatch.setattr(engine.input_processor, "request", None)  # simulates a bug in the server
         status, _, body = served.ask("POST", COMPLETIONS, request, auth)
         assert status == 500 and assert_is_error(status, body)["message"] == "internal error"
     assert "a step has failed" in caplog.text and "an unexpected error" in caplog.text
@@ -1209,8 +1211,8 @@ def run_serve(*arguments):
     return CliRunner().invoke(app, arguments)
 
 
-def test_the_options_of_the_command_are_the_servers(monkeypatch):
-    """What `serve` hands to uvicorn, asked as uvicorn would."""
+def test_the_command_passes_its_options_to_the_engine_and_the_server(monkeypatch):
+    """Check the arguments of `from_pretrained` and `uvicorn.run`, and send requests to the application."""
     served, loaded = {}, {}
 
     def from_pretrained(model, **options):
@@ -1236,16 +1238,16 @@ def test_the_options_of_the_command_are_the_servers(monkeypatch):
         client.headers["Authorization"] = f"Bearer {KEY}"
         assert client.get("/v1/models").json()["data"][0]["id"] == "s"
         answer = client.post(COMPLETIONS, json=SMALL | dict(model="s", n=3, temperature=1))
-        assert answer.status_code == 400 and "the 2 that may wait" in answer.text
+        assert answer.status_code == 400 and "max_waiting=2" in answer.text
 
 
-def test_a_model_that_cannot_be_loaded_is_said_in_one_line():
+def test_a_model_that_cannot_be_loaded_exits_with_a_message():
     result = run_serve("--model", "/no/such/folder")
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
     assert "/no/such/folder" in str(result.exception)
 
 
-def test_after_sigterm_streams_come_to_their_end_and_nobody_else_is_let_in():
+def test_after_sigterm_streams_finish_and_the_process_ends():
     command = [sys.executable, "-m", "flex_nano_vllm.server", "--model", "tiny-gemma2", "--no-compile", "--port", "0"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
@@ -1280,4 +1282,4 @@ def test_after_sigterm_streams_come_to_their_end_and_nobody_else_is_let_in():
             socket.create_connection(("127.0.0.1", port)).close()
     finally:
         process.kill()
-    assert process.returncode == -signal.SIGTERM  # uvicorn raises it once more when everything has ended
+    assert process.returncode == -signal.SIGTERM  # uvicorn raises the signal again after its shutdown

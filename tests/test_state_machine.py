@@ -1,13 +1,13 @@
-"""Hypothesis drives the real page table, scheduler and step packing through whatever users and faults can do.
+"""Hypothesis runs the page table, the scheduler and the building of steps through random requests and faults.
 
-The model is fake twice over. Its next token is a function of the request and the position, so what a request finally
-says must not depend on anything that happened around it. And its KV pool is a dict, slot -> who wrote what there, so a
-query that is shown a slot of somebody else, of an earlier life of its own request, or of a step that failed, is caught.
+The model is fake in two ways. Its next token depends only on the request and the position. Therefore the output of a
+request must not depend on other requests or on faults. Its KV pool is a dict from each slot to the last write. The
+writes are labelled, so that the test detects a query that sees a slot of another request, of its own request before a
+preemption, or of a failed step.
 
-Beside it runs a second bookkeeping in plain dicts and lists, which never computes a decision of the scheduler: it
-observes what was decided and checks that it was allowed. I1 to I16 are the invariants of the design notes:
-I1-I6 pages and rows, I7-I8 isolation and writes, I9-I11 queues, order and progress, I12 termination, I13 who is
-refused, I14-I16 outputs.
+A second bookkeeping uses plain dicts and lists. It never computes a decision of the scheduler, but checks that each
+decision was allowed. The assertions are numbered: I1-I6 pages and rows, I7-I8 isolation and writes, I9-I11 queues,
+order and progress, I12 termination, I13 rejected requests, I14-I16 outputs, I17 the pool is empty at the end.
 """
 
 import copy
@@ -36,12 +36,10 @@ LAYOUT = TileLayout(
 )
 
 PROMPTS = st.tuples(
-    st.one_of(st.integers(0, 3), st.integers(0, 99)),  # gives the length, see `submit`
+    st.one_of(st.integers(0, 3), st.integers(0, 99)),  # gives the length of the prompt, see `submit`
     st.one_of(st.none(), st.none(), st.integers(1, 12)),  # max_tokens
-    st.one_of(
-        st.none(), st.none(), st.integers(-4, 9)
-    ),  # the index of the output token (-4: in the prompt) that is ...
-    st.sampled_from([EOS, NOT_FINITE]),
+    st.one_of(st.none(), st.none(), st.integers(-4, 9)),  # output index of the ending (negative: in the prompt), if any
+    st.sampled_from([EOS, NOT_FINITE]),  # the ending
 )
 
 
@@ -54,17 +52,17 @@ def pages_for(num_tokens: int, page_size: int) -> int:
 
 @dataclass(eq=False)
 class Request:
-    """What is known of a request without asking the scheduler."""
+    """The expected state of a request, computed without the scheduler."""
 
-    sequence: Sequence  # the real one
+    sequence: Sequence  # the object that the scheduler changes
     num_prompt_tokens: int
     max_total_tokens: int
-    ends_at: int | None  # the position at which the model says `ending`, if it comes so far
+    ends_at: int | None  # position of `ending`, if the request reaches it
     ending: int  # EOS or NOT_FINITE
     token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_held: int = 0  # tokens that pages were reserved for
-    life: int = 0  # goes up with every preemption
+    life: int = 0  # number of preemptions so far
 
     @property
     def id(self) -> int:
@@ -75,11 +73,11 @@ class Request:
         return EOS if stops_here else 1 + (31 * self.id + 7 * position) % 97
 
     def is_broken_in(self, start: int, length: int) -> bool:
-        """Whether the chunk computes the token after which the numbers are not finite."""
+        """Return whether the chunk computes the token whose logits are not finite."""
         return self.ending == NOT_FINITE and self.ends_at is not None and start < self.ends_at <= start + length
 
     def expected_output(self) -> tuple[list[int], str]:
-        """What it says if nobody else exists, and why it ends."""
+        """Return the output of the request when it runs alone, and its finish reason."""
         output: list[int] = []
         if self.is_broken_in(0, self.num_prompt_tokens):
             return output, "error"
@@ -94,7 +92,7 @@ class Request:
 
 
 class Interrupted(BaseException):
-    """Like KeyboardInterrupt, but never anybody else's."""
+    """Like KeyboardInterrupt, but raised only by this test."""
 
 
 class Engine(RuleBasedStateMachine):
@@ -103,7 +101,7 @@ class Engine(RuleBasedStateMachine):
         page_size=st.integers(1, 4),
         rows=st.sampled_from([3, 4, 5, 2, 1]),
         budget=st.sampled_from([4, 5, 6, 7, 8, 3, 2, 1]),
-        watermark=st.sampled_from([0, 0, 0, 1, 2, 4, 8]),  # the larger it is, the less there is to see
+        watermark=st.sampled_from([0, 0, 0, 1, 2, 4, 8]),  # mostly small, because a large one prevents preemptions
         max_seq_length=st.sampled_from([1000, 1000, 2, 7, 12, 20]),
         prompts=st.lists(PROMPTS, min_size=2, max_size=8),
     )
@@ -117,8 +115,8 @@ class Engine(RuleBasedStateMachine):
         self.scheduler = Scheduler(self.kv, budget, watermark)
         self.num_submitted = self.num_preemptions = 0
         self.live: dict[int, Request] = {}  # in order of arrival
-        self.ended: dict[int, tuple[Request, str, tuple[int, ...]]] = {}  # with reason and output, never to change
-        self.kv_pool: dict[int, object] = {}  # slot -> (request, life, position, token) that was written there last
+        self.ended: dict[int, tuple[Request, str, tuple[int, ...]]] = {}  # with final finish reason and output
+        self.kv_pool: dict[int, object] = {}  # slot -> (request, life, position, token) of the last write
         self.submit(prompts)
 
     # ---- rules ----
@@ -128,7 +126,7 @@ class Engine(RuleBasedStateMachine):
         for pick, max_tokens, ends_after, ending in prompts:
             prompt_len = 1 + pick % min(self.limit + 1, 12)
             if prompt_len + 1 > self.limit:
-                continue  # I13: refused at the door, which is not of this machine
+                continue  # I13: the engine rejects this prompt; only the scheduler is tested here
             room = self.limit - prompt_len
             sequence = Sequence(
                 request_id=self.num_submitted,
@@ -148,7 +146,7 @@ class Engine(RuleBasedStateMachine):
             self.live[request.id] = request
             self.scheduler.add(sequence)
 
-    # Hypothesis switches rules off for whole runs; steps come in two rules, and requests in three, so that some remain.
+    # Hypothesis disables rules for whole runs. Steps are in two rules, and requests in three, so that some remain.
 
     @rule(prompts=st.lists(PROMPTS, max_size=1))
     def step(self, prompts=()):
@@ -165,7 +163,7 @@ class Engine(RuleBasedStateMachine):
 
     @rule(num_written=st.integers(0, 8))
     def fail_step(self, num_written):
-        """The forward raises when it has written some of its tokens, or some layers of them: all are spoilt."""
+        """The forward pass raises after it has written some tokens, or some layers of them. Their slots are invalid."""
         chunks = self.schedule()
         if chunks:
             for slot in StepBatch.build(chunks, self.kv, LAYOUT).slots[None].tolist()[:num_written]:
@@ -173,7 +171,7 @@ class Engine(RuleBasedStateMachine):
 
     @rule(pick=st.integers(0, 30))
     def abort(self, pick):
-        request_id = pick % (self.num_submitted + 1)  # live, ended long ago, or one more than there are
+        request_id = pick % (self.num_submitted + 1)  # of a live request, of an ended request, or unknown
         aborted = self.scheduler.abort(request_id)
         if request_id in self.live:
             request = self.live.pop(request_id)
@@ -185,7 +183,7 @@ class Engine(RuleBasedStateMachine):
     @rule(pick=st.integers(0, 5), num_tokens=st.integers(0, 9))
     def use_a_row_that_is_not_allocated(self, pick, num_tokens):
         taken = [request.sequence.row for request in self.live.values()]
-        rows = [row for row in range(self.rows + 2) if row not in taken]  # row 0 and one too many among them
+        rows = [row for row in range(self.rows + 2) if row not in taken]  # includes row 0 and a row that does not exist
         row = rows[pick % len(rows)]
         before = self.state_of_table()
         with pytest.raises(ValueError, match=f"row {row} "):
@@ -196,8 +194,10 @@ class Engine(RuleBasedStateMachine):
 
     @rule(pick=st.integers(0, 30))
     def erase_twice(self, pick):
-        """Somebody takes a row between steps and gives it back twice: the second time raises, and both leave no trace
-        in what others hold."""
+        """A row is allocated between steps and erased twice.
+
+        The second `erase` raises. Neither changes the pages of other rows.
+        """
         if len(self.table.allocated_rows) == self.rows:
             with pytest.raises(RuntimeError, match=f"all {self.rows} rows"):
                 self.table.allocate()
@@ -218,7 +218,7 @@ class Engine(RuleBasedStateMachine):
 
     @rule()
     def preempt_newest(self):
-        """It is the scheduler's to decide, but anybody may call it between two steps."""
+        """The scheduler decides to preempt, but a caller may also preempt between two steps."""
         if self.scheduler.running:
             request = self.live[self.scheduler.running[-1].request_id]
             assert self.scheduler.preempt_newest() is request.sequence
@@ -238,7 +238,7 @@ class Engine(RuleBasedStateMachine):
         before=st.booleans(),
     )
     def interrupt_schedule_and_reset(self, method, call, before):
-        """Ctrl-C in the middle of `schedule`, then what `generate` does about it."""
+        """Interrupt `schedule`, as Ctrl-C does, and then reset the scheduler, as `generate` does."""
         original, calls = getattr(self.table, method), 0
 
         def interrupted(*args):
@@ -260,9 +260,9 @@ class Engine(RuleBasedStateMachine):
             delattr(self.table, method)
             self.scheduler.reset()
         self.live.clear()
-        self.num_preemptions = self.scheduler.num_preemptions  # how far it came is anybody's guess
+        self.num_preemptions = self.scheduler.num_preemptions  # preemptions before the interrupt are not predicted
 
-    # ---- one step, watched ----
+    # ---- one step, with checks ----
 
     def schedule(self):
         scheduler, page_size = self.scheduler, self.page_size
@@ -272,15 +272,15 @@ class Engine(RuleBasedStateMachine):
         running = [self.live[sequence.request_id] for sequence in scheduler.running]
         waiting = [self.live[sequence.request_id] for sequence in scheduler.waiting]
 
-        assert bool(chunks) == bool(self.live), "I11: a step with work pending does some of it, and none is made up"
-        assert running + waiting == list(self.live.values()), "I10: order of arrival, nobody lost"
+        assert bool(chunks) == bool(self.live), "I11: a step computes tokens exactly if there are unfinished requests"
+        assert running + waiting == list(self.live.values()), "I10: requests are in order of arrival, and none is lost"
         stayed = [request for request in running_before if request in running]
         preempted = [request for request in running_before if request not in running]
         admitted = [request for request in running if request not in running_before]
-        assert stayed + preempted == running_before, "I11: the newest go first"
-        assert stayed[:1] == running_before[:1], "I11: the oldest always stays"
-        assert admitted == waiting_before[: len(admitted)], "I10: strict FIFO"
-        assert not (preempted and admitted), "in and out in the same step"
+        assert stayed + preempted == running_before, "I11: the newest requests are preempted first"
+        assert stayed[:1] == running_before[:1], "I11: the oldest request is never preempted"
+        assert admitted == waiting_before[: len(admitted)], "I10: requests are admitted strictly in order of arrival"
+        assert not (preempted and admitted), "a step both preempted and admitted requests"
         self.num_preemptions += len(preempted)
         preempted_had = [(request.num_computed, request.num_held) for request in preempted]
         for request in preempted:
@@ -290,7 +290,7 @@ class Engine(RuleBasedStateMachine):
         left = self.budget
         assert [chunk.sequence for chunk in chunks] == [request.sequence for request in running]
         for chunk, request in zip(chunks, running):
-            assert chunk.start == request.num_computed, "I8: no position is skipped, none is computed twice"
+            assert chunk.start == request.num_computed, "I8: no position is skipped or computed twice"
             assert chunk.length == min(len(request.token_ids) - request.num_computed, left) >= 1
             assert chunk.needs_sample == (chunk.start + chunk.length == len(request.token_ids))
             left -= chunk.length
@@ -304,18 +304,22 @@ class Engine(RuleBasedStateMachine):
 
         for request in admitted:
             beside = running[: running.index(request) + 1]
-            assert len(beside) == 1 or pages_when_grown(beside) <= self.usable_pages, "admitted below the watermark"
+            assert len(beside) == 1 or pages_when_grown(beside) <= self.usable_pages, (
+                "admitted without room to grow by the watermark"
+            )
         if waiting and not preempted and left and len(running) < self.rows:
-            assert pages_when_grown([*running, waiting[0]]) > self.usable_pages, "kept waiting without need"
+            assert pages_when_grown([*running, waiting[0]]) > self.usable_pages, "not admitted although there is room"
         if preempted:
-            num_computed, num_held = preempted_had[0]  # the oldest of them, and the last to go
+            num_computed, num_held = preempted_had[0]  # the oldest of the preempted requests, which was preempted last
             end = num_computed + min(len(preempted[0].token_ids) - num_computed, left)
             staying = sum(pages_for(request.num_held, page_size) for request in stayed)
-            assert staying + pages_for(max(num_held, end), page_size) > self.usable_pages, "preempted without need"
+            assert staying + pages_for(max(num_held, end), page_size) > self.usable_pages, (
+                "preempted although enough pages were free"
+            )
         return chunks
 
     def forward(self, chunks):
-        """Write every token of the step into the fake pool, then look at what attention would."""
+        """Write every token of the step into the fake pool, then check what each query sees."""
         if not chunks:
             return
         batch = StepBatch.build(chunks, self.kv, LAYOUT)
@@ -334,9 +338,10 @@ class Engine(RuleBasedStateMachine):
         for slot, (request, position) in zip(slots, tokens):
             self.kv_pool[slot] = self.entry(request, position)
 
-        for chunk in chunks:  # I8: all it has ever computed lies where the host says
+        for chunk in chunks:  # I8: all computed tokens are in the slots of the host's page table
             self.assert_written(self.live[chunk.sequence.request_id], chunk.start + chunk.length)
-        for window in LAYOUT.windows:  # I7: and where the device says, nothing else being visible
+        # I7: through the device tables, each query sees the tokens of its window and nothing else
+        for window in LAYOUT.windows:
             seen = visible_slots(batch, window)
             for i, (request, position) in enumerate(tokens):
                 first = 0 if window is None else max(0, position - window + 1)
@@ -344,7 +349,7 @@ class Engine(RuleBasedStateMachine):
                 assert sorted((self.kv_pool.get(slot) for slot in seen[i]), key=str) == sorted(expected, key=str)
 
     def commit(self, chunks):
-        replies, expected = [], []  # what the model says, and who is to end, with the reason
+        replies, expected = [], []  # sampled tokens; requests that should end, with their finish reasons
         for chunk in chunks:
             request = self.live[chunk.sequence.request_id]
             request.num_computed += chunk.length
@@ -352,7 +357,7 @@ class Engine(RuleBasedStateMachine):
                 replies.append(NOT_FINITE)
                 expected.append((request, "error"))
             elif request.num_computed < len(request.token_ids):
-                replies.append(EOS)  # the last thing that the scheduler should take from a chunk that does not sample
+                replies.append(EOS)  # must be ignored, because the chunk does not sample
             else:
                 token = request.token_at(len(request.token_ids))
                 replies.append(token)
@@ -381,7 +386,7 @@ class Engine(RuleBasedStateMachine):
         for position, slot in enumerate(self.table.slots(row, np.arange(num_tokens)).tolist()):
             assert self.kv_pool.get(slot) == self.entry(request, position)
 
-    # ---- what holds after every rule ----
+    # ---- checks after every rule ----
 
     def state_of_table(self) -> dict:
         tensors = ("table", "host_table", "physical_to_logical")
@@ -390,14 +395,14 @@ class Engine(RuleBasedStateMachine):
 
     @invariant()
     def holds(self):
-        # On a copy, since it syncs: the device must stay as far behind as a run without checks would leave it.
+        # On a copy, because it syncs. The device tables must stay as outdated as they are in a run without checks.
         copied = copy.deepcopy(self.scheduler)
         copied.check_invariants()
         self.requests_are_where_they_belong()
         self.pages_are_where_they_belong(copied.kv.primary)
 
     def requests_are_where_they_belong(self):
-        """I9, I10, I14, I15."""
+        """Check I9, I10, I14 and I15."""
         scheduler = self.scheduler
         assert [*scheduler.running, *scheduler.waiting] == [request.sequence for request in self.live.values()]
         assert scheduler.has_unfinished_requests() == bool(self.live)
@@ -416,11 +421,13 @@ class Engine(RuleBasedStateMachine):
                 self.assert_written(request, request.num_computed)
         for request, reason, output in self.ended.values():
             sequence = request.sequence
-            assert (sequence.finish_reason, tuple(sequence.output_token_ids)) == (reason, output), "ended is final"
+            assert (sequence.finish_reason, tuple(sequence.output_token_ids)) == (reason, output), (
+                "an ended request has changed"
+            )
             assert sequence.row is None
 
     def pages_are_where_they_belong(self, synced: PageTable):
-        """I1 to I6, from the device's tables."""
+        """Check I1 to I6 on the device tables."""
         running = [request for request in self.live.values() if request.sequence.row is not None]
         rows = {request.sequence.row: pages_for(request.num_held, self.page_size) for request in running}
         assert len(rows) == len(running) and 0 not in rows
@@ -439,15 +446,15 @@ class Engine(RuleBasedStateMachine):
         assert self.table.num_free_pages == self.usable_pages - len(owned)
 
     def teardown(self):
-        """I12 and I17: with no new arrivals everything ends, and then nothing is held.
+        """Check I12 and I17: without new requests all requests end, and then all rows and pages are free.
 
-        The oldest request computes at least a token in every step, so there are at most as many steps as tokens.
+        The oldest request computes at least one token in every step, so there are at most as many steps as tokens.
         """
         if not hasattr(self, "scheduler"):
-            return  # Hypothesis gave up before `build`
+            return  # Hypothesis stopped before `build`
         steps_left = sum(request.max_total_tokens for request in self.live.values())
         while self.live:
-            assert steps_left > 0, "I12: does not terminate"
+            assert steps_left > 0, "I12: requests do not end"
             steps_left -= 1
             self.step()
             self.holds()
@@ -461,9 +468,11 @@ TestEngine.settings = settings(max_examples=100, **MACHINE)
 
 
 @pytest.mark.parametrize("seed", range(100))
-def test_random_walk(seed):
-    """The same machine without Hypothesis, which varies a pool it has found rather than try another one: each seed is
-    another pool, always with more requests than it can hold."""
+def test_random_operations_keep_all_invariants(seed):
+    """Run the same machine without Hypothesis. Each seed has another pool, with more requests than the pool can hold.
+
+    Hypothesis varies a pool that it has found instead of trying another pool.
+    """
     random = Random(seed)
 
     def prompts(most: int) -> list[tuple]:

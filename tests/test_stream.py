@@ -1,4 +1,4 @@
-"""Answers as they come: joined, they are what `generate` gives, whatever else the engine does meanwhile."""
+"""Streams: the joined deltas equal the output of `generate`, whatever else the engine computes at the same time."""
 
 import gc
 import itertools
@@ -30,14 +30,16 @@ def generated(engine, prompt, params):
 
 
 def joined(deltas):
-    """Completions as (text, token_ids, logprobs, finish_reason, stop_reason), by their index. All deltas are in order,
-    and each completion ends once."""
+    """Join deltas to completions: (text, token_ids, logprobs, finish_reason, stop_reason) by index.
+
+    Checks that each delta has something new, and that no delta follows the end of its completion.
+    """
     by_index, request_ids = {}, set()
     for delta in deltas:
         request_ids.add(delta.request_id)
         text, token_ids, logprobs, finish_reason, _ = by_index.get(delta.index, ("", [], [], None, None))
-        assert finish_reason is None, "something comes after the end"
-        assert delta.token_ids or delta.finish_reason, "nothing is new"
+        assert finish_reason is None, "a delta follows the end of its completion"
+        assert delta.token_ids or delta.finish_reason, "a delta has nothing new"
         if delta.logprobs is not None:
             assert [next(iter(named)) for named in delta.logprobs] == delta.token_ids
         by_index[delta.index] = (
@@ -64,7 +66,7 @@ def check(engine, prompt, params):
 
 WAYS = [
     dict(temperature=0),
-    dict(n=5),  # in three rows
+    dict(n=5),  # more samples than the three rows
     dict(n=3, logprobs=2),
     dict(n=3, max_tokens=20, stop=["é", "a", "�", "\x00"], top_k=200),
     dict(n=4, max_tokens=20, stop=["�"], include_stop_str_in_output=True, min_tokens=3, logprobs=0),
@@ -76,12 +78,12 @@ WAYS = [
 
 
 @pytest.mark.parametrize("params", WAYS, ids=str)
-def test_the_deltas_joined_are_the_answer(engine, params):
+def test_the_joined_deltas_equal_the_output_of_generate(engine, params):
     for prompt in PROMPTS:
         check(engine, prompt, drawn(**params))
 
 
-def test_there_is_a_delta_for_each_token_and_it_comes_when_its_step_is_done(engine):
+def test_each_token_has_a_delta_that_is_yielded_after_its_step(engine):
     seen = []
     before = engine.stats().num_steps
     for delta in engine.stream("hi", drawn(max_tokens=4)):
@@ -89,14 +91,14 @@ def test_there_is_a_delta_for_each_token_and_it_comes_when_its_step_is_done(engi
     assert seen == [(1, 1, None), (1, 2, None), (1, 3, None), (1, 4, "length")]
 
 
-def test_under_preemption_nothing_is_told_twice():
+def test_a_preempted_stream_repeats_no_tokens():
     with Inference(byte_model(), byte_tokenizer(), **TIGHT) as engine:
         params = drawn(n=3, max_tokens=9, logprobs=1)
         check(engine, "abcdef", params)
         assert engine.stats().num_preemptions > 0
 
 
-def test_without_a_tokenizer_there_are_tokens_and_no_text():
+def test_without_a_tokenizer_deltas_have_tokens_and_no_text():
     with Inference(byte_model(), None, **SIZES) as engine:
         deltas = list(engine.stream([5, 6, 7], drawn(max_tokens=3)))
         assert [delta.text for delta in deltas] == [None] * 3
@@ -104,27 +106,27 @@ def test_without_a_tokenizer_there_are_tokens_and_no_text():
         assert [token for delta in deltas for token in delta.token_ids] == answer.token_ids
 
 
-# --- the text of a prompt is the prompt's ------------------------------------------------------------------------
+# --- the boundary between prompt and output ----------------------------------------------------------------------
 
 
-def test_a_character_that_the_prompt_leaves_unfinished_belongs_to_the_output(engine):
+def test_a_character_that_is_incomplete_in_the_prompt_belongs_to_the_output(engine):
     tokens = byte_tokenizer()("ñ", add_special_tokens=False).input_ids
-    bias = {tokens[1]: 100}  # the second half, which with the prompt's would be a letter
+    bias = {tokens[1]: 100}  # the second byte, which completes the character of the prompt
     (delta,) = engine.stream([2, tokens[0]], drawn(logit_bias=bias, max_tokens=1))
     assert (delta.token_ids, delta.text) == ([tokens[1]], "ñ")
 
 
-def test_a_stop_text_in_the_prompt_or_half_in_it_stops_nothing(engine):
+def test_a_stop_string_that_starts_in_the_prompt_is_ignored(engine):
     token = byte_tokenizer()("g", add_special_tokens=False).input_ids[0]
     params = drawn(logit_bias={token: 100}, max_tokens=5, stop=["abc", "fg", "fgg"])
     deltas = check(engine, "abcdef", params)
     assert "".join(delta.text for delta in deltas) == "ggggg"
 
 
-# --- beside others -----------------------------------------------------------------------------------------------
+# --- several requests --------------------------------------------------------------------------------------------
 
 
-def test_two_streams_in_turns_are_what_each_is_alone(engine):
+def test_two_interleaved_streams_equal_their_outputs_alone(engine):
     params = [drawn(max_tokens=6, logprobs=1), drawn(max_tokens=9, n=2)]
     alone = [completed(generated(engine, prompt, p)) for prompt, p in zip(PROMPTS, params)]
     streams = [engine.stream(prompt, p) for prompt, p in zip(PROMPTS, params)]
@@ -133,7 +135,7 @@ def test_two_streams_in_turns_are_what_each_is_alone(engine):
     assert_empty(engine)
 
 
-def test_a_stream_that_waits_while_others_step_misses_nothing(engine):
+def test_a_stream_misses_nothing_of_steps_that_its_caller_runs(engine):
     stream = engine.stream("abcdefg", drawn(max_tokens=6))
     first = next(stream)
     outputs = []
@@ -143,10 +145,12 @@ def test_a_stream_that_waits_while_others_step_misses_nothing(engine):
     assert len(rest) == 1 and len(rest[0].token_ids) == 5
     alone = generated(engine, "abcdefg", drawn(max_tokens=6))
     assert joined([first, *rest]) == completed(alone)
-    assert [completed(output) for output in outputs] == [completed(alone)], "who steps gets what has ended in it"
+    assert [completed(output) for output in outputs] == [completed(alone)], (
+        "run_one_step returns the requests that finished in its step"
+    )
 
 
-def test_no_output_of_other_requests_is_lost_in_a_stream(engine):
+def test_a_stream_loses_no_outputs_of_other_requests(engine):
     lengths = {2: "abcdefg", 12: "hi"}
     ids = {engine.add_request(text, drawn(max_tokens=n)): (text, n) for n, text in lengths.items()}
     deltas = list(engine.stream("xyz", drawn(max_tokens=5)))
@@ -157,7 +161,7 @@ def test_no_output_of_other_requests_is_lost_in_a_stream(engine):
     assert joined(deltas) == completed(generated(engine, "xyz", drawn(max_tokens=5)))
 
 
-def test_generate_does_not_run_beside_an_open_stream_and_does_it_no_harm(engine):
+def test_generate_raises_during_an_open_stream_and_does_not_affect_it(engine):
     stream = engine.stream("hi", drawn(max_tokens=4))
     deltas = [next(stream)]
     with pytest.raises(RuntimeError, match="unfinished requests"):
@@ -166,12 +170,12 @@ def test_generate_does_not_run_beside_an_open_stream_and_does_it_no_harm(engine)
     assert joined(deltas) == completed(generated(engine, "hi", drawn(max_tokens=4)))
 
 
-# --- ends --------------------------------------------------------------------------------------------------------
+# --- ends of streams ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_read", [0, 1, 3])
 @pytest.mark.parametrize("how", ["close", "delete", "break"])
-def test_a_stream_that_is_broken_off_gives_its_pages_back(engine, how, num_read):
+def test_a_stream_that_is_not_read_to_its_end_frees_its_pages(engine, how, num_read):
     stream = engine.stream("abcdefg", drawn(n=3, max_tokens=20))
     for _ in range(num_read):
         next(stream)
@@ -187,14 +191,14 @@ def test_a_stream_that_is_broken_off_gives_its_pages_back(engine, how, num_read)
     assert_empty(engine)
 
 
-def test_a_stream_that_is_never_begun_takes_nothing(engine):
+def test_a_stream_that_is_never_iterated_queues_no_request(engine):
     stream = engine.stream("abcdefg", drawn())
     assert not engine.has_unfinished_requests()
     del stream
     assert_empty(engine)
 
 
-def test_a_stream_that_is_broken_off_leaves_others_alone(engine):
+def test_a_stream_that_is_not_read_to_its_end_does_not_affect_other_requests(engine):
     request_id = engine.add_request("hi", drawn(max_tokens=9))
     for _, _ in zip(range(3), engine.stream("abcdefg", drawn(max_tokens=20))):
         pass
@@ -204,7 +208,7 @@ def test_a_stream_that_is_broken_off_leaves_others_alone(engine):
     assert completed(outputs[request_id]) == completed(generated(engine, "hi", drawn(max_tokens=9)))
 
 
-def test_a_stream_whose_request_is_aborted_ends_with_that(engine):
+def test_a_stream_whose_request_is_aborted_ends_with_finish_reason_abort(engine):
     stream = engine.stream("abcdefg", drawn(n=2, max_tokens=20))
     deltas = [next(stream), next(stream)]
     output = engine.abort(deltas[0].request_id)
@@ -225,7 +229,7 @@ def test_a_stream_whose_request_is_aborted_ends_with_that(engine):
         (["hi", "ho"], {}),
     ],
 )
-def test_what_is_wrong_is_said_at_the_call(engine, prompt, options):
+def test_an_invalid_request_raises_at_the_call_of_stream(engine, prompt, options):
     with pytest.raises(ValueError):
         engine.stream(prompt, drawn(**options))
     assert_empty(engine)
@@ -233,7 +237,7 @@ def test_what_is_wrong_is_said_at_the_call(engine, prompt, options):
 
 @pytest.mark.parametrize("exception", [OSError, KeyboardInterrupt])
 @pytest.mark.parametrize("number", [1, 4])
-def test_a_stream_ends_with_a_step_that_fails_and_its_pages_are_free(engine, monkeypatch, exception, number):
+def test_a_failed_step_ends_the_stream_and_frees_its_pages(engine, monkeypatch, exception, number):
     other = engine.add_request("hi", drawn(max_tokens=4))
     stream = engine.stream("abcdefg", drawn(max_tokens=6))
     with monkeypatch.context() as patch:
@@ -247,7 +251,7 @@ def test_a_stream_ends_with_a_step_that_fails_and_its_pages_are_free(engine, mon
 
 
 @pytest.mark.parametrize("num_good_tokens", [0, 2, 4])
-def test_a_text_that_cannot_be_decoded_is_the_end_of_its_own_request_only(engine, monkeypatch, num_good_tokens):
+def test_a_text_that_cannot_be_decoded_ends_only_its_own_request(engine, monkeypatch, num_good_tokens):
     params = drawn(max_tokens=5)
     alone = [completed(generated(engine, prompt, params)) for prompt in PROMPTS]
     streams = [engine.stream(prompt, params) for prompt in PROMPTS]
@@ -283,8 +287,8 @@ def test_a_stream_of_a_closed_engine_raises_and_ends():
         engine.stream("hi", drawn())
 
 
-def test_a_stream_that_is_thrown_away_in_the_middle_of_a_step_gives_its_pages_back(engine, monkeypatch):
-    """By the garbage collector, which may run at any time."""
+def test_a_stream_deleted_in_the_middle_of_a_step_frees_its_pages(engine, monkeypatch):
+    """The garbage collector may delete a stream at any time."""
     streams = [engine.stream("abcdefg", drawn(max_tokens=20)), engine.stream("hi", drawn(max_tokens=6))]
     deltas = [next(stream) for stream in streams][1:]
     step = engine._step

@@ -1,4 +1,4 @@
-"""What surrounds an engine: its caller's modes, changes of the model, the model's own configs, the locale."""
+"""The environment of an engine: the caller's torch modes, changes of the model, the model's configs, the locale."""
 
 import copy
 import os
@@ -24,7 +24,7 @@ from flex_nano_vllm.weights import WeightsWatch
 
 
 @pytest.mark.parametrize("steps", ["generate", "by hand", "drawn"])
-def test_autocast_of_the_caller_changes_nothing(engine, expected, steps):
+def test_the_callers_autocast_changes_nothing(engine, expected, steps):
     engine.reset_prefix_cache()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         if steps == "generate":
@@ -89,7 +89,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_pages_computed_with_other_weights_are_not_used(changing, change):
+def test_pages_computed_with_old_weights_are_not_reused(changing, change):
     assert changing.generate(LONG, greedy(4), use_tqdm=False)[0].num_cached_tokens > 0
     change(changing.model)
     (output,) = changing.generate(LONG, greedy(4), use_tqdm=False)
@@ -99,7 +99,7 @@ def test_pages_computed_with_other_weights_are_not_used(changing, change):
     assert output.outputs[0].token_ids == hf_generate(model, LONG, 4, ignore_eos=True)
 
 
-def test_adapters_that_are_switched_off_are_a_change_and_a_look_is_none():
+def test_each_change_of_adapters_or_modules_is_detected_once():
     class Adapter(torch.nn.Linear):
         _disable_adapters, active_adapters, scaling = False, ["default"], {"default": 1.0}
 
@@ -130,7 +130,7 @@ def stretched(rope_type, **rope):
 @pytest.mark.parametrize(
     "rope", [dict(rope_type="yarn", original_max_position_embeddings=32), dict(rope_type="linear")], ids=str
 )
-def test_a_stretched_rope_reaches_as_far_as_it_is_stretched(rope):
+def test_a_model_with_scaled_rope_supports_the_scaled_number_of_positions(rope):
     model, prompt = stretched(**rope), prompt_of(60)
     with pytest.raises(ValueError, match="max_seq_length=129 is more than the 128 positions"):
         Inference(model, None, max_batch_size=1, max_seq_length=129, page_size=4, compile=False)
@@ -143,17 +143,17 @@ def test_a_stretched_rope_reaches_as_far_as_it_is_stretched(rope):
     ("rope", "positions"),
     [
         (dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16), 64),
-        (dict(rope_type="yarn", factor=1.5, original_max_position_embeddings=16), 32),  # the config has more
+        (dict(rope_type="yarn", factor=1.5, original_max_position_embeddings=16), 32),  # the config has more positions
         (dict(rope_type="yarn", factor=4.0), 128),
         (dict(rope_type="default"), 32),
     ],
     ids=str,
 )
-def test_positions_are_those_of_the_config_or_of_its_rope(rope, positions):
+def test_the_number_of_positions_is_the_larger_of_the_config_and_its_scaled_rope(rope, positions):
     assert max_positions(stretched(**rope)) == positions
 
 
-def test_layers_that_quantize_all_tokens_together_are_refused_by_name():
+def test_layers_that_quantize_all_tokens_together_are_rejected_by_name():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = torch.ao.quantization.quantize_dynamic(
@@ -163,7 +163,7 @@ def test_layers_that_quantize_all_tokens_together_are_refused_by_name():
         Inference(model, None, **SIZES)
 
 
-def test_a_head_without_a_weight_is_served():
+def test_a_head_without_a_weight_tensor_is_supported():
     class Hidden(torch.nn.Module):
         def __init__(self, linear):
             super().__init__()
@@ -182,7 +182,7 @@ def test_a_head_without_a_weight_is_served():
         assert tokens_of(engine.generate(PROMPTS[0], greedy(4), use_tqdm=False)) == [expected]
 
 
-def test_a_wrapper_of_peft_is_refused_in_one_line_that_says_what_to_pass():
+def test_a_peft_wrapper_is_rejected_with_a_short_message_that_names_the_remedy():
     class PeftModelForCausalLM(torch.nn.Module):
         def get_base_model(self):
             return tiny_model("gemma2")
@@ -192,12 +192,12 @@ def test_a_wrapper_of_peft_is_refused_in_one_line_that_says_what_to_pass():
     assert len(str(error.value)) < 200
 
 
-# --- its generation config ---------------------------------------------------------------------------------------
+# --- the model's generation config -------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def repetitive():
-    """A model whose generation config asks for more than greedy tokens."""
+    """A model whose generation config sets a temperature and two options that also change greedy decoding."""
     model = copy.deepcopy(tiny_model("gemma2"))
     model.generation_config.repetition_penalty = 1.5
     model.generation_config.no_repeat_ngram_size = 2
@@ -209,7 +209,7 @@ def warnings_of(caplog):
     return [record.getMessage() for record in caplog.records if "generation_config" in record.getMessage()]
 
 
-def test_what_a_model_asks_for_and_a_request_does_not_is_said_once(repetitive, caplog):
+def test_settings_of_the_model_that_a_request_does_not_apply_are_logged_once(repetitive, caplog):
     with Inference(repetitive, None, **SIZES) as engine:
         for _ in range(2):
             engine.generate(PROMPTS, greedy(2), use_tqdm=False)
@@ -217,11 +217,11 @@ def test_what_a_model_asks_for_and_a_request_does_not_is_said_once(repetitive, c
             engine.run_one_step()
     (message,) = warnings_of(caplog)
     assert "no_repeat_ngram_size=2" in message and "repetition_penalty=1.5" in message
-    assert "temperature" not in message, "it does not matter to a greedy request"
+    assert "temperature" not in message, "temperature has no effect on a greedy request"
 
 
 @pytest.mark.parametrize("warns", [True, False])
-def test_it_is_said_of_requests_of_many_callers_too_unless_a_server_has_chosen(repetitive, caplog, warns):
+def test_a_shared_engine_logs_these_settings_unless_warns_of_defaults_is_false(repetitive, caplog, warns):
     with Inference(repetitive, None, **SIZES) as engine:
         engine.warns_of_defaults = warns
 
@@ -233,7 +233,7 @@ def test_it_is_said_of_requests_of_many_callers_too_unless_a_server_has_chosen(r
     assert len(warnings_of(caplog)) == warns
 
 
-def test_a_request_that_asks_for_what_its_model_states_is_told_nothing(caplog):
+def test_a_request_that_applies_the_settings_of_its_model_logs_nothing(caplog):
     model = copy.deepcopy(tiny_model("gemma2"))
     model.generation_config.repetition_penalty = 1.5
     expected = hf_generate(model, PROMPTS[1], 8, ignore_eos=True)
@@ -244,7 +244,7 @@ def test_a_request_that_asks_for_what_its_model_states_is_told_nothing(caplog):
     assert expected != hf_generate(own_model("plain"), PROMPTS[1], 8, ignore_eos=True)
 
 
-def test_the_oracle_of_exactness_chooses_by_the_model_alone(repetitive):
+def test_the_exactness_oracle_ignores_the_generation_config_and_restores_it(repetitive):
     config = repetitive.generation_config
     plain = hf_generate(own_model("plain"), PROMPTS[1], 8)
     assert neutral_generate(repetitive, PROMPTS[1], 8) == plain != hf_generate(repetitive, PROMPTS[1], 8)
@@ -268,11 +268,11 @@ def test_the_oracle_of_exactness_chooses_by_the_model_alone(repetitive):
     ],
     ids=str,
 )
-def test_a_models_defaults_are_what_its_config_states(stated, defaults):
+def test_the_default_sampling_parameters_are_those_of_the_generation_config(stated, defaults):
     assert sampling_defaults(GenerationConfig(**stated)) == defaults
 
 
-def test_the_engine_gives_its_models_defaults(repetitive):
+def test_the_engine_returns_the_default_sampling_parameters_of_its_model(repetitive):
     with Inference(repetitive, None, **SIZES) as engine:
         params = engine.get_default_sampling_params()
     assert (params.temperature, params.repetition_penalty) == (0.7, 1.5)
@@ -282,7 +282,7 @@ def test_the_engine_gives_its_models_defaults(repetitive):
 # --- the locale --------------------------------------------------------------------------------------------------
 
 
-def test_the_command_starts_where_text_files_are_ascii():
+def test_the_command_starts_in_an_ascii_locale():
     ascii_only = os.environ | dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
     command = [sys.executable, "-c", "from flex_nano_vllm.cli import main; main()", "--help"]
     run = subprocess.run(command, env=ascii_only, capture_output=True)

@@ -1,4 +1,4 @@
-"""Questions of the tiny model's tasks: their answers are right, and what is held out is never trained on."""
+"""Questions of the tiny model's tasks: their answers are right, and training never draws held-out questions."""
 
 import itertools
 import random
@@ -24,12 +24,12 @@ def some(task, num=300):
 
 
 @pytest.mark.parametrize("task", KNOWN)
-def test_known_lists_have_no_gap(task):
-    """The items named last before the answer, and the answer, are neighbours in the list."""
+def test_answers_about_known_lists_have_no_gap(task):
+    """The items of the answer are consecutive in the list, and fit the items that the prompt names."""
     items = KNOWN[task]
     for question in some(task):
         told = question.answer.removesuffix(".").split(", ")
-        prompt = re.sub(rf"\b{len(told)} (?=month|day|letter|prime)", "", question.prompt)  # how many is not which
+        prompt = re.sub(rf"\b{len(told)} (?=month|day|letter|prime)", "", question.prompt)  # a count is not an item
         asked = [word for word in re.findall(r"\w+", prompt.split(":")[-1]) if word in items]
         first = items.index(told[0])
         assert told == items[first : first + len(told)]
@@ -43,8 +43,11 @@ def test_known_lists_have_no_gap(task):
             assert items[first - 1] == asked[-1]
 
 
-def test_every_single_answer_of_a_known_list_can_be_learned():
-    """Never are all forms of a fact's question held out, of a neighbour's no more than one, of a list's head none."""
+def test_every_answer_about_a_known_list_can_be_learned():
+    """At most two wordings of a question are held out, and at most one for neighbours in a list.
+
+    Prompts that show only the first one or two items of a list are never held out.
+    """
 
     def num_held_out(prompts):
         return sum(Question("any", prompt, "any").held_out for prompt in prompts)
@@ -65,7 +68,7 @@ def test_every_single_answer_of_a_known_list_can_be_learned():
         assert len(heads) == 2 and num_held_out(heads) == 0
 
 
-def test_counting_and_sums_add_up():
+def test_answers_to_counting_and_sums_are_right():
     for question in some("counting"):
         by, start, end, *told = map(int, re.findall(r"\d+", question.prompt))
         assert told + [int(n) for n in re.findall(r"\d+", question.answer)] == list(range(start, end + 1, by))
@@ -81,7 +84,7 @@ def test_words_are_repeated_and_reversed():
 
 
 @pytest.mark.parametrize("task", ["lookup", "long lookup"])
-def test_the_answer_of_a_lookup_stands_in_its_list(task):
+def test_the_answer_of_a_lookup_is_in_its_list(task):
     for question in some(task):
         _, *pairs, asked = question.prompt.split("\n")
         assert len({pair.split()[0] for pair in pairs}) == len(pairs)
@@ -91,19 +94,19 @@ def test_the_answer_of_a_lookup_stands_in_its_list(task):
         assert task == "lookup" or pairs.index(answers[0]) < len(pairs) - 64
 
 
-def test_a_share_is_held_out_by_the_prompt_alone():
+def test_the_share_of_held_out_questions_is_as_intended():
     prompts = {question.prompt for task in TASKS for question in some(task)}
     held_out = {prompt for prompt in prompts if Question("any", prompt, "any").held_out}
     assert len(held_out) / len(prompts) == pytest.approx(HELD_OUT_SHARE, rel=0.3)
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_draws_come_from_the_side_asked_for(held_out):
+def test_drawn_questions_are_held_out_only_if_requested(held_out):
     rng = random.Random(1)
     assert all(draw_question(task, rng, held_out).held_out == held_out for task in TASKS for _ in range(20))
 
 
-def test_questions_are_different_and_the_same_in_every_process():
+def test_held_out_questions_are_distinct_and_equal_in_every_process():
     here = [question.prompt for task in TASKS for question in held_out_questions(task, 30, seed=5)]
     assert len(set(here)) == len(here)
     program = (
@@ -114,7 +117,7 @@ def test_questions_are_different_and_the_same_in_every_process():
     assert there.strip() == str(here)
 
 
-def test_a_story_ends_with_its_own_people_and_the_next_day():
+def test_a_story_ends_with_its_own_names_and_the_next_weekday():
     for question in some("stories"):
         hero, animal, place, friend, day, thing = re.fullmatch(
             r"(\w+) the (\w+) lived by the (\w+) and had a friend, (\w+)\. On (\w+), \1 lost the (\w+)\.",

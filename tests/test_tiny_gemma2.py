@@ -1,7 +1,7 @@
-"""The trained model in the package: what it knows, and that the engine's answers are right and `generate`'s own.
+"""The trained model in the package: its answers are right, and the engine's answers equal those of `generate`.
 
-The pair that a long lookup asks for stands three windows and more before the question, so that a wrong page, mask or
-position is a wrong answer. The last test shows that it is.
+In a long lookup, the requested pair is at least three windows before the question. So a wrong page, mask or position
+gives a wrong answer. The last test shows this.
 """
 
 import functools
@@ -27,7 +27,7 @@ MIXTURE = ("long lookup", "copying", "lookup", "stories", "months", "long lookup
 
 @functools.cache
 def loaded(dtype=torch.float32):
-    """The model, for everybody: engines must give it back."""
+    """Return the model that all tests share: engines must restore it."""
     return AutoModelForCausalLM.from_pretrained(FOLDER, dtype=dtype, attn_implementation="eager").eval()
 
 
@@ -38,7 +38,7 @@ def tokenizer():
 
 @functools.cache
 def mixture():
-    """One question of each task named, as (question, token ids), every other one as a chat turn."""
+    """Return a (question, token ids) pair for each task in MIXTURE. Every second prompt is a chat turn."""
     questions = [held_out_questions(task, 2, seed=i)[i % 2] for i, task in enumerate(MIXTURE)]
     texts = [prompt_text(question, tokenizer() if i % 2 else None) for i, question in enumerate(questions)]
     return [
@@ -62,7 +62,7 @@ def engine_for(model, n_pages=None, **sizes):
     return Inference(model, tokenizer(), n_pages=n_pages, **sizes)
 
 
-def test_it_is_loaded_by_name_and_needs_no_network(monkeypatch):
+def test_the_model_is_loaded_by_name_without_network(monkeypatch):
     def no_network(*args):
         raise OSError("no network")
 
@@ -75,7 +75,7 @@ def test_it_is_loaded_by_name_and_needs_no_network(monkeypatch):
     assert answer.finish_reason == "stop"
 
 
-def test_it_is_small_and_has_all_that_makes_gemma2_hard():
+def test_the_model_is_small_and_has_all_features_that_make_gemma2_hard():
     config = loaded().config
     assert config.model_type == "gemma2" and config.tie_word_embeddings
     assert layer_windows(loaded()) == [WINDOW, None, WINDOW, None]
@@ -85,7 +85,7 @@ def test_it_is_small_and_has_all_that_makes_gemma2_hard():
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 10e6
 
 
-def test_its_tokenizer_loses_nothing_and_its_chat_has_gemmas_form():
+def test_the_tokenizer_is_lossless_and_the_chat_template_has_gemmas_format():
     for text in ("17 + 8 = 25.", "  two blanks\n\nand lines\t", "Ωμέγα, 數, 🙂", "<bos>?"):
         ids = tokenizer()(text).input_ids
         assert ids[0] == tokenizer().bos_token_id
@@ -97,7 +97,7 @@ def test_its_tokenizer_loses_nothing_and_its_chat_has_gemmas_form():
     )
 
 
-def test_its_chat_begins_its_first_user_turn_with_the_system_messages_and_the_tools():
+def test_the_chat_template_puts_system_messages_and_tools_in_the_first_user_turn():
     messages = [{"role": "system", "content": text} for text in ("Be brief. ", "Be kind.")]
     messages.append({"role": "assistant", "content": "a"})
     messages += [{"role": "user", "content": "u"}, {"role": "user", "content": "v"}]
@@ -109,7 +109,7 @@ def test_its_chat_begins_its_first_user_turn_with_the_system_messages_and_the_to
     )
 
 
-def test_its_chat_shows_calls_and_their_results():
+def test_the_chat_template_contains_tool_calls_and_their_results():
     function = {"name": "add", "arguments": {"a": "é"}}
     messages = [
         {"role": "user", "content": "u"},
@@ -125,7 +125,7 @@ def test_its_chat_shows_calls_and_their_results():
 
 @pytest.fixture(scope="module")
 def compiled_engine():
-    # The sizes of the README's first snippet, whose kernels are on disk then.
+    # The sizes of the README's first snippet, so that both use the same kernels on disk.
     sizes = dict(max_batch_size=8, max_seq_length=512, max_num_batched_tokens=64)
     with Inference.from_pretrained("tiny-gemma2", **sizes) as engine:
         yield engine
@@ -140,8 +140,10 @@ def compiled_engine():
     ],
 )
 def test_held_out_questions_are_answered_right(compiled_engine, task, least):
-    """Bare and as a chat turn, counted together: some lists have fewer than a hundred questions that were held out, and
-    a single wrong answer is more than 1 % of the primes' 96."""
+    """Bare questions and chat turns are counted together, because some lists have fewer than 100 held-out questions.
+
+    A single wrong answer is more than 1 % of the 96 questions about primes.
+    """
     questions = 2 * held_out_questions(task, 100, seed=3)
     texts = [
         prompt_text(question, tokenizer() if i >= len(questions) // 2 else None) for i, question in enumerate(questions)
@@ -165,7 +167,7 @@ def test_a_long_lookup_reaches_back_three_windows():
 @pytest.mark.parametrize("budget", [16, 200])
 @pytest.mark.parametrize("page_size", [1, 4, 16, 128])
 def test_answers_are_right_for_every_page_size_and_budget_and_under_preemption(page_size, budget):
-    """A pool for the longest request and little more, chunks of a few tokens, and requests that start again."""
+    """One engine has a pool for little more than the longest request. The other engine preempts requests."""
     prompts = [prompt for _, prompt in mixture()]
     longest = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, expected()))
     n_pages = 2 + -(-longest // page_size)
@@ -178,8 +180,8 @@ def test_answers_are_right_for_every_page_size_and_budget_and_under_preemption(p
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_answers_are_those_of_generate_in_any_company(dtype):
-    """Bfloat16, too: what the model has learned it is sure of, far beyond rounding."""
+def test_answers_equal_generate_in_batches_of_any_composition(dtype):
+    """In bfloat16 too: the trained model's most likely tokens lead by far more than rounding."""
     prompts = [prompt for _, prompt in mixture()]
     strangers = [tokenizer()(question.prompt).input_ids for question in held_out_questions("stories", 6, seed=9)]
     with engine_for(loaded(dtype), page_size=32) as engine:
@@ -190,7 +192,7 @@ def test_answers_are_those_of_generate_in_any_company(dtype):
 
 
 def no_window(monkeypatch):
-    """Pages outside of it are given back: without the mask alone, little more would be seen."""
+    """Remove the window everywhere: pages outside it are released, so removing only its mask would change little."""
     monkeypatch.setattr("flex_nano_vllm.inference.layer_windows", lambda model: [None] * len(model.model.layers))
 
 
@@ -209,7 +211,7 @@ def pages_backwards(monkeypatch):
 
 @pytest.mark.parametrize("fault", [no_window, windows_everywhere, no_softcap, pages_backwards])
 def test_a_wrong_engine_gives_wrong_answers(fault, monkeypatch):
-    """Long lookups go wrong without the window, words in reverse without the softcap."""
+    """Long lookups are wrong without the window, and reversed words are wrong without the softcap."""
     questions = [question for task in ("long lookup", "reversing") for question in held_out_questions(task, 4, seed=2)]
 
     def num_right():

@@ -1,4 +1,4 @@
-"""Training of the tiny model: what it is shown, and that a stopped run goes on where it was."""
+"""Training of the tiny model: its training data, and a stopped run that continues."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ def train(tokenizer, checkpoint):
     return model.state_dict()
 
 
-def test_a_stopped_run_goes_on_with_the_same_data(tokenizer, tmp_path, monkeypatch):
+def test_a_stopped_run_continues_with_the_same_data(tokenizer, tmp_path, monkeypatch):
     expected = train(tokenizer, tmp_path / "whole.pt")
     save = torch.save
 
@@ -47,7 +47,7 @@ def test_a_stopped_run_goes_on_with_the_same_data(tokenizer, tmp_path, monkeypat
         assert not torch.equal(weight, untrained[name])
 
 
-def test_a_run_with_other_options_does_not_go_on_from_a_checkpoint(tokenizer, tmp_path):
+def test_a_run_with_other_options_does_not_continue_from_a_checkpoint(tokenizer, tmp_path):
     train(tokenizer, tmp_path / "checkpoint.pt")
     model = training.new_model(len(tokenizer), seed=0)
     for change in ({"seed": 1}, {"steps": 5}, {"tokens_per_step": 401}, {"learning_rate": 0.1}):
@@ -56,8 +56,11 @@ def test_a_run_with_other_options_does_not_go_on_from_a_checkpoint(tokenizer, tm
             training.train(model, tokenizer, options, tmp_path / "checkpoint.pt", Console(quiet=True))
 
 
-def test_from_the_command_line_to_a_model_that_answers(tmp_path, monkeypatch, capsys):
-    """A few steps teach nothing, but all files are written, the accuracies are shown, and the checkpoint is gone."""
+def test_the_command_line_writes_a_model_that_an_engine_can_load(tmp_path, monkeypatch, capsys):
+    """The model learns nothing in two steps. But the script writes all files and prints the accuracies.
+
+    It also deletes the checkpoint.
+    """
     arguments = ["--steps", "2", "--tokens_per_step", "400", "--questions", "2", "--output_dir", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["train_tiny_gemma2.py", *arguments])
     monkeypatch.setattr(training, "TASKS", ["months", "sums"])
@@ -65,7 +68,7 @@ def test_from_the_command_line_to_a_model_that_answers(tmp_path, monkeypatch, ca
     training.main()
     shown, card = capsys.readouterr().out, (tmp_path / "README.md").read_text(encoding="utf-8")
     assert all(task in shown and f"| {task} | 2 | 0 | 0 |" in card for task in training.TASKS)
-    assert "Short of it:\nmonths, bare (0 of 2); months, chat (0 of 2).\n" in card
+    assert "Below the aim:\nmonths, bare (0 of 2); months, chat (0 of 2).\n" in card
     assert "--steps 2 --tokens_per_step 400 --learning_rate 0.006 --seed 0" in card
     assert not (tmp_path / "checkpoint.pt").exists()
     with Inference.from_pretrained(str(tmp_path), device="cpu", max_seq_length=32) as engine:
@@ -73,13 +76,13 @@ def test_from_the_command_line_to_a_model_that_answers(tmp_path, monkeypatch, ca
         assert engine.input_processor.eos_token_ids == {EOS, training.END_OF_TURN}
 
 
-def test_the_tokenizer_in_the_package_is_the_one_that_training_makes(tokenizer):
+def test_the_tokenizer_in_the_package_equals_the_one_that_training_makes(tokenizer):
     shipped = AutoTokenizer.from_pretrained(EMBEDDED_MODELS["tiny-gemma2"])
     assert shipped.get_vocab() == tokenizer.get_vocab()
     assert shipped.chat_template == tokenizer.chat_template
 
 
-def test_labels_are_the_answer_and_its_end(tokenizer):
+def test_labels_are_the_answer_and_its_end_token(tokenizer):
     rng = random.Random(0)
     for _ in range(50):
         questions = training.draw_questions(rng, training.WEIGHTS, max_pairs=10)
@@ -91,8 +94,8 @@ def test_labels_are_the_answer_and_its_end(tokenizer):
         assert tokenizer.decode(ids, skip_special_tokens=True).startswith(questions[0].prompt)
 
 
-def test_a_chat_is_tokenized_as_its_template_would_be(tokenizer):
-    """What the model meets in a conversation is what it was trained on."""
+def test_a_chat_document_has_the_tokens_of_the_chat_template(tokenizer):
+    """In a conversation, the model gets the same tokens as in training."""
     rng = random.Random(1)
     for _ in range(50):
         questions = training.draw_questions(rng, training.WEIGHTS, max_pairs=5)
@@ -106,7 +109,7 @@ def test_a_chat_is_tokenized_as_its_template_would_be(tokenizer):
         assert tokenizer(text.removesuffix("\n"), add_special_tokens=False).input_ids == ids
 
 
-def test_batches_hold_every_document_once_and_pad_on_the_right(tokenizer):
+def test_batches_of_a_step_have_enough_tokens_pad_on_the_right_and_are_repeatable(tokenizer):
     batches = training.batches_of_step(tokenizer, OPTIONS, step=3)
     rows = [row for ids, _ in batches for row in ids.tolist()]
     assert sum(token != PAD for row in rows for token in row) >= OPTIONS.tokens_per_step

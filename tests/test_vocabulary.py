@@ -1,7 +1,7 @@
-"""An output continues its prompt: texts, bytes, names and offsets of tokens, against the tokenizer's text of both.
+"""An output continues its prompt: texts, bytes, names and offsets of tokens, compared with the tokenizer's text.
 
 The tokenizers have the decoders of real models (Llama-2 and Mistral, Gemma, GPT-2, Qwen, Llama 3, T5, BERT) and few
-tokens. All have <pad>, <eos>, <bos> as their first ones, so that the tiny Gemma-2 fits them.
+tokens. The first tokens of all of them are <pad>, <eos>, <bos>, as in the configuration of the tiny Gemma-2.
 """
 
 import codecs
@@ -30,14 +30,14 @@ from flex_nano_vllm.vocabulary import OffsetCounter, TextWriter, echo, token_byt
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<end_of_turn>", "<unk>"]
 BYTES = [f"<0x{i:02X}>" for i in range(256)]
-UNTIDY = dict(clean_up_tokenization_spaces=True)  # would take the space of " ."; not to be done
+UNTIDY = dict(clean_up_tokenization_spaces=True)  # would remove the space of " ."; must have no effect
 CHARS = [*"abredfoxnyst", "é", "你", "�", "\n"]
 BOS_FIRST = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
 EOS_LAST = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
 
 
 def fast(tokenizer, decoder, post_processor=None, **options):
-    """With special tokens, and one beside them that is none."""
+    """Return a fast tokenizer with special tokens, and with one added token that is not special."""
     tokenizer.decoder = decoder
     if post_processor is not None:
         tokenizer.post_processor = post_processor
@@ -50,7 +50,7 @@ def fast(tokenizer, decoder, post_processor=None, **options):
 
 
 def merged(chars, words, others=(), **options):
-    """Words are put together letter by letter; `others` never are."""
+    """Return a BPE model that merges `words` letter by letter. No merge produces a token of `others`."""
     merges = [(word[:i], word[i]) for word in words for i in range(1, len(word))]
     tokens = dict.fromkeys([*SPECIAL, *chars, *(first + last for first, last in merges), *others])
     return models.BPE({token: i for i, token in enumerate(tokens)}, merges=list(dict.fromkeys(merges)), **options)
@@ -69,9 +69,9 @@ def with_byte_fallback(*last_steps, normalizer=None, pre_tokenizer=None):
 
 
 def byte_level(post_processor=None, **options):
-    words = ["red", "Ġred", "Ġfox", "Ġran", "Ġyes", "Ġno", "Ġ.", "ðŁĺ"]  # the last: three bytes of an emoji
+    words = ["red", "Ġred", "Ġfox", "Ġran", "Ġyes", "Ġno", "Ġ.", "ðŁĺ"]  # the last one: three bytes of an emoji
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(merged(alphabet, words, ["©Ã"]))  # the end of a character and the beginning of another one
+    tokenizer = Tokenizer(merged(alphabet, words, ["©Ã"]))  # the end of one character and the beginning of another
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return fast(tokenizer, decoders.ByteLevel(), post_processor, **options)
 
@@ -107,7 +107,7 @@ FORMS = {
     "tiny-gemma2": AutoTokenizer.from_pretrained(EMBEDDED_MODELS["tiny-gemma2"]),
 }
 WITH_FALLBACK = ("llama-2", "mistral", "gemma")
-WITH_SPACES = ("gemma", "gpt-2", "qwen", "llama-3", "tiny-gemma2")  # the other ones drop that of the first token
+WITH_SPACES = ("gemma", "gpt-2", "qwen", "llama-3", "tiny-gemma2")  # the others drop the space of the first token
 LLAMA = FORMS["llama-2"]
 
 
@@ -127,7 +127,7 @@ def is_visible(tokenizer, token_id, skip):
 
 
 def bytes_are_text(tokenizer, token_ids, skip):
-    """Whether each row of byte tokens is UTF-8. Where one is not, Llama's decoder makes an error of all of it."""
+    """Return whether each run of byte tokens is UTF-8. If a run is not, Llama's decoder replaces all of its bytes."""
     names = [tokenizer.convert_ids_to_tokens(i) for i in token_ids if is_visible(tokenizer, i, skip)]
     for is_row, row in itertools.groupby(names, key=lambda name: name in BYTES):
         if is_row:
@@ -140,7 +140,7 @@ def bytes_are_text(tokenizer, token_ids, skip):
 
 @functools.cache
 def pools(name):
-    """(tokens of special interest, bytes or other small pieces of characters)"""
+    """Return (tokens of special interest, characters as bytes or other small pieces)."""
     tokenizer, vocabulary = FORMS[name], FORMS[name].get_vocab()
     wanted = [
         *SPECIAL[:4],
@@ -172,14 +172,14 @@ def pools(name):
 
 
 def emoji_of(name):
-    """The four tokens of an emoji, byte by byte."""
+    """Return the four tokens of an emoji, one for each byte."""
     (tokens,) = (tokens for tokens in pools(name)[1] if len(tokens) == 4)
     return tokens
 
 
 @st.composite
 def continued(draw, name):
-    """(prompt, output): cut anywhere, in the middle of a character too; or a prompt of special tokens only."""
+    """Draw (prompt, output): tokens split anywhere, also within a character, or a prompt of special tokens only."""
     favourites, chars = pools(name)
     pieces = st.sampled_from(favourites + chars) | st.sampled_from(chars or favourites)
     wild = st.integers(0, len(FORMS[name]) + 1).map(lambda token_id: [token_id])
@@ -196,7 +196,7 @@ def continued(draw, name):
 
 @pytest.mark.parametrize("name", FORMS)
 def test_an_output_continues_its_prompt(name):
-    """What is shown of the prompt, and the output's text, are the text of both; so are the bytes of the tokens."""
+    """The echoed prompt and the output's text join to the text of both, and so do the bytes of the tokens."""
     tokenizer = FORMS[name]
 
     @settings(max_examples=80, deadline=None, database=None, derandomize=True)
@@ -232,7 +232,7 @@ def test_an_output_continues_its_prompt(name):
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_a_space_is_dropped_at_the_beginning_of_a_text_only(name):
+def test_a_space_is_dropped_only_at_the_beginning_of_a_text(name):
     tokenizer = FORMS[name]
     word = "the" if name == "tiny-gemma2" else "ran"
     (ran,) = tokenizer(f" {word}" if name in WITH_SPACES else word, add_special_tokens=False).input_ids[:1]
@@ -250,7 +250,10 @@ def test_a_space_is_dropped_at_the_beginning_of_a_text_only(name):
 
 
 def engine_for(tokenizer):
-    """With a model so unsure that `spell` says what comes, and to which a letter and its byte are about as likely."""
+    """Return an engine whose logits are so small that `spell` determines its output.
+
+    A letter and its byte have similar probabilities.
+    """
     config = CONFIGS["gemma2"]()
     config.vocab_size = len(tokenizer)
     with torch.random.fork_rng():
@@ -268,7 +271,7 @@ def engine_for(tokenizer):
 
 
 def spell(*token_ids, **options):
-    """What makes an engine of `engine_for` say these tokens, none of them twice."""
+    """Return parameters with which an engine of `engine_for` generates these tokens, which must be distinct."""
     bias = {token_id: 10 - 0.1 * i for i, token_id in enumerate(token_ids)}
     return dict(temperature=0, presence_penalty=2.0, logit_bias=bias, max_tokens=len(token_ids)) | options
 
@@ -301,7 +304,7 @@ def post(served, path, **body):
 
 
 def complete(served, stream=False, **body):
-    """(text, the four lists of log-probabilities) of a completion, whole or put together from its chunks."""
+    """Return (text, the four lists of log-probabilities) of a completion, joined from its chunks if streamed."""
     content = post(served, "/v1/completions", stream=stream, **body)
     if not stream:
         (choice,) = json.loads(content)["choices"]
@@ -316,7 +319,7 @@ def complete(served, stream=False, **body):
 
 
 def said(engine, prompt, **options):
-    """(text, stop_reason, tokens) of the only completion, the same if it is streamed."""
+    """Return (text, stop_reason, tokens) of the only completion. Check text and stop_reason against a stream."""
     params = SamplingParams(**options)
     (completion,) = engine.generate([prompt], params, use_tqdm=False)[0].outputs
     deltas = list(engine.stream(prompt, params))
@@ -332,19 +335,19 @@ def test_a_word_after_a_prompt_keeps_its_space(llama, llama_alone):
     (ran,) = ids_of(LLAMA, "▁ran")
     one = dict(allowed_token_ids=[ran], max_tokens=1, temperature=0)
     assert said(llama_alone, "red fox", **one, logprobs=0) == (" ran", None, [ran])
-    assert said(llama_alone, [2], **one, logprobs=0) == ("ran", None, [ran])  # there is nothing that it continues
+    assert said(llama_alone, [2], **one, logprobs=0) == ("ran", None, [ran])  # the prompt has no text
     for stream in (False, True):
         assert complete(llama, stream, prompt="red fox", echo=True, **one)[0] == "red fox ran"
 
 
 @pytest.mark.parametrize("prompt", ["red fox", [2]], ids=["text", "no text"])
-def test_a_choice_has_the_space_that_it_was_asked_for(llama_alone, prompt):
+def test_a_choice_keeps_its_leading_space(llama_alone, prompt):
     choice = StructuredOutputsParams(choice=[" yes", " no"])
     text, _, _ = said(llama_alone, prompt, structured_outputs=choice, seed=1, max_tokens=6, logprobs=0)
     assert text in (" yes", " no")
 
 
-def test_a_structure_has_its_space_over_http(llama):
+def test_structured_output_keeps_its_leading_space_over_http(llama):
     form = dict(type="regex", regex=" (yes|no)")
     for stream in (False, True):
         body = dict(prompt=[2], response_format=form, seed=1, max_tokens=6, logprobs=0)
@@ -357,7 +360,7 @@ def offsets_of(tokens):
     return list(itertools.accumulate(map(len, tokens), initial=0))
 
 
-def test_a_stop_text_may_begin_with_the_space_of_a_word(llama_alone):
+def test_a_stop_string_may_begin_with_the_space_of_a_word(llama_alone):
     fox, ran = ids_of(LLAMA, "▁fox", "▁ran")
     assert said(llama_alone, "red", **spell(fox, ran, stop=" ran")) == (" fox", " ran", [fox, ran])
     assert said(llama_alone, "red", **spell(ran, fox, stop=" ran")) == ("", " ran", [ran])
@@ -368,11 +371,12 @@ def test_a_stop_text_may_begin_with_the_space_of_a_word(llama_alone):
 
 
 def check_offsets(text, num_in_prompt, tokens, offsets, num_prompt, without_text):
-    """
+    """Check the offsets of the tokens in a text.
+
     Args:
-        num_in_prompt: characters of the text that are the prompt's.
-        num_prompt: tokens of it.
-        without_text: by token.
+        num_in_prompt: the number of characters of the text that belong to the prompt.
+        num_prompt: the number of tokens of the prompt.
+        without_text: for each token, whether it adds nothing to the text.
     """
     assert len(tokens) == len(offsets) == len(without_text)
     assert offsets == sorted(offsets) and offsets[-1] <= len(text)
@@ -385,7 +389,7 @@ def check_offsets(text, num_in_prompt, tokens, offsets, num_prompt, without_text
 
 
 def walk(tokenizer, prompt, prompt_ids, output_ids, skip):
-    """(text, number of characters of the prompt, names, offsets), as `CompletionText` puts them together."""
+    """Return (text, number of characters of the prompt, names, offsets), computed as in `CompletionTexts`."""
     before, offsets = echo(tokenizer, prompt, prompt_ids, skip)
     counter = OffsetCounter(TextWriter(tokenizer, skip, prompt_ids), len(before))
     offsets = offsets + [offset for token_id in output_ids for offset in counter.take([token_id])]
@@ -397,8 +401,8 @@ def walk(tokenizer, prompt, prompt_ids, output_ids, skip):
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_tokens_are_found_at_their_offsets_in_a_text_of_tokens(name):
-    """Of valid text: the sign of what is not begins where its first byte is."""
+def test_tokens_are_at_their_offsets_if_the_prompt_is_token_ids(name):
+    """Only valid text is checked: a replacement character begins at the offset of the first byte that it replaces."""
     tokenizer = FORMS[name]
 
     @settings(max_examples=40, deadline=None, database=None, derandomize=True)
@@ -418,7 +422,7 @@ def test_tokens_are_found_at_their_offsets_in_a_text_of_tokens(name):
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_tokens_are_found_at_their_offsets_in_a_text(name):
+def test_tokens_are_at_their_offsets_if_the_prompt_is_text(name):
     tokenizer = FORMS[name]
     for prompt in ["red fox", "red fox ran", "ran"]:
         prompt_ids, output = tokenizer(prompt).input_ids, tokenizer(prompt, add_special_tokens=False).input_ids
@@ -427,7 +431,7 @@ def test_tokens_are_found_at_their_offsets_in_a_text(name):
         without_text = [not is_visible(tokenizer, i, True) for i in prompt_ids + output]
         check_offsets(text, num_in_prompt, names, offsets, len(prompt_ids), without_text)
         if prompt_ids[0] == tokenizer.bos_token_id:
-            assert offsets[:2] == [0, 0]  # it is not in the text, and has no width
+            assert offsets[:2] == [0, 0]  # BOS is not in the text and has no width
         if prompt_ids[-1] == tokenizer.eos_token_id:
             assert offsets[len(prompt_ids) - 1] == len(prompt)
 
@@ -438,7 +442,7 @@ WRITTEN = ["red<end_of_turn> fox<end_of_turn>", "<bos>red<end_of_turn><end_of_tu
 @pytest.mark.parametrize("skip", [True, False], ids=["skipping", "all"])
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("prompt", WRITTEN)
-def test_special_tokens_that_are_written_in_a_prompt_are_where_they_are_written(name, prompt, skip):
+def test_special_tokens_named_in_the_text_of_a_prompt_have_the_offsets_of_their_names(name, prompt, skip):
     tokenizer = FORMS[name]
     (end,) = ids_of(tokenizer, "<end_of_turn>")
     prompt_ids = tokenizer(prompt, add_special_tokens=not prompt.startswith("<bos>")).input_ids
@@ -453,7 +457,7 @@ def test_special_tokens_that_are_written_in_a_prompt_are_where_they_are_written(
     [("text", True), ("text", False), ("special", True), ("special", False), ("tokens", False), ("unfinished", True)],
 )
 @pytest.mark.parametrize("form", ["llama", "llama3"])
-def test_offsets_over_http(request, form, kind, skip):
+def test_tokens_are_at_their_offsets_over_http(request, form, kind, skip):
     served = request.getfixturevalue(form)
     tokenizer = served.engine.tokenizer
     space = "▁" if form == "llama" else "Ġ"
@@ -476,7 +480,7 @@ def test_offsets_over_http(request, form, kind, skip):
     before = prompt if is_text else plain_decode(tokenizer, prompt, skip).rstrip("�")
     assert text == before + plain_decode(tokenizer, prompt_ids + output, skip)[-len(text) + len(before) :]
     without_text = [not is_visible(tokenizer, token_id, skip) for token_id in prompt_ids + output]
-    without_text[0] |= is_text  # BOS, which the tokenizer adds
+    without_text[0] |= is_text  # BOS, added by the tokenizer
     check_offsets(text, len(before), tokens, offsets, len(prompt_ids), without_text)
     if is_text:
         assert (tokens[0], offsets[:2]) == ("<bos>", [0, 0])
@@ -486,15 +490,15 @@ def test_offsets_over_http(request, form, kind, skip):
         assert (tokens[1], offsets[2]) == ("<end_of_turn>", len("<end_of_turn>"))
     if kind == "tokens":
         place = tokens.index(r"bytes:\xf0")
-        assert len(set(offsets[place : place + 4])) == 1  # all of its bytes are where it is
+        assert len(set(offsets[place : place + 4])) == 1  # all bytes of the emoji have its offset
     if kind == "unfinished":
         text_alone, alone = complete(served, **body | dict(echo=False))
         assert text_alone == text[len(before) :]
         assert alone["text_offset"] == [offset - len(before) for offset in offsets[len(prompt_ids) :]]
 
 
-def test_a_prompt_before_a_structure_has_the_names_that_it_has_without(llama):
-    """That an output keeps its first space says nothing of the prompt's."""
+def test_structured_output_does_not_change_the_names_of_prompt_tokens(llama):
+    """The output keeps its leading space, which must not affect the names of the prompt's tokens."""
     form = dict(type="regex", regex=" (yes|no)")
     body = dict(prompt="red fox", response_format=form, echo=True, logprobs=1, seed=1, max_tokens=2)
     text, logprobs = complete(llama, **body)
@@ -506,7 +510,7 @@ def test_a_prompt_before_a_structure_has_the_names_that_it_has_without(llama):
 
 
 @pytest.mark.parametrize("name", [*WITH_FALLBACK, "gpt-2", "qwen", "llama-3", "tiny-gemma2"])
-def test_a_part_of_a_character_is_called_by_its_bytes(name):
+def test_a_part_of_a_character_is_named_by_its_bytes(name):
     tokenizer = FORMS[name]
     emoji = emoji_of(name)
     contents = [token_bytes(tokenizer, token_id, True) for token_id in emoji]
@@ -514,7 +518,7 @@ def test_a_part_of_a_character_is_called_by_its_bytes(name):
     assert [token_name(content) for content in contents] == [r"bytes:\xf0", r"bytes:\x9f", r"bytes:\x98", r"bytes:\x80"]
 
 
-def test_a_token_of_several_parts_is_called_by_all_of_them():
+def test_a_token_of_several_bytes_is_named_by_all_of_them_if_they_are_not_text():
     names = ids_of(FORMS["qwen"], "ðŁĺ", "©Ã", "Ġred", "<think>", "<eos>")
     contents = [token_bytes(FORMS["qwen"], token_id, False) for token_id in names]
     assert contents == [b"\xf0\x9f\x98", b"\xa9\xc3", b" red", b"<think>", b"<eos>"]
@@ -523,7 +527,7 @@ def test_a_token_of_several_parts_is_called_by_all_of_them():
 
 
 @pytest.mark.parametrize("form", ["llama", "llama3"])
-def test_the_bytes_of_a_chats_tokens_are_its_text(request, form):
+def test_the_bytes_of_the_tokens_of_a_chat_join_to_its_text(request, form):
     served = request.getfixturevalue(form)
     body = dict(messages=[{"role": "user", "content": "ab"}], logprobs=True, top_logprobs=1, max_tokens=6, seed=0)
     content = post(served, "/v1/chat/completions", response_format=dict(type="regex", regex="😀"), **body)
@@ -539,7 +543,7 @@ def test_the_bytes_of_a_chats_tokens_are_its_text(request, form):
         assert (entries[0]["token"], entries[0]["bytes"]) == (r"bytes:\xf0", [240])
 
 
-def test_a_token_that_ends_a_chat_has_no_bytes_where_it_has_no_text(llama):
+def test_the_stop_token_of_a_chat_has_bytes_only_if_the_text_contains_it(llama):
     a, b = ids_of(LLAMA, "a", "b")
     body = spell(b, a, stop_token_ids=[a], logprobs=True, messages=[{"role": "user", "content": "ab"}])
     for shows, contents in ((False, [[98], []]), (True, [[98], [97]])):
@@ -549,7 +553,7 @@ def test_a_token_that_ends_a_chat_has_no_bytes_where_it_has_no_text(llama):
         assert [entry["bytes"] for entry in choice["logprobs"]["content"]] == contents
 
 
-def test_of_two_tokens_with_one_name_the_more_likely_one_is_listed():
+def test_the_more_likely_of_two_tokens_with_the_same_name_is_listed():
     own, other, third = Logprob(-3.0, 9, "a", b"a"), Logprob(-1.0, 1, "a", b"a"), Logprob(-2.0, 2, "b", b"b")
     both = completion_logprobs([5, 6], [{5: own, 6: other, 7: third}, {6: other, 7: third, 5: own}], [0, 1])
     assert both["token_logprobs"] == [-3.0, -1.0]
@@ -558,14 +562,14 @@ def test_of_two_tokens_with_one_name_the_more_likely_one_is_listed():
     assert [(top["token"], top["logprob"]) for top in entry["top_logprobs"]] == [("a", -1.0), ("b", -2.0)]
 
 
-def test_of_a_letter_and_its_byte_the_more_likely_one_is_listed(llama, llama_alone):
+def test_the_more_likely_of_a_letter_and_its_byte_is_listed(llama, llama_alone):
     options = dict(temperature=0, max_tokens=1, logprobs=20)
     (output,) = llama_alone.generate(["red fox"], SamplingParams(**options), use_tqdm=False)
     (rated,) = output.outputs[0].logprobs
     best = {}
     for entry in rated.values():
         best[entry.decoded_token] = max(entry.logprob, best.get(entry.decoded_token, -9999.0))
-    assert len(best) < len(rated), "no two tokens have one name"
+    assert len(best) < len(rated), "no two tokens have the same name"
     _, logprobs = complete(llama, prompt="red fox", **options)
     assert logprobs["top_logprobs"] == [pytest.approx(best)]
 
@@ -581,12 +585,12 @@ def test_of_a_letter_and_its_byte_the_more_likely_one_is_listed(llama, llama_alo
         ("<end_of_turn>\n", "ba", 4),
         ("a<end_of_turn>", "b", 3),
         ("ba<end_of_turn>\n", "", 4),
-        ("a\n", "b", 4),  # as the text has it
+        ("a\n", "b", 4),  # matches the text without the special token
         ("a<bos>", "ba\nb", 5),
         ("<end_of_turn>b", "ba\nb", 5),
     ],
 )
-def test_a_stop_text_that_names_a_special_token_sees_what_the_text_does_not(form, stop, text, num_tokens):
+def test_a_stop_string_that_names_a_special_token_matches_skipped_special_tokens(form, stop, text, num_tokens):
     tokenizer = FORMS[form]
     newline = "\n" if form == "llama-2" else "Ċ"
     token_ids = ids_of(tokenizer, "b", "a", "<end_of_turn>", newline, "b")
@@ -606,7 +610,7 @@ def test_a_stop_text_that_names_a_special_token_sees_what_the_text_does_not(form
     assert all_shown.update(token_ids, is_complete=True) == (stop in "ba<end_of_turn>\nb")
 
 
-def test_a_special_token_that_is_a_stop_text_ends_the_output(llama_alone):
+def test_a_special_token_that_is_a_stop_string_ends_the_output(llama_alone):
     a, newline, end, fox = ids_of(LLAMA, "a", "\n", "<end_of_turn>", "▁fox")
     said_ = functools.partial(said, llama_alone, "red")
     stop = "<end_of_turn>"
@@ -620,18 +624,18 @@ def test_a_special_token_that_is_a_stop_text_ends_the_output(llama_alone):
     assert said_(**spell(a, end, fox)) == ("a fox", None, [a, end, fox])
 
 
-def test_a_special_token_that_is_a_stop_text_does_not_come_before_the_least_number_of_tokens(llama_alone):
+def test_a_special_token_that_is_a_stop_string_is_not_generated_before_min_tokens(llama_alone):
     a, b, newline, end = ids_of(LLAMA, "a", "b", "\n", "<end_of_turn>")
     stop = "<end_of_turn>"
-    # What comes third is not so sure: all that is left to say is the end.
+    # The special token has the largest bias, but must not be one of the first two tokens.
     for allowed in ([a, b, end], [a, b, end, newline]):
         params = spell(end, a, b, stop=stop, min_tokens=2, allowed_token_ids=allowed, max_tokens=4)
         assert said(llama_alone, "red", **params) == ("ab", stop, [a, b, end])
-    longer = spell(a, end, newline, b, stop=stop + "\n", min_tokens=3)  # it comes, and does not count
+    longer = spell(a, end, newline, b, stop=stop + "\n", min_tokens=3)  # ends within min_tokens: does not count
     assert said(llama_alone, "red", **longer) == ("a\nb", None, [a, end, newline, b])
 
 
-def test_a_plain_stop_text_is_met_across_a_special_token_that_is_skipped(llama_alone):
+def test_a_plain_stop_string_matches_across_a_skipped_special_token(llama_alone):
     a, b, fox, end = ids_of(LLAMA, "a", "b", "▁fox", "<end_of_turn>")
     both = spell(fox, a, end, b, stop=["ab", "<end_of_turn>x"])
     assert said(llama_alone, "red", **both) == (" fox", "ab", [fox, a, end, b])
