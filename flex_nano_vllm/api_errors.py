@@ -1,5 +1,6 @@
 """Errors in OpenAI's format, and the conversion of exceptions to them. Independent of requests and endpoints."""
 
+import json
 import logging
 import re
 from collections.abc import Sequence
@@ -18,7 +19,10 @@ MAX_MESSAGE_LEN = 400  # characters; some messages quote the invalid value, whic
 # Engine name -> API name, where the two differ
 API_NAMES = {"structured_outputs": "response_format"}
 # Errors do not repeat the values of these parameters
-PRIVATE = {"prompt", "messages", "input", "instructions", "tools", "user", "cache_salt", "response_format", "text"}
+PRIVATE = {
+    *("prompt", "suffix", "messages", "input", "instructions", "tools", "response_format", "text"),
+    *("user", "metadata", "cache_salt"),
+}
 
 
 class APIError(Exception):
@@ -88,27 +92,31 @@ def invalid_fields(errors: Sequence[ErrorDetails]) -> APIError:
     kind, place = error["type"], [part for part in error["loc"] if part != "body"]
     if kind == "json_invalid":
         return APIError(400, f"the body is not valid JSON: {error['ctx']['error']}", "invalid_json")
-    of_items = {i + 1 for i, part in enumerate(place) if isinstance(part, int)}
+    if kind == "invalid_field":
+        return APIError(400, error["msg"], param=error["ctx"]["param"])
+    if not place:
+        return APIError(400, "the body must be a JSON object", "invalid_json")
+    of_items = {i + 1 for i, part in enumerate(place) if isinstance(part, int) and place[0] == "input"}
     fields = [
         str(part) for i, part in enumerate(place) if not _is_branch(part) and not (i in of_items and part in ITEM_TAGS)
     ]
     if "logit_bias" in fields:  # its keys come from the client and are no field names
         fields = fields[:1]
     param = fields[0] if fields else None
-    if param == "prompt" and len(place) > 1:
+    if param == "prompt" and all(other["type"].endswith(("_type", "too_short")) for other in errors):
         forms = f"a text or a list of token ids, or a list of up to {MAX_PROMPTS} texts or token id lists"
         return APIError(400, f"prompt must be {forms}", param=param)
     message = error["msg"].removeprefix("Value error, ").replace(" found using _kind()", "")
     if kind.endswith("_type") and _is_branch(error["loc"][-1]):  # name the types of all branches of the union
         branches = [other["msg"] for other in errors if other["loc"][:-1] == error["loc"][:-1]]
         message = " or ".join([branches[0], *(branch.removeprefix("Input should be ") for branch in branches[1:])])
-    message = re.sub(r"dictionary( or instance of \w+)?", "object", message)  # JSON's term
+    message = re.sub(r"(dictionary|object)( or instance of \w+| or object to extract fields from)?", "object", message)
     if kind == "union_tag_not_found":
         message = "Input should be an object with a type or a role"
     value = error.get("input")
     is_public = param not in PRIVATE or (fields[-1] == "type" and kind == "literal_error")
     if is_public and isinstance(value, bool | int | float | str):
-        message += f", got {repr(value)[:50]}"
+        message += f", got {json.dumps(value) if isinstance(value, bool) else repr(value)[:50]}"
     codes = {"missing": "missing_required_parameter", "unsupported": "unsupported_parameter"}
     return APIError(400, f"{'.'.join(fields)}: {message}" if fields else message, codes.get(kind), param)
 

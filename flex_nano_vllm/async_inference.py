@@ -30,7 +30,7 @@ from flex_nano_vllm.input_processor import Prompt, check_streamed
 from flex_nano_vllm.output_processor import OutputReader, request_output
 from flex_nano_vllm.outputs import CompletionDelta, RequestOutput
 from flex_nano_vllm.runner import let_thread_use_cuda_graphs, release_openmp_threads
-from flex_nano_vllm.sampling_params import SamplingParams
+from flex_nano_vllm.sampling_params import InvalidRequestError, SamplingParams, shortened
 from flex_nano_vllm.sequence import Sequence
 
 logger = logging.getLogger(__name__)
@@ -306,7 +306,7 @@ class AsyncInference:
         """
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
-            raise ValueError(f"sampling_params must be SamplingParams, got {params!r}")
+            raise ValueError(f"sampling_params must be SamplingParams, got {shortened(params)}")
         num_sequences = len(prompts) * params.n
         self.check_open()
         self.check_room(num_sequences)
@@ -349,9 +349,8 @@ class AsyncInference:
     def check_room(self, num_sequences: int) -> None:
         """Raise `EngineBusy` if `num_sequences` more cannot wait now, and ValueError if they never can."""
         if num_sequences > self.max_waiting:
-            raise ValueError(
-                f"{num_sequences} sequences exceed max_waiting={self.max_waiting}: use fewer prompts or samples"
-            )
+            message = f"{num_sequences} sequences exceed max_waiting={self.max_waiting}: use fewer prompts or samples"
+            raise InvalidRequestError(message, "n")
         if self.num_waiting + num_sequences > self.max_waiting:
             raise EngineBusy(
                 f"the queue has no room for {num_sequences} more: {self.num_waiting} of at most {self.max_waiting} "

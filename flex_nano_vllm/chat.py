@@ -9,6 +9,7 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from flex_nano_vllm.detokenizer import special_token_names
+from flex_nano_vllm.sampling_params import shortened
 
 ROLES = ("system", "user", "assistant", "tool")
 # A number between these characters replaces a control token of a message while the template is rendered. The first
@@ -56,6 +57,8 @@ def chat_token_ids(
         json.dumps(tools, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("messages or tools are nested too deeply") from None
+    except TypeError as error:
+        raise ValueError(f"tools must be a list of JSON objects: {error}") from error
     except UnicodeEncodeError as error:
         raise ValueError(f"tools are not valid Unicode: {error}") from None
     try:
@@ -106,7 +109,7 @@ def _message(message: dict, index: int) -> dict:
         for part in content:
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
             if kind != "text":
-                raise ValueError(f"{name}: only content parts of type text are supported, got {kind!r}")
+                raise ValueError(f"{name}: only content parts of type text are supported, got {shortened(kind)}")
             if not isinstance(part.get("text"), str):
                 raise ValueError(f"{name}: a content part of type text has no text, which must be a string")
         content = "".join(part["text"] for part in content)

@@ -9,7 +9,7 @@ from flex_nano_vllm.async_inference import Submission
 from flex_nano_vllm.grammar import WHITESPACE_PATTERN, json_rule, string_limit
 from flex_nano_vllm.input_processor import InputProcessor
 from flex_nano_vllm.protocol import ChatCompletionRequest
-from flex_nano_vllm.replies import new_id, tool_call
+from flex_nano_vllm.replies import new_call_id, tool_call
 from flex_nano_vllm.sampling_params import InvalidRequestError, SamplingParams, StructuredOutputsParams
 from flex_nano_vllm.tools import (
     CallArguments,
@@ -20,6 +20,7 @@ from flex_nano_vllm.tools import (
     TextPiece,
     culprit,
     tools_grammar,
+    visible_added_tokens,
 )
 
 
@@ -43,7 +44,10 @@ def with_tools(
     if not (body.needs_call or otherwise or find_spec("llguidance")):  # calls can be parsed without a grammar
         return params
     try:
-        grammar = tools_grammar(form, body.callable_tools, body.needs_call, body.max_calls, otherwise, limit)
+        added_tokens = visible_added_tokens(input_processor.tokenizer)
+        grammar = tools_grammar(
+            form, body.callable_tools, body.needs_call, body.max_calls, otherwise, limit, added_tokens
+        )
         if grammar is not None:
             _check(grammar, form, body, input_processor)
     except InvalidRequestError:
@@ -82,9 +86,10 @@ class ChatTurn:
             self._parsers[index] = CallParser(self.form, set(self.body.callable_tools), self.body.max_calls)
         return self._parsers[index].feed(text, is_complete)
 
-    def num_calls(self, index: int) -> int:
-        """Return the number of calls that a choice has begun so far."""
-        return self._parsers[index].num_calls if index in self._parsers else 0
+    def ends_with_calls(self, index: int) -> bool:
+        """Return whether a choice has calls, all of them complete so far."""
+        parser = self._parsers.get(index)
+        return parser is not None and 0 < parser.num_calls == parser.num_complete_calls
 
     def message(self, index: int, text: str) -> dict:
         """Return the complete message of a choice."""
@@ -94,7 +99,7 @@ class ChatTurn:
                 case TextPiece():
                     said += piece.text
                 case CallStart():
-                    calls.append(tool_call(new_id("call_"), piece.name, ""))
+                    calls.append(tool_call(new_call_id(), piece.name, ""))
                 case CallArguments():
                     calls[piece.index]["function"]["arguments"] += piece.text
         message = dict(role="assistant", content=said if said or not calls else None, refusal=None, annotations=[])

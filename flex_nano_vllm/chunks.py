@@ -16,7 +16,7 @@ from flex_nano_vllm.replies import (
     chat_logprobs,
     completion_logprobs,
     ending,
-    new_id,
+    new_call_id,
     server_sent_event,
     tool_call,
     usage,
@@ -181,7 +181,7 @@ class ChatChunks(ChunkWriter):
         if logprobs or delta.finish_reason or not contents:
             contents += [{}] if not contents or "role" in contents[-1] else []
         choices = [dict(index=delta.index, delta=content, logprobs=None, finish_reason=None) for content in contents]
-        choices[-1] |= {"logprobs": logprobs} | ending(delta, self.turn.num_calls(delta.index))
+        choices[-1] |= {"logprobs": logprobs} | ending(delta, self.turn.ends_with_calls(delta.index))
         return choices
 
 
@@ -189,5 +189,5 @@ def _content(piece: Piece) -> dict:
     if isinstance(piece, TextPiece):
         return {"content": piece.text}
     if isinstance(piece, CallStart):
-        return {"tool_calls": [{"index": piece.index} | tool_call(new_id("call_"), piece.name, "")]}
+        return {"tool_calls": [{"index": piece.index} | tool_call(new_call_id(), piece.name, "")]}
     return {"tool_calls": [{"index": piece.index, "function": {"arguments": piece.text}}]}

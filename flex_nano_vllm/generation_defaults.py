@@ -61,8 +61,16 @@ def sampling_defaults(config: GenerationConfig) -> dict[str, Any]:
     defaults = {name: value for name, value in stated.items() if value is not None}
     if config.do_sample is False:
         defaults = {name: value for name, value in defaults.items() if name not in OF_DRAWS} | {"temperature": 0.0}
-    SamplingParams(**defaults)
+    SamplingParams(**{"max_tokens": None} | defaults)
     return defaults
+
+
+def default_params(config: GenerationConfig) -> SamplingParams:
+    """Return the parameters that a model's config sets. The default `max_tokens` is raised to the config's minimum."""
+    defaults = sampling_defaults(config)
+    if defaults.get("min_tokens", 0) > SamplingParams.max_tokens:
+        defaults.setdefault("max_tokens", defaults["min_tokens"])
+    return SamplingParams(**defaults)
 
 
 def not_expressed(config: GenerationConfig) -> dict[str, Any]:

@@ -263,12 +263,11 @@ def bounded(schema: Any, max_string_len: int | None, closes_objects: bool = Fals
     node, kinds = dict(schema), schema.get("type")
     kinds = kinds if isinstance(kinds, list) else [kinds]
     if not node.keys() & {"enum", "const"}:
-        limits = node.keys() & {"minLength", "maxLength", "pattern", "format"}
-        if "string" in kinds and max_string_len is not None and not limits:
-            node["maxLength"] = max_string_len
-        limits = node.keys() & {"minimum", "maximum", "multipleOf", "exclusiveMinimum", "exclusiveMaximum"}
-        if "integer" in kinds and not limits:
-            node |= {"minimum": -MAX_INTEGER, "maximum": MAX_INTEGER}
+        if "string" in kinds and max_string_len is not None and not node.keys() & {"maxLength", "pattern", "format"}:
+            least = node.get("minLength")
+            node["maxLength"] = max(max_string_len, least if isinstance(least, int) else 0)
+        if "integer" in kinds and "multipleOf" not in node:
+            node |= _missing_bounds(node)
     names, needed = node.get("properties"), node.get("required", [])
     if closes_objects and isinstance(names, dict) and isinstance(needed, list) and set(needed) <= set(names):
         node.setdefault("additionalProperties", False)
@@ -280,6 +279,18 @@ def bounded(schema: Any, max_string_len: int | None, closes_objects: bool = Fals
         elif key in ("anyOf", "oneOf", "prefixItems") and isinstance(child, list):
             node[key] = [bounded(part, max_string_len, closes_objects) for part in child]
     return node
+
+
+def _missing_bounds(node: dict) -> dict[str, int]:
+    """Return the bounds that the schema of an integer lacks. None if its other bound has more than 19 digits."""
+    lower, upper = node.get("minimum", node.get("exclusiveMinimum")), node.get("maximum", node.get("exclusiveMaximum"))
+    is_within = [isinstance(bound, int | float) and abs(bound) <= MAX_INTEGER for bound in (lower, upper)]
+    missing = {}
+    if upper is None and (lower is None or is_within[0]):
+        missing["maximum"] = MAX_INTEGER
+    if lower is None and (upper is None or is_within[1]):
+        missing["minimum"] = -MAX_INTEGER
+    return missing
 
 
 def _joins_objects(node: Any) -> bool:

@@ -9,6 +9,7 @@ import json
 import logging
 import re
 import uuid
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import anyio
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 PUBLIC_PATHS = {"/", "/health"}
 ERROR_EVENT_TIMEOUT = 1.0  # seconds for a client to read the error at the end of its stream
+# Method with path, and id, of the request that the current task serves.
+_current_request: ContextVar[tuple[str, str]] = ContextVar("current_request", default=("", ""))
 HEAD_TIMEOUT = 30.0  # seconds from the connection, or the first byte of a later request, to the end of the headers
 
 
@@ -47,7 +50,9 @@ class Guard:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         headers = dict(scope["headers"])
-        answer = _Answer(scope, _request_id(headers), send)
+        request_id = _request_id(headers)
+        _current_request.set((f"{scope['method']} {scope['path'][:100]!r}", request_id))
+        answer = _Answer(request_id, send)
         if scope["path"] not in PUBLIC_PATHS and not self.is_allowed(headers):
             error = APIError(401, "the API key is missing or wrong: send Authorization: Bearer KEY", "invalid_api_key")
             return await error.response()(scope, receive, answer.send)
@@ -104,8 +109,8 @@ class Guard:
 class _Answer:
     """Sends a response: adds the request id to its headers, and logs it if it is an error."""
 
-    def __init__(self, scope: Scope, request_id: str, send: Send):
-        self._scope, self._request_id, self._send = scope, request_id, send
+    def __init__(self, request_id: str, send: Send):
+        self._request_id, self._send = request_id, send
         self.has_started = self.is_stream = False
         self._status = 0
 
@@ -123,12 +128,17 @@ class _Answer:
     def _log(self, body: bytes) -> None:
         """Log one line. Error messages contain no prompt (see `api_errors`)."""
         try:
-            reason = " ".join(json.loads(body)["error"]["message"].split())  # on one line
+            reason = json.loads(body)["error"]["message"]
         except (ValueError, LookupError, TypeError):
             reason = ""
-        level = logging.WARNING if self._status >= 500 else logging.INFO
-        request = f"{self._scope['method']} {self._scope['path'][:100]!r}"
-        logger.log(level, "%s: %s %s (%s)", request, self._status, reason, self._request_id)
+        log_error(self._status, reason)
+
+
+def log_error(status: int, reason: str) -> None:
+    """Log one line about the current request, whose response or stream is an error."""
+    request, request_id = _current_request.get()
+    level = logging.WARNING if status >= 500 else logging.INFO
+    logger.log(level, "%s: %s %s (%s)", request, status, " ".join(reason.split()), request_id)
 
 
 def _request_id(headers: dict[bytes, bytes]) -> str:

@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flex_nano_vllm.generation_defaults import not_applied, sampling_defaults
+from flex_nano_vllm.generation_defaults import default_params, not_applied
 from flex_nano_vllm.geometry import Geometry, cdiv
 from flex_nano_vllm.input_processor import InputProcessor, Prompt, check_streamed
 from flex_nano_vllm.kv_manager import KVManager
@@ -29,7 +29,7 @@ from flex_nano_vllm.patching import check_supported, layer_windows, max_position
 from flex_nano_vllm.planner import Plan, make_plan
 from flex_nano_vllm.runner import ModelRunner, why_not_compiled
 from flex_nano_vllm.sampling import take_samples
-from flex_nano_vllm.sampling_params import SamplingParams, is_int
+from flex_nano_vllm.sampling_params import SamplingParams, is_int, shortened
 from flex_nano_vllm.scheduler import Chunk, Scheduler
 from flex_nano_vllm.sequence import Sequence
 from flex_nano_vllm.weights import WeightsWatch
@@ -369,7 +369,7 @@ class Inference:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Return the parameters stated in the model's `generation_config`, as in vLLM."""
-        return SamplingParams(**sampling_defaults(self.model.generation_config))
+        return default_params(self.model.generation_config)
 
     def _warn_of_defaults(self, params: SamplingParams) -> None:
         """Log once which settings in `generation_config` apply to `model.generate` but not to the request."""
@@ -574,7 +574,7 @@ def _warn_uncompiled(reason: str) -> None:
 
 def _check_size(name: str, value: int, least: int, reason: str = "") -> None:
     if not is_int(value) or value < least:
-        raise ValueError(f"{name} must be an int >= {least}{f' ({reason})' if reason else ''}, got {value!r}")
+        raise ValueError(f"{name} must be an int >= {least}{f' ({reason})' if reason else ''}, got {shortened(value)}")
 
 
 def _release_model(model: PreTrainedModel) -> None:

@@ -16,7 +16,7 @@ from flex_nano_vllm.detokenizer import Detokenizer, special_token_names
 from flex_nano_vllm.geometry import Geometry, cdiv
 from flex_nano_vllm.grammar import Grammar, GrammarCompiler, string_limit
 from flex_nano_vllm.metrics import RequestMetrics
-from flex_nano_vllm.sampling_params import MAX_SEED, InvalidRequestError, SamplingParams, is_int
+from flex_nano_vllm.sampling_params import MAX_SEED, InvalidRequestError, SamplingParams, is_int, shortened
 from flex_nano_vllm.sequence import Sequence
 from flex_nano_vllm.vocabulary import decode
 
@@ -64,7 +64,9 @@ class InputProcessor:
         if isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params] * len(prompts)
         if not isinstance(sampling_params, list | tuple):
-            raise ValueError(f"sampling_params must be SamplingParams or a list of them, got {sampling_params!r}")
+            raise ValueError(
+                f"sampling_params must be SamplingParams or a list of them, got {shortened(sampling_params)}"
+            )
         if len(sampling_params) != len(prompts):
             raise ValueError(f"got {len(prompts)} prompts but {len(sampling_params)} sampling_params")
         return [
@@ -88,10 +90,10 @@ class InputProcessor:
         """
         if cache_salt is not None and not (isinstance(cache_salt, str) and cache_salt):
             raise InvalidRequestError(
-                f"cache_salt must be None or a non-empty string, got {cache_salt!r}", "cache_salt"
+                f"cache_salt must be None or a non-empty string, got {shortened(cache_salt)}", "cache_salt"
             )
         if not isinstance(params, SamplingParams):
-            raise ValueError(f"{name}: sampling_params must be SamplingParams, got {params!r}")
+            raise ValueError(f"{name}: sampling_params must be SamplingParams, got {shortened(params)}")
         if isinstance(prompt, dict):
             prompt = _of_dict(prompt, name)
         with self.lock:
@@ -185,7 +187,7 @@ class InputProcessor:
         for token_id in prompt:
             if not is_int(token_id) or not 0 <= token_id < self.num_embeddings:
                 known = f"the model's token ids are 0 to {self.num_embeddings - 1}"
-                raise InvalidRequestError(f"{name} holds {token_id!r}, but {known}", "prompt")
+                raise InvalidRequestError(f"{name} holds {shortened(token_id)}, but {known}", "prompt")
         if not prompt:
             raise InvalidRequestError(f"{name} tokenizes to an empty list", "prompt")
         return [int(token_id) for token_id in prompt]

@@ -5,6 +5,7 @@ by name if a client requests it. Unknown fields of a request are ignored, becaus
 month. Numbers are strict: `true` and "2" are not integers, NaN and Infinity are not numbers.
 """
 
+import json
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
@@ -54,6 +55,25 @@ def _encodable(text: str) -> str:
 Text = Annotated[str, AfterValidator(_encodable)]  # JSON may contain half of a surrogate pair
 
 
+def _serializable(value: dict[str, Any]) -> dict[str, Any]:
+    """Check that a JSON object can be sent again: Python's parser accepts NaN, infinity and lone surrogates."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    except ValueError:
+        raise ValueError("contains NaN, infinity or text that is not valid Unicode") from None
+    return value
+
+
+JSONObject = Annotated[dict[str, Any], AfterValidator(_serializable)]
+
+
+def invalid_field(name: str, message: str) -> PydanticCustomError:
+    """The error of a validator that looks at several fields."""
+    return PydanticCustomError("invalid_field", message, {"param": name})
+
+
 def _few(bias: Any) -> Any:
     """Check the number of entries before each entry is validated."""
     if isinstance(bias, dict) and len(bias) > MAX_LOGIT_BIAS:
@@ -79,7 +99,7 @@ class StreamOptions(Strict):
 class JSONSchema(Closed):
     name: str | None = None
     description: str | None = None
-    schema_: dict[str, Any] | bool | None = Field(None, alias="schema")
+    schema_: JSONObject | bool | None = Field(None, alias="schema")
     strict: bool | None = None  # ignored: schemas are always enforced
 
 
@@ -88,7 +108,7 @@ class ResponseFormat(Closed):
 
     type: Literal["text", "json_object", "json_schema", "regex"]
     json_schema: JSONSchema | None = None
-    schema_: dict[str, Any] | bool | None = Field(None, alias="schema")  # for json_object, as in llama.cpp
+    schema_: JSONObject | bool | None = Field(None, alias="schema")  # for json_object, as in llama.cpp
     regex: str | None = None
     whitespace_pattern: str | None = None  # white space between the symbols of JSON; vLLM's name
 
@@ -176,7 +196,7 @@ class GenerationRequest(Strict):
     @model_validator(mode="after")
     def _check_stream_options(self):
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream=true")
+            raise invalid_field("stream_options", "stream_options needs stream=true")
         return self
 
     def sampling_params(self, defaults: dict[str, Any], **others: Any) -> SamplingParams:
@@ -196,9 +216,9 @@ class GenerationRequest(Strict):
             given["structured_outputs"] = self.response_format.structured_outputs()
         stated = {name for name, value in (given | others).items() if value is not None}
         merged = defaults | given | others
-        least, most = merged.get("min_tokens", 0), merged.get("max_tokens")
-        if most is not None and least > most and not {"min_tokens", "max_tokens"} <= stated:  # change the default
-            merged["max_tokens" if "min_tokens" in stated else "min_tokens"] = least if "min_tokens" in stated else most
+        least, most = merged.get("min_tokens", 0), merged.get("max_tokens", SamplingParams.max_tokens)
+        if most is not None and least > most and not {"min_tokens", "max_tokens"} <= stated:  # change a default
+            merged |= {"min_tokens": most} if "max_tokens" in stated else {"max_tokens": least}
         return SamplingParams(**merged)
 
     @property
@@ -235,6 +255,8 @@ class CompletionRequest(GenerationRequest):
     def to_params(self, defaults: dict[str, Any]) -> SamplingParams:
         # The response contains the prompt's logprobs only if it echoes the prompt.
         prompt_logprobs = self.logprobs if self.echo else None
+        if self.max_tokens == 0 and self.min_tokens:
+            raise InvalidRequestError(f"min_tokens={self.min_tokens} is more than max_tokens=0", "min_tokens")
         limit = {} if self.max_tokens is None else {"max_tokens": max(1, self.max_tokens)}
         return self.sampling_params(defaults, logprobs=self.logprobs, prompt_logprobs=prompt_logprobs, **limit)
 
@@ -282,7 +304,7 @@ Name = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
 class Function(Closed):
     name: Name
     description: Text | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: JSONObject | None = None
     strict: bool | None = None  # ignored: schemas are always enforced if the model's form of a call allows a grammar
 
 
@@ -391,7 +413,7 @@ class TokenizeRequest(Strict):
     @model_validator(mode="after")
     def _check_one(self):
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("exactly one of prompt and messages must be given")
+            raise invalid_field("prompt", "exactly one of prompt and messages must be given")
         return self
 
 

@@ -5,6 +5,8 @@ The classes describe the responses in /openapi.json. The functions build the res
 
 import json
 import math
+import secrets
+import string
 import time
 import uuid
 from typing import Any, Literal
@@ -173,6 +175,11 @@ def new_id(prefix: str) -> str:
     return f"{prefix}{uuid.uuid4().hex}"
 
 
+def new_call_id() -> str:
+    """Return an id of a tool call in the only form that Mistral's chat templates accept: nine letters or digits."""
+    return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
+
+
 class Envelope:
     """The fields of a response, or of each chunk of a stream, around its choices."""
 
@@ -200,12 +207,11 @@ def usage(num_prompt: int, num_generated: int, num_cached: int = 0) -> dict:
     )
 
 
-def ending(completion: CompletionOutput | CompletionDelta, num_calls: int = 0) -> dict:
+def ending(completion: CompletionOutput | CompletionDelta, ends_with_calls: bool = False) -> dict:
     """Return how a choice has ended. The values are None until it has ended."""
     reason = completion.finish_reason
-    return dict(
-        finish_reason="tool_calls" if reason == "stop" and num_calls else reason, stop_reason=completion.stop_reason
-    )
+    reason = "tool_calls" if reason == "stop" and ends_with_calls else reason
+    return dict(finish_reason=reason, stop_reason=completion.stop_reason)
 
 
 def completion_logprobs(

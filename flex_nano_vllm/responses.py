@@ -17,12 +17,13 @@ from flex_nano_vllm.protocol import (
     ChatCompletionRequest,
     Closed,
     GenerationRequest,
+    JSONObject,
     Name,
     Strict,
     Text,
     unsupported,
 )
-from flex_nano_vllm.replies import DONE, chat_logprobs, new_id, server_sent_event
+from flex_nano_vllm.replies import DONE, chat_logprobs, new_call_id, new_id, server_sent_event
 from flex_nano_vllm.sampling_params import MAX_LOGPROBS, InvalidRequestError
 from flex_nano_vllm.tools import MAX_TOOLS, CallArguments, CallStart, TextPiece
 
@@ -99,17 +100,21 @@ class TextFormat(Closed):
     type: Literal["text", "json_object", "json_schema"]
     name: Text | None = None
     description: Text | None = None
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    schema_: JSONObject | None = Field(None, alias="schema")
     strict: bool | None = None
 
     @model_validator(mode="after")
     def _check_fields(self):
         if self.type == "json_schema" and (self.name is None or self.schema_ is None):
             raise ValueError("type json_schema needs the fields name and schema")
+        used = {"text": (), "json_object": ("schema_",)}.get(self.type, ("name", "description", "schema_", "strict"))
+        for name in ("name", "description", "schema_", "strict"):
+            if getattr(self, name) is not None and name not in used:
+                raise ValueError(f"{name.rstrip('_')} is not a field of type {self.type}")
         return self
 
 
-class TextOptions(Strict):
+class TextOptions(Closed):
     format: TextFormat | None = None
     verbosity: Literal["low", "medium", "high"] | None = None  # for models that support it
 
@@ -118,7 +123,7 @@ class FlatTool(Closed):
     type: Literal["function"]
     name: Name
     description: Text | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: JSONObject | None = None
     strict: bool | None = None
 
 
@@ -141,6 +146,9 @@ class ResponsesRequest(GenerationRequest):
     reasoning: dict[str, Any] | None = None  # for reasoning models
     store: bool | None = None  # accepted, but the response has `store: false`
     n: unsupported(1) = None
+    max_tokens: unsupported() = None  # use `max_output_tokens`
+    max_completion_tokens: unsupported() = None
+    logprobs: unsupported(False) = None  # use `include`
     response_format: unsupported() = None  # use `text.format`
     previous_response_id: unsupported() = None  # responses are not stored
     conversation: unsupported() = None
@@ -162,7 +170,7 @@ class ResponsesRequest(GenerationRequest):
         if self.text is not None and self.text.format is not None:
             form = self.text.format.model_dump(by_alias=True, exclude_none=True)
             kind = form.pop("type")
-            fields["response_format"] = {"type": kind} | ({"json_schema": form} if kind == "json_schema" else {})
+            fields["response_format"] = {"type": kind} | ({"json_schema": form} if kind == "json_schema" else form)
         if self.tools:
             tools = [tool.model_dump(exclude={"type"}, exclude_none=True) for tool in self.tools]
             fields["tools"] = [{"type": "function", "function": tool} for tool in tools]
@@ -331,7 +339,9 @@ class ResponseWriter:
                 events += self._say("")
             if finish_reason in ("length", "abort"):
                 self.response |= dict(status="incomplete", incomplete_details={"reason": "max_output_tokens"})
-            events += self._close(self.response["status"])
+            is_cut_off = self._item is not None and self._item["type"] == "function_call"
+            is_cut_off = is_cut_off and not self.turn.ends_with_calls(0)
+            events += self._close("incomplete" if is_cut_off else self.response["status"])
         return events
 
     def _open_message(self) -> bytes:
@@ -349,7 +359,7 @@ class ResponseWriter:
         return self._item_event("response.output_text.delta", content_index=0, delta=text, logprobs=logprobs)
 
     def _open_call(self, name: str) -> bytes:
-        ids = dict(id=new_id("fc_"), call_id=new_id("call_"))
+        ids = dict(id=new_id("fc_"), call_id=new_call_id())
         self._item = dict(type="function_call", **ids, name=name, arguments="", status="in_progress")
         return self._event("response.output_item.added", output_index=self._index, item=self._item)
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral, Number, Real
 
 # Below this temperature, sampling is argmax, because the softmax is a spike (vLLM has the same threshold).
 GREEDY_BELOW = 1e-5
@@ -155,7 +155,7 @@ class SamplingParams:
         self._check_ids("allowed_token_ids")
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
-                raise InvalidRequestError(f"{name} must be a bool, got {getattr(self, name)!r}", name)
+                raise InvalidRequestError(f"{name} must be a bool, got {shortened(getattr(self, name))}", name)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             message = f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}"
             raise InvalidRequestError(message, "min_tokens")
@@ -164,7 +164,7 @@ class SamplingParams:
         self._check_stop()
         self._check_logit_bias()
         if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
-            message = f"structured_outputs must be StructuredOutputsParams, got {_shortened(self.structured_outputs)}"
+            message = f"structured_outputs must be StructuredOutputsParams, got {shortened(self.structured_outputs)}"
             raise InvalidRequestError(message, "structured_outputs")
 
     @property
@@ -186,7 +186,7 @@ class SamplingParams:
         is_number = isinstance(value, Real) and not isinstance(value, bool)
         if not is_number or not least <= value <= most or (above and value == least):
             bounds = f"{'(' if above else '['}{least}, {most}]"
-            raise InvalidRequestError(f"{name} must be a number in {bounds}, got {_shortened(value)}", name)
+            raise InvalidRequestError(f"{name} must be a number in {bounds}, got {shortened(value)}", name)
 
     def _check_int(self, name: str, least: int, most: int | None = None, none: str = "") -> None:
         value = getattr(self, name)
@@ -195,23 +195,23 @@ class SamplingParams:
         if not is_int(value) or value < least or (most is not None and value > most):
             bounds = f">= {least}" if most is None else f"in [{least}, {most}]"
             bounds += f", or None for {none}" if none else ""
-            raise InvalidRequestError(f"{name} must be an int {bounds}, got {_shortened(value)}", name)
+            raise InvalidRequestError(f"{name} must be an int {bounds}, got {shortened(value)}", name)
 
     def _check_ids(self, name: str) -> None:
         value = getattr(self, name)
         if value is not None and not (isinstance(value, list | tuple) and all(is_int(i) and i >= 0 for i in value)):
-            raise InvalidRequestError(f"{name} must be a list of token ids, got {_shortened(value)}", name)
+            raise InvalidRequestError(f"{name} must be a list of token ids, got {shortened(value)}", name)
 
     def _check_stop(self) -> None:
         stops = [self.stop] if isinstance(self.stop, str) else self.stop
         if stops is None:
             return
         if not isinstance(stops, list | tuple) or len(stops) > MAX_STOPS:
-            got = f"a list of {len(stops)}" if isinstance(stops, list | tuple) else _shortened(stops)
+            got = f"a list of {len(stops)}" if isinstance(stops, list | tuple) else shortened(stops)
             raise InvalidRequestError(f"stop must be a string or at most {MAX_STOPS} strings, got {got}", "stop")
         for text in stops:
             if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_LEN:
-                message = f"each stop must be a string of 1 to {MAX_STOP_LEN} characters, got {_shortened(text)}"
+                message = f"each stop must be a string of 1 to {MAX_STOP_LEN} characters, got {shortened(text)}"
                 raise InvalidRequestError(message, "stop")
 
     def _check_logit_bias(self) -> None:
@@ -219,16 +219,19 @@ class SamplingParams:
         if bias is None:
             return
         if not isinstance(bias, dict) or not all(is_int(token_id) and token_id >= 0 for token_id in bias):
-            raise InvalidRequestError(f"logit_bias must map token ids to numbers, got {_shortened(bias)}", "logit_bias")
+            raise InvalidRequestError(f"logit_bias must map token ids to numbers, got {shortened(bias)}", "logit_bias")
         if len(bias) > MAX_LOGIT_BIAS:
             raise InvalidRequestError(f"logit_bias has {len(bias)} entries, more than {MAX_LOGIT_BIAS}", "logit_bias")
         for token_id, value in bias.items():
             is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
             if not is_number or abs(value) > 100:
-                message = f"each logit_bias must be in [-100, 100], got {value!r} for token {token_id}"
+                message = f"each logit_bias must be in [-100, 100], got {shortened(value)} for token {token_id}"
                 raise InvalidRequestError(message, "logit_bias")
 
 
-def _shortened(value: object) -> str:
+def shortened(value: object) -> str:
+    """Return at most 100 characters that show a value in an error; the type only if it is not a plain value."""
+    if not isinstance(value, str | Number | list | tuple | dict | None):
+        return f"an object of type {type(value).__name__}"
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}…"

@@ -9,6 +9,7 @@ Clients are not trusted. Every size is limited before it is used. If there is an
 import asyncio
 import json
 import logging
+import re
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -34,7 +35,7 @@ from flex_nano_vllm.chat import template_of
 from flex_nano_vllm.chat_turn import ChatTurn, with_tools
 from flex_nano_vllm.chunks import ChatChunks, CompletionChunks, CompletionTexts, EventWriter, shown
 from flex_nano_vllm.generation_defaults import not_expressed, sampling_defaults
-from flex_nano_vllm.guard import Guard, HeaderTimeoutH11, Limits
+from flex_nano_vllm.guard import Guard, HeaderTimeoutH11, Limits, log_error
 from flex_nano_vllm.inference import Inference
 from flex_nano_vllm.outputs import CompletionDelta, CompletionOutput, RequestOutput
 from flex_nano_vllm.prometheus import Metrics
@@ -123,7 +124,7 @@ class API:
                 logprobs = dict(content=content, refusal=None)
             message = turn.message(index, completion.text)
             choice = dict(index=index, message=message, logprobs=logprobs)
-            choices.append(choice | replies.ending(completion, turn.num_calls(index)))
+            choices.append(choice | replies.ending(completion, turn.ends_with_calls(index)))
         return self.answer("chat.completion", "chatcmpl-", choices, outputs)
 
     async def responses(self, body: ResponsesRequest, request: Request) -> Response:
@@ -269,7 +270,9 @@ class API:
                     data = b""
             data += writer.end([outputs[index] for index in sorted(outputs)])
         except Exception as error:
-            data += writer.fail(api_error(error))
+            failure = api_error(error)
+            log_error(failure.status, str(failure))
+            data += writer.fail(failure)
         yield data
 
 
@@ -318,10 +321,10 @@ def create_app(
 
     app = FastAPI(title="flex-nano-vllm", lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS)
     app.add_middleware(Guard, api_key=api_key, limits=limits or Limits())
-    if allowed_origins:  # before the guard: a browser's preflight request does not contain the key
+    if origins := valid_origins(allowed_origins):  # before the guard: a preflight request does not contain the key
         exposed = ["x-request-id", "x-engine-request-id", "retry-after"]
         everything = dict(allow_methods=["*"], allow_headers=["*"], expose_headers=exposed)
-        app.add_middleware(CORSMiddleware, allow_origins=list(allowed_origins), **everything)
+        app.add_middleware(CORSMiddleware, allow_origins=origins, **everything)
 
     async def on_error(request: Request, error: Exception) -> Response:
         return api_error(error).response()
@@ -330,7 +333,9 @@ def create_app(
         return invalid_fields(error.errors()).response()
 
     async def on_http_error(request: Request, error: HTTPException) -> Response:
-        response = APIError(error.status_code, error.detail).response()
+        is_unreadable = error.status_code == 400  # FastAPI's only error of its own: the body cannot be parsed
+        failure = APIError(400, "the body is not valid JSON", "invalid_json") if is_unreadable else None
+        response = (failure or APIError(error.status_code, error.detail)).response()
         response.headers.update(error.headers or {})  # the Allow header
         return response
 
@@ -355,6 +360,15 @@ def create_app(
     app.get("/state", response_model=None, responses={200: {"model": replies.State}})(api.state)
     app.get("/", include_in_schema=False)(api.page)
     return app
+
+
+def valid_origins(origins: Iterable[str]) -> list[str]:
+    """Return origins as browsers send them. Raises ValueError for a string that cannot be an origin."""
+    valid = [origin.rstrip("/") for origin in origins]
+    for origin in valid:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+            raise ValueError(f"an allowed origin must be scheme://host[:port] or *, got {origin!r}")
+    return valid
 
 
 class GenerationConfigSource(str, Enum):
@@ -402,6 +416,10 @@ def serve(
 ) -> None:
     """Serve a model over the OpenAI API."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        origins = valid_origins(allowed_origins or ())
+    except ValueError as error:
+        raise SystemExit(f"--allowed-origins: {error}") from None
     if api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
         logger.warning("there is no --api-key: every client that reaches %s can use the model", host)
     try:
@@ -427,7 +445,7 @@ def serve(
         logger.info("compiling, which takes minutes the first time")
         asyncio.run(shared.warmup())
     limits = Limits(request_timeout=request_timeout)
-    app = create_app(shared, served_model_name or model, api_key, limits, tuple(allowed_origins or ()), defaults)
+    app = create_app(shared, served_model_name or model, api_key, limits, tuple(origins), defaults)
     uvicorn.run(
         app,
         host=host,

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from transformers import PreTrainedTokenizerBase
+
 from flex_nano_vllm.grammar import MAX_SCHEMA_BYTES, check_schema, json_rule
 
 MAX_CALLS = 16  # in one output
@@ -52,6 +54,7 @@ def tools_grammar(
     max_calls: int,
     otherwise: str | None = None,
     max_string_len: int | None = None,
+    added_tokens: dict[str, int] | None = None,
 ) -> str | None:
     """Return the grammar of outputs whose calls are valid, in llguidance's Lark syntax.
 
@@ -61,6 +64,7 @@ def tools_grammar(
         max_calls: maximum number of calls in one output.
         otherwise: right side of a grammar rule for outputs without calls. None allows any text, which calls may follow.
         max_string_len: see `grammar.bounded`.
+        added_tokens: ids of the tokens that `visible_added_tokens` returns.
     Returns:
         The grammar. None if calls are optional, `otherwise` is None and `form.begin` is empty: an invalid call could
         not be distinguished from text.
@@ -78,9 +82,9 @@ def tools_grammar(
             raise ValueError(f"the parameters of {name}: {error}") from error
     check_tools(tools)
     rules.append(f"tool: {' | '.join(f'tool_{i}' for i in range(len(tools)))}")
-    begin, end, opening, between, closing = map(
-        _quoted, (form.begin, form.end, form.opening, form.between, form.closing)
-    )
+    added_tokens = added_tokens or {}
+    begin, end = _tag(form.begin, added_tokens), _tag(form.end, added_tokens)
+    opening, between, closing = map(_quoted, (form.opening, form.between, form.closing))
     rules.append(f"call: {begin} tool {end}")
     more = f"({between} call){{0,{max_calls - 1}}}" if max_calls > 1 else ""
     calls = f"{opening} call {more} {closing}"
@@ -88,14 +92,46 @@ def tools_grammar(
         return "\n".join([f"start: {calls}", *rules])
     if otherwise is not None:
         return "\n".join([f"start: {calls} | otherwise", f"otherwise: {otherwise}", *rules])
-    # Lazy: after the begin of a call, the output cannot return to text.
-    start = "start: TEXT | text_and_begin tool_and_end"
+    # Lazy: after the begin of a call, the output cannot return to text. A tag may be spelled or be one token, and
+    # llguidance does not count added tokens as text.
+    tag, choices = form.begin.strip(), ["TEXT", "text_and_tag tool_and_end"]
+    if tag in added_tokens:
+        choices.append(f"TEXT {_token(added_tokens[tag])} tool_and_end")
+    others = [_token(token_id) for name, token_id in added_tokens.items() if name != tag]
+    if others:
+        choices.append(f"TEXT ({' | '.join(others)}) start")
     rules += [
-        f"text_and_begin[lazy]: TEXT {begin}",
-        f"tool_and_end: tool {end} {more}",
+        f"text_and_tag[lazy]: TEXT {_quoted(tag)}",
+        rf"tool_and_end: /\s?/ tool {end} {more}",
         r"TEXT: /(.|\n)*/",
     ]
-    return "\n".join([start, *rules])
+    return "\n".join([f"start: {' | '.join(choices)}", *rules])
+
+
+def visible_added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Return the ids of added tokens that have text and that llguidance nevertheless does not count as text.
+
+    These are the tokens written in angle brackets, such as `<think>` and `<tool_call>` of Qwen3.
+    """
+    added = tokenizer.added_tokens_decoder.items()
+    return {
+        token.content: token_id
+        for token_id, token in added
+        if not token.special and re.fullmatch(r"<[^<>\s]+>", token.content)
+    }
+
+
+def _tag(text: str, added_tokens: dict[str, int]) -> str:
+    """Return the grammar of a tag and the whitespace around it. A tag that is also one token may be either."""
+    tag = text.strip()
+    if tag not in added_tokens:
+        return _quoted(text)
+    before, after = text.split(tag)
+    return f"{_quoted(before)} ({_token(added_tokens[tag])} | {_quoted(tag)}) {_quoted(after)}"
+
+
+def _token(token_id: int) -> str:
+    return f"<[{token_id}]>"
 
 
 def check_tools(tools: dict[str, dict]) -> None:
@@ -124,16 +160,32 @@ def culprit(
 def _call_schema(form: CallForm, name: str, schema: dict) -> dict:
     """Return the schema of a whole call.
 
-    The definitions of the tool's schema move to the root, because its references are relative to the root.
+    The references of the tool's schema are relative to its own root, so they get the place of the arguments.
     """
     if schema.get("type", "object") != "object":
         raise ValueError(f"type must be 'object', got {schema['type']!r}")
     if "x-guidance" in schema:  # options of llguidance
         raise ValueError("x-guidance is not supported")
-    definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-    arguments = {"type": "object"} | {key: value for key, value in schema.items() if key not in definitions}
+    arguments = {"type": "object"} | _moved(schema, f"#/properties/{form.arguments}")
     properties = {"name": {"const": name}, form.arguments: arguments}
-    return {"type": "object", "properties": properties, "required": list(properties)} | definitions
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+def _moved(schema: Any, root: str) -> Any:
+    """Return a schema whose references to its own root refer to `root` instead. Data in the schema is unchanged."""
+    if isinstance(schema, list):
+        return [_moved(part, root) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {}
+    for key, part in schema.items():
+        if key == "$ref" and isinstance(part, str) and part.startswith("#"):
+            moved[key] = root + part[1:]
+        elif key in ("properties", "patternProperties", "$defs", "definitions") and isinstance(part, dict):
+            moved[key] = {name: _moved(child, root) for name, child in part.items()}  # names may look like keywords
+        else:
+            moved[key] = part if key in ("const", "enum", "default", "examples") else _moved(part, root)
+    return moved
 
 
 def _quoted(text: str) -> str:
@@ -179,7 +231,7 @@ class CallParser:
 
     def __init__(self, form: CallForm, names: set[str], max_calls: int = MAX_CALLS):
         self.form, self.names, self.max_calls = form, names, max_calls
-        self.num_calls = 0
+        self.num_calls = self.num_complete_calls = 0
         self._begin, self._end = form.begin.strip(), form.end.strip()
         self._take = self._text  # the method that parses the next characters
         self._buffer = ""
@@ -250,6 +302,7 @@ class CallParser:
         match = re.match(rf"\s*\}}\s*{re.escape(self._end)}\s*{separator}", self._buffer)
         if match and (match.end() < len(self._buffer) or is_complete):
             self._take, self._buffer = self._text, self._buffer[match.end() :]
+            self.num_complete_calls += 1
         elif is_complete and f"}}\n{self._end}".startswith(self._buffer.strip()):  # cut off within the end of a call
             self._take, self._buffer = self._text, ""
         elif is_complete or len(self._buffer) > MAX_HEAD_LEN:  # not the end of a call

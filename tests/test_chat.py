@@ -213,6 +213,11 @@ def test_a_forbidden_or_failing_operation_of_a_template_raises_a_value_error(tem
         chat_token_ids(bytes_with(template), conversation("{x}"))
 
 
+def test_tools_that_are_no_json_are_rejected():
+    with pytest.raises(ValueError, match="tools must be a list of JSON objects"):
+        chat_token_ids(bytes_with("{{ tools }}"), conversation("hi"), [{1, 2}])
+
+
 def test_the_content_of_a_message_is_not_executed_as_a_template():
     tokenizer = bytes_with("{{ messages[0].content }}")
     content = "{{ 7 * 7 }} {% set x = 1 %} {# gone #} {{ ''.__class__ }}"

@@ -11,7 +11,7 @@ from engines import assert_empty
 from serving import MODEL, TEMPLATE, events_of, new_engine, serving
 
 from flex_nano_vllm import Inference, SamplingParams, replies
-from flex_nano_vllm.server import server_defaults
+from flex_nano_vllm.server import server_defaults, valid_origins
 
 COMPLETIONS, CHATS, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
 SMALL = dict(model=MODEL, prompt="hi", max_tokens=3, temperature=0, ignore_eos=True)
@@ -177,8 +177,14 @@ def test_an_internal_error_has_its_request_id_in_the_response_and_in_the_log(ser
     assert "'/v1/completions': 500 internal error (mine)" in caplog.text
 
 
+@pytest.mark.parametrize("origin", ["app.example", "https://", "https://app.example/page", ""])
+def test_an_origin_that_browsers_never_send_is_rejected(origin):
+    with pytest.raises(ValueError, match=r"must be scheme://host\[:port\] or \*, got "):
+        valid_origins([origin])
+
+
 def test_web_pages_of_allowed_origins_may_call_the_api():
-    with new_engine() as engine, serving(engine, api_key="k", allowed_origins=("https://app.example",)) as served:
+    with new_engine() as engine, serving(engine, api_key="k", allowed_origins=("https://app.example/",)) as served:
         asked = ORIGIN | {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
         status, headers, _ = served.ask("OPTIONS", CHATS, headers=asked)  # without the key
         assert (status, headers["access-control-allow-origin"]) == (200, ORIGIN["Origin"])
@@ -223,6 +229,24 @@ def test_a_prompt_that_is_too_long_is_rejected_with_code_context_length_exceeded
         (COMPLETIONS, dict(response_format=3), "response_format", "invalid_value", "Input should be a valid object"),
         (COMPLETIONS, dict(stop="x" * 2000), "stop", "invalid_value", "1 to 1024 characters"),
         (COMPLETIONS, dict(temperature=3), "temperature", "invalid_value", "less than or equal to 2, got 3"),
+        (COMPLETIONS, dict(suffix="canary"), "suffix", "unsupported_parameter", "suffix: is not supported"),
+        (COMPLETIONS, dict(stream_options={}), "stream_options", "invalid_value", "needs stream=true"),
+        (
+            COMPLETIONS,
+            dict(prompt=[1, -1]),
+            "prompt",
+            "invalid_value",
+            "prompt.1: Input should be greater than or equal",
+        ),
+        (COMPLETIONS, dict(prompt=["a"] * 65), "prompt", "invalid_value", "at most 64 items after validation, not 65"),
+        (COMPLETIONS, dict(max_tokens=0, min_tokens=2), "min_tokens", "invalid_value", "more than max_tokens=0"),
+        (
+            CHATS,
+            dict(messages=[{"role": "user", "content": "a", "function_call": {}}]),
+            "messages",
+            "unsupported_parameter",
+            "messages.0.function_call: is not supported",
+        ),
         (COMPLETIONS, dict(best_of=4), "best_of", "unsupported_parameter", "best_of: is not supported, got 4"),
         (COMPLETIONS, dict(min_tokens=9), "min_tokens", "invalid_value", "min_tokens=9 is more than max_tokens=3"),
         (COMPLETIONS, dict(logit_bias={"9999": 1}), "logit_bias", "invalid_value", "holds 9999"),
@@ -266,6 +290,15 @@ def test_a_prompt_that_is_too_long_is_rejected_with_code_context_length_exceeded
             "invalid_value",
             "min_tokens=9 is more than max_output_tokens=2",
         ),
+        (RESPONSES, dict(input="a", max_tokens=4), "max_tokens", "unsupported_parameter", "is not supported, got 4"),
+        (
+            RESPONSES,
+            dict(input="a", text={"format": {"type": "text", "schema": {}}}),
+            "text",
+            "invalid_value",
+            "schema is not a field of type text",
+        ),
+        (RESPONSES, dict(input="a", text={"type": "json_object"}), "text", "invalid_value", "text.type: Extra inputs"),
         (RESPONSES, dict(input="a", max_output_tokens=0), "max_output_tokens", "invalid_value", "got 0"),
         (
             RESPONSES,
@@ -285,6 +318,14 @@ def test_an_error_message_names_the_field_and_its_value_or_limit(served, path, f
     assert (error["param"], error["code"]) == (param, code) and status in (400, 404)
     assert words in error["message"], error["message"]
     assert len(error["message"]) < 420
+
+
+@pytest.mark.parametrize("body", [b'"{\\"prompt\\": \\"canary\\"}"', b"", b"[]", b"\xff", b"[" * 100_000, b"9" * 5000])
+def test_a_body_that_is_no_json_object_is_an_error_without_its_text(served, body):
+    status, _, answer = served.ask("POST", COMPLETIONS, body, {"Content-Type": "application/json"})
+    error = json.loads(answer)["error"]
+    assert (status, error["code"], error["param"]) == (400, "invalid_json", None)
+    assert "canary" not in error["message"] and "the body" in error["message"]
 
 
 @pytest.mark.parametrize("missing", ["model", "prompt"])
@@ -324,6 +365,15 @@ def test_each_rejected_request_has_one_log_line_without_its_prompt(served, caplo
     assert [re.search(r": (\d+) ", line)[1] for line in lines] == ["400", "400", "404"]
     assert "maximum context length" in lines[0] and "(mine)" in lines[2] and "'/nowhere'" in lines[2]
     assert "canary" not in caplog.text
+
+
+def test_a_stream_that_fails_is_one_line_of_the_log(served, caplog):
+    (a,) = served.engine.tokenizer("a", add_special_tokens=False).input_ids
+    body = CHAT | dict(response_format={"type": "regex", "regex": "a[bc]"}, allowed_token_ids=[a], stream=True)
+    with caplog.at_level(logging.INFO):
+        served.ask("POST", CHATS, body, {"X-Request-Id": "mine"})
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "flex_nano_vllm.guard"]
+    assert "'/v1/chat/completions': 400 no token of allowed_token_ids" in line and line.endswith("(mine)")
 
 
 # --- the model's defaults ----------------------------------------------------------------------------------------
@@ -368,6 +418,13 @@ def test_the_models_max_tokens_applies_if_the_request_has_none():
             body = {name: value for name, value in body.items() if name != "max_tokens"}
             assert json.loads(served.ask("POST", path, body)[2])["usage"]["completion_tokens"] == 2
             assert json.loads(served.ask("POST", path, body | {"max_tokens": 4})[2])["usage"]["completion_tokens"] == 4
+
+
+def test_the_models_minimum_of_tokens_raises_the_default_maximum():
+    with new_engine() as engine, serving(engine, defaults={"min_tokens": 20}) as served:
+        for stated, expected in [({}, 20), ({"max_tokens": 3}, 3)]:
+            request = dict(model=MODEL, prompt="hi", temperature=0, ignore_eos=True) | stated
+            assert json.loads(served.ask("POST", COMPLETIONS, request)[2])["usage"]["completion_tokens"] == expected
 
 
 def test_the_bundled_model_answers_a_chat_with_a_system_message():

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import flex_nano_vllm
-from flex_nano_vllm.grammar import MAX_OBJECTS, MAX_REGEX_BYTES, MAX_SCHEMA_BYTES, GrammarCompiler
+from flex_nano_vllm.grammar import MAX_INTEGER, MAX_OBJECTS, MAX_REGEX_BYTES, MAX_SCHEMA_BYTES, GrammarCompiler, bounded
 from flex_nano_vllm.random_models import byte_tokenizer
 
 # By name: the number of logits and the EOS ids. Each model has more logits than its tokenizer has ids. 288 logits fill
@@ -292,6 +292,25 @@ def test_a_schema_may_be_a_string_and_is_compiled_once(compiler, schema):
     grammar = compiler.compile("json_schema", schema)
     assert compiler.compile("json_schema", json.dumps(schema, indent=3)) is grammar
     assert compiler.compile("json_schema", {"type": "null"}) is not grammar
+
+
+@pytest.mark.parametrize(
+    ("schema", "expected"),
+    [
+        ({"type": "integer"}, {"minimum": -MAX_INTEGER, "maximum": MAX_INTEGER}),
+        ({"type": "integer", "minimum": 0}, {"minimum": 0, "maximum": MAX_INTEGER}),
+        ({"type": "integer", "exclusiveMaximum": 5}, {"exclusiveMaximum": 5, "minimum": -MAX_INTEGER}),
+        ({"type": "integer", "minimum": 10**20}, {"minimum": 10**20}),
+        ({"type": "integer", "multipleOf": 7}, {"multipleOf": 7}),
+        ({"type": "string", "minLength": 1}, {"minLength": 1, "maxLength": 50}),
+        ({"type": "string", "minLength": 60}, {"minLength": 60, "maxLength": 60}),
+        ({"type": "string", "maxLength": 3}, {"maxLength": 3}),
+        ({"type": "string", "pattern": "a*"}, {"pattern": "a*"}),
+    ],
+    ids=str,
+)
+def test_a_schema_gets_the_limits_that_it_lacks(schema, expected):
+    assert bounded(schema, 50) == {"type": schema["type"]} | expected
 
 
 def test_the_cache_is_bounded(compiler):

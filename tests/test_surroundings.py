@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from flex_nano_vllm import Inference, SamplingParams
 from flex_nano_vllm.async_inference import AsyncInference
 from flex_nano_vllm.exactness import hf_generate as neutral_generate
-from flex_nano_vllm.generation_defaults import not_expressed, plain_generation, sampling_defaults
+from flex_nano_vllm.generation_defaults import default_params, not_expressed, plain_generation, sampling_defaults
 from flex_nano_vllm.patching import max_positions
 from flex_nano_vllm.weights import WeightsWatch
 
@@ -277,6 +277,12 @@ def test_the_engine_returns_the_default_sampling_parameters_of_its_model(repetit
         params = engine.get_default_sampling_params()
     assert (params.temperature, params.repetition_penalty) == (0.7, 1.5)
     assert not_expressed(repetitive.generation_config) == {"no_repeat_ngram_size": 2}
+
+
+def test_a_minimum_of_tokens_beyond_the_default_maximum_raises_the_maximum():
+    config = GenerationConfig(min_new_tokens=20)
+    assert sampling_defaults(config) == {"min_tokens": 20}
+    assert (default_params(config).min_tokens, default_params(config).max_tokens) == (20, 20)
 
 
 # --- the locale --------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ call occurs.
 
 import itertools
 import json
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -33,12 +34,24 @@ from parrots import (
     written,
 )
 from serving import MODEL, assert_is_error, client_of, new_engine, serving
+from tokenizers import AddedToken
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flex_nano_vllm import Inference
 from flex_nano_vllm.chat import chat_token_ids
 from flex_nano_vllm.grammar import MAX_SCHEMA_BYTES, GrammarCompiler, json_rule
+from flex_nano_vllm.loading import EMBEDDED_MODELS
 from flex_nano_vllm.random_models import byte_tokenizer
-from flex_nano_vllm.tools import CALL_FORMS, MAX_CALLS, CallArguments, CallParser, CallStart, TextPiece, tools_grammar
+from flex_nano_vllm.tools import (
+    CALL_FORMS,
+    MAX_CALLS,
+    CallArguments,
+    CallParser,
+    CallStart,
+    TextPiece,
+    tools_grammar,
+    visible_added_tokens,
+)
 from flex_nano_vllm.tools import call_form as form_of_template
 
 CHATS = "/v1/chat/completions"
@@ -268,7 +281,7 @@ def test_at_most_max_calls_calls_fit(form):
     assert fit(grammar(form, max_calls=2), written(form, ("add", ADD), ("f", ADD))) == "no"
 
 
-@pytest.mark.parametrize("text", ["", "hello", "two\n\nlines é 😀\r\n\x00", "<tool_call", "<tool_call> {}", "{}", "  "])
+@pytest.mark.parametrize("text", ["", "hello", "two\n\nlines é 😀\r\n\x00", "<tool_call", "<tool_call {}>", "{}", "  "])
 def test_any_text_fits_if_calls_are_optional(text):
     assert fit(grammar(HERMES, is_required=False), text) == "whole"
 
@@ -278,6 +291,9 @@ def test_a_call_that_has_begun_must_be_valid(text):
     source, call = grammar(HERMES, is_required=False), call_text(HERMES, "f", F)
     assert fit(source, f"{text}<tool_call>\n") == "begun"
     assert fit(source, f"{text}{call}") == "whole"
+    assert fit(source, text + call.replace("<tool_call>\n", "<tool_call>")) == "whole"
+    assert fit(source, text + call.replace("<tool_call>\n", "<tool_call> ")) == "whole"
+    assert fit(source, f"{text}<tool_call>{{}}") == fit(source, f"{text}<tool_call> x") == "no"
     assert fit(source, f"{text}{call}\n{call_text(HERMES, 'add', ADD)}") == "whole"
     for wrong in ("hello", "{}", '{"name": "g"', '{"name": "f", "arguments": {"a": 3', "</tool_call>", "\n"):
         assert fit(source, f"{text}<tool_call>\n{wrong}") == "no", wrong
@@ -285,6 +301,40 @@ def test_a_call_that_has_begun_must_be_valid(text):
         assert fit(source, f"{text}{call}{after}") == "no", after
     alone = grammar(HERMES, is_required=False, max_calls=1)
     assert fit(alone, f"{text}{call}") == "whole" and fit(alone, f"{text}{call}\n") == "no"
+
+
+TAGS = ("<tool_call>", "</tool_call>", "<think>", "</think>")
+
+
+def with_added_tags(tokenizer):
+    """Return the tokenizer with tags that are one token each and have text, as in Qwen3."""
+    tokenizer.add_tokens([AddedToken(tag, special=False) for tag in TAGS])
+    return tokenizer
+
+
+@pytest.mark.parametrize("is_required", [False, True])
+def test_tags_that_are_one_token_fit_where_their_text_fits(is_required):
+    tokenizer = with_added_tags(byte_tokenizer())
+    added = visible_added_tokens(tokenizer)
+    assert list(added) == list(TAGS)
+    source = tools_grammar(HERMES, TOOLS, is_required, MAX_CALLS, added_tokens=added)
+    compiler = GrammarCompiler(tokenizer, len(tokenizer), frozenset({1}))
+
+    def fits(text):
+        token_ids = tokenizer(text, add_special_tokens=False).input_ids
+        follower = compiler.compile("grammar", source).follow()
+        return all(
+            follower.allowed(token_ids[:number])[token_id // 32] >> (token_id % 32) & 1
+            for number, token_id in enumerate([*token_ids, 1])
+        )
+
+    call = call_text(HERMES, "f", F)
+    assert len(tokenizer("<tool_call>", add_special_tokens=False).input_ids) == 1
+    assert fits(call) and fits(f"{call}\n{call_text(HERMES, 'add', ADD)}")
+    for text in ("hello", "<think>\na\n</think>\n\nhello", f"<think>a</think>{call}", f"hello {call}"):
+        assert fits(text) != is_required, text
+    for text in (call_text(HERMES, "f", ADD), "<tool_call>hello", f"{call}hello"):
+        assert not fits(text), text
 
 
 def test_optional_calls_have_no_grammar_if_the_form_has_no_begin():
@@ -311,6 +361,20 @@ def test_a_schema_may_refer_to_definitions_whose_names_other_tools_use_too(form)
     assert fit(source, written(form, ("one", '{"d": 1}'))) == "whole"
     assert fit(source, written(form, ("two", '{"d": "2"}'))) == "whole"
     assert fit(source, written(form, ("one", '{"d": "2"}'))) == fit(source, written(form, ("two", '{"d": 1}'))) == "no"
+
+
+@EVERY_FORM
+@pytest.mark.parametrize("ref", ["#", "#/properties/child", "#/$defs/own"])
+def test_a_schema_may_refer_to_its_own_root_and_properties(form, ref):
+    node = {"type": "object", "properties": {"child": {"type": "null"}}, "additionalProperties": False}
+    schema = node | {
+        "properties": {"child": {"type": "null"}, "other": {"$ref": ref}},
+        "$defs": {"own": {"type": "null"}},
+    }
+    child = '{"child": null}' if ref == "#" else "null"
+    source = grammar(form, {"f": schema})
+    assert fit(source, written(form, ("f", f'{{"child": null, "other": {child}}}'))) == "whole"
+    assert fit(source, written(form, ("f", '{"other": {"name": "f"}}'))) == "no"
 
 
 @EVERY_FORM
@@ -491,7 +555,7 @@ def one(client, messages, **options):
     whole = client.chat.completions.create(**request)
     (choice,) = whole.choices
     calls = choice.message.tool_calls or []
-    assert all(call.type == "function" and call.id.startswith("call_") for call in calls)
+    assert all(call.type == "function" and re.fullmatch("[A-Za-z0-9]{9}", call.id) for call in calls)
     assert len({call.id for call in calls}) == len(calls)
     answer = (choice.message.content, [(c.function.name, c.function.arguments) for c in calls], choice.finish_reason)
 
@@ -509,7 +573,7 @@ def one(client, messages, **options):
                 assert piece.function.name is None and piece.type is None
             arguments[piece.index] += piece.function.arguments
         reasons.append(choice.finish_reason)
-    assert len(set(ids)) == len(ids) and all(call_id.startswith("call_") for call_id in ids)
+    assert len(set(ids)) == len(ids) and all(len(call_id) == 9 for call_id in ids)
     assert reasons[:-1] == [None] * (len(reasons) - 1)
     assert (content or None, [(names[i], arguments[i]) for i in names], reasons[-1]) == (answer[0] or None, *answer[1:])
     assert usage.usage.completion_tokens == whole.usage.completion_tokens
@@ -528,7 +592,7 @@ def test_text_before_calls_becomes_the_content_and_several_calls_become_a_list(c
 
 
 def test_the_answer_may_be_text_if_calls_are_optional(client):
-    assert one(client, say("I know: 25 <tool_call> x"), tools=[f, g]) == ("I know: 25 <tool_call> x", [], "stop")
+    assert one(client, say("I know: 25 <tool_call x"), tools=[f, g]) == ("I know: 25 <tool_call x", [], "stop")
     assert one(client, say(""), tools=[f], tool_choice="auto") == ("", [], "stop")
 
 
@@ -616,6 +680,35 @@ def test_a_second_turn_with_the_result_of_a_tool_is_answered(client):
     expected = len(chat_token_ids(gemma_tokenizer(), sent, [f, g]))
     answer = client.chat.completions.create(model=MODEL, messages=messages, temperature=0, tools=[f, g])
     assert answer.usage.prompt_tokens == expected
+
+
+@pytest.mark.parametrize("choice", ["auto", "required"])
+@pytest.mark.parametrize("call", [CALL_F, CALL_G], ids=["f", "g"])
+def test_a_model_whose_tags_are_one_token_calls(choice, call):
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODELS["tiny-gemma2"])
+    tokenizer = with_added_tags(AutoTokenizer.from_pretrained(EMBEDDED_MODELS["tiny-gemma2"]))
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with parrot_of(Inference(model, tokenizer, 4, 2048, compile=False)) as engine, serving(engine) as served:
+        text = "" if choice == "required" else "<think>hm</think>So."
+        answer = one(client_of(served), say(text + written(HERMES, call)), tools=[f, g], tool_choice=choice)
+    assert answer == (text or None, [call], "tool_calls")
+
+
+def test_a_template_that_accepts_only_ids_of_nine_letters_or_digits_accepts_our_ids(client):
+    answer = client.chat.completions.create(model=MODEL, messages=say(written(HERMES, CALL_F)), tools=[f])
+    template = """{% for m in messages %}{% for call in m.tool_calls or [] %}{% if call.id | length != 9 %}
+        {{ raise_exception("Tool call IDs should be alphanumeric strings with length 9!") }}{% endif %}
+        {{ call.function.name }}{% endfor %}{% endfor %}"""
+    message = answer.choices[0].message.to_dict()
+    assert "f" in bytes_with(template).decode(chat_token_ids(bytes_with(template), [*say(""), message]))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_within_a_call_is_no_complete_call(client, stream):
+    request = dict(model=MODEL, messages=say(written(HERMES, CALL_F)), temperature=0, tools=[f], stop='"b"')
+    answer = client.chat.completions.create(**request, stream=stream)
+    choice = list(answer)[-1].choices[0] if stream else answer.choices[0]
+    assert choice.finish_reason == "stop"
 
 
 class Day(pydantic.BaseModel):
