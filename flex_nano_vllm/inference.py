@@ -213,8 +213,11 @@ class Inference:
                     self._add(group)
                 with tqdm(total=len(requests), unit="req", dynamic_ncols=True, disable=not use_tqdm) as bar:
                     started, num_tokens = time.perf_counter(), 0
+                    self.runner.on_compile = lambda: bar.set_description(self.runner.compile_notice)
                     while self.has_unfinished_requests():
                         self._step()
+                        if getattr(bar, "desc", ""):  # a disabled bar has none
+                            bar.set_description()
                         for output in self._report():
                             outputs[output.request_id] = output
                             num_tokens += sum(len(completion.token_ids) for completion in output.outputs)
@@ -224,6 +227,8 @@ class Inference:
             except BaseException:
                 self._forget_requests()
                 raise
+            finally:
+                self.runner.on_compile = None
             return [outputs[group[0].request_id] for group in requests]
 
     def stream(

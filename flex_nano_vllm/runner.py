@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import gc
+import logging
 import math
 import os
 import shutil
@@ -48,6 +49,8 @@ DYNAMO_CONFIG = {
 # Skip guards on module globals: the code of torch and transformers does not change while the engine serves, and the
 # guards take a fifth of the time of a cache lookup.
 UNGUARDED = {"guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe}
+
+logger = logging.getLogger(__name__)
 
 
 def why_not_compiled(device: torch.device, dtype: torch.dtype, page_size: int) -> str | None:
@@ -109,6 +112,8 @@ class ModelRunner:
         self.flex = compile_flex_attention(model.device.type, compiled)
         self.model_of_any_length, self.model_of_decodes, self.choose = model, None, choose
         self._sampler_is_ready = not compiled
+        self._compiled_shapes: set[tuple] = set()
+        self.on_compile: Callable[[], None] | None = None  # called before a step that compiles
         if compiled:
             make = functools.partial(torch.compile, fullgraph=True, backend=inductor(model.device.type))
             self.model_of_any_length = make(model, dynamic=True, options=dict(UNGUARDED))
@@ -179,8 +184,25 @@ class ModelRunner:
             layout = self.layout
             num_padding = max(0, 2 - num_chunks)  # a dimension of size 1 would need another graph
         batch = StepBatch.build(chunks + [padding_chunk(1)] * num_padding, self.kv, layout, packed)
+        if self.compiled:
+            self._announce({("decodes", batch.num_tokens, packed is not None)} if as_decodes else _shapes(batch))
         logits = self.call_model(batch, as_decodes)
         return logits[: len(logits) - num_padding]
+
+    @property
+    def compile_notice(self) -> str:
+        """What a user should know before the first step."""
+        return f"compiling up to {self.max_graphs} graphs: 2-3 minutes the first time, seconds later"
+
+    def _announce(self, shapes: set[tuple]) -> None:
+        """Log the first compilation, and call `on_compile` before each one. `shapes` identify the graphs of a step."""
+        if shapes <= self._compiled_shapes:
+            return
+        if not self._compiled_shapes:
+            logger.info(self.compile_notice)
+        self._compiled_shapes |= shapes
+        if self.on_compile is not None:
+            self.on_compile()
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -248,6 +270,12 @@ class ModelRunner:
         logits = torch.zeros(2, num_logits(self.model), device=self.model.device)
         self.sample(logits.to(self.model.dtype), [Draw(temperature=1.0)] * 2)
         gc.collect()  # else garbage from compiling would soon pause a step for 0.3 s
+
+
+def _shapes(batch: StepBatch) -> set[tuple]:
+    """Return what identifies the graphs of a step of any length: the windows and shapes of its tiles."""
+    queries = [*batch.queries.items(), ("ends", batch.end_queries)]
+    return {(window, *tiles.query_rows.shape) for window, tiled in queries for tiles in tiled.tiles}
 
 
 def release_openmp_threads() -> None:

@@ -442,7 +442,6 @@ def serve(
     engine.warns_of_defaults = False  # --generation-config decides, and settings that are not applied are logged
     shared = AsyncInference(engine, max_waiting)
     if engine.runner.compiled:
-        logger.info("compiling, which takes minutes the first time")
         asyncio.run(shared.warmup())
     limits = Limits(request_timeout=request_timeout)
     app = create_app(shared, served_model_name or model, api_key, limits, tuple(origins), defaults)

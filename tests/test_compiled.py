@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import logging
 import random
 from dataclasses import replace
 from unittest import mock
@@ -11,6 +12,7 @@ import torch
 from engines import COMPILED, dense_flex, greedy, num_graphs, prompt_of, tokens_of
 from tiny_models import VOCABULARY, hf_generate, tiny_model
 from torch.torch_version import TorchVersion
+from tqdm import tqdm
 
 from flex_nano_vllm import Inference, SamplingParams, inference
 from flex_nano_vllm.attention import PagedKVCache, kernel_options, step_in_progress
@@ -105,13 +107,27 @@ def test_layers_of_different_windows_have_their_own_masks_in_one_graph_at_batch_
 
 @pytest.mark.compiled
 @pytest.mark.parametrize("architecture", ["mistral", "qwen2"])
-def test_compiled_tokens_of_other_architectures_equal_generate(architecture):
-    """Mistral has a window in every layer, and Qwen2 has none."""
+def test_compiled_tokens_of_other_architectures_equal_generate(architecture, monkeypatch, caplog):
+    """Mistral has a window in every layer, and Qwen2 has none. The first steps announce that they compile."""
+    sizes = dict(page_size=16, n_pages=16, max_num_batched_tokens=32)
     model = tiny_model(architecture, torch.float32)
     expected = [hf_generate(model, prompt, 24) for prompt in PROMPTS[:3]]
-    with Inference(model, None, 1, page_size=16, n_pages=16, max_num_batched_tokens=32) as engine:
-        outputs = engine.generate(PROMPTS[:3], SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)
-    assert [output.outputs[0].token_ids for output in outputs] == expected
+    descriptions = []
+
+    class Bar(tqdm):
+        def set_description(self, desc=None, refresh=True):
+            descriptions.append(desc)
+            super().set_description(desc, refresh)
+
+    monkeypatch.setattr(inference, "tqdm", Bar)
+    with caplog.at_level(logging.INFO), Inference(model, None, 1, **sizes) as engine:
+        for use_tqdm in (True, False):
+            outputs = engine.generate(PROMPTS[:3], SamplingParams(temperature=0, max_tokens=24), use_tqdm)
+            assert [output.outputs[0].token_ids for output in outputs] == expected
+        notice = f"compiling up to {engine.runner.max_graphs} graphs: 2-3 minutes the first time, seconds later"
+    assert caplog.messages.count(notice) == 1 and "runner" in caplog.text
+    assert set(descriptions) == {notice, None} and descriptions[-1] is None
+    assert len(descriptions) < 10, "a step that compiles nothing changes the description"
 
 
 @pytest.mark.compiled
