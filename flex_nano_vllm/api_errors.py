@@ -103,7 +103,9 @@ def invalid_fields(errors: Sequence[ErrorDetails]) -> APIError:
     if "logit_bias" in fields:  # its keys come from the client and are no field names
         fields = fields[:1]
     param = fields[0] if fields else None
-    if param == "prompt" and all(other["type"].endswith(("_type", "too_short")) for other in errors):
+    of_prompt = [other for other in errors if "prompt" in other["loc"][:2]]
+    is_union = any(_is_branch(part) for part in place)
+    if param == "prompt" and is_union and all(other["type"].endswith(("_type", "too_short")) for other in of_prompt):
         forms = f"a text or a list of token ids, or a list of up to {MAX_PROMPTS} texts or token id lists"
         return APIError(400, f"prompt must be {forms}", param=param)
     message = error["msg"].removeprefix("Value error, ").replace(" found using _kind()", "")

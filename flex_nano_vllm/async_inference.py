@@ -350,7 +350,7 @@ class AsyncInference:
         """Raise `EngineBusy` if `num_sequences` more cannot wait now, and ValueError if they never can."""
         if num_sequences > self.max_waiting:
             message = f"{num_sequences} sequences exceed max_waiting={self.max_waiting}: use fewer prompts or samples"
-            raise InvalidRequestError(message, "n")
+            raise InvalidRequestError(message)
         if self.num_waiting + num_sequences > self.max_waiting:
             raise EngineBusy(
                 f"the queue has no room for {num_sequences} more: {self.num_waiting} of at most {self.max_waiting} "

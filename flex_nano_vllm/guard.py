@@ -69,7 +69,9 @@ class Guard:
             error = APIError(503, f"the request took more than the limit of {self.limits.request_timeout} s", "timeout")
             if not answer.has_started:
                 await error.response()(scope, receive, answer.send)
-            elif answer.is_stream:
+                return
+            log_error(error.status, str(error))
+            if answer.is_stream:
                 with anyio.move_on_after(ERROR_EVENT_TIMEOUT):  # a client that does not read would block forever
                     await answer.send({"type": "http.response.body", "body": error.last_events})
         except Exception as error:

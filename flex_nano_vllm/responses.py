@@ -339,9 +339,10 @@ class ResponseWriter:
                 events += self._say("")
             if finish_reason in ("length", "abort"):
                 self.response |= dict(status="incomplete", incomplete_details={"reason": "max_output_tokens"})
-            is_cut_off = self._item is not None and self._item["type"] == "function_call"
-            is_cut_off = is_cut_off and not self.turn.ends_with_calls(0)
-            events += self._close("incomplete" if is_cut_off else self.response["status"])
+            status = self.response["status"]
+            if self._item is not None and self._item["type"] == "function_call":
+                status = "completed" if self.turn.ends_with_calls(0) else "incomplete"
+            events += self._close(status)
         return events
 
     def _open_message(self) -> bytes:

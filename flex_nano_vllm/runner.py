@@ -112,7 +112,7 @@ class ModelRunner:
         self.flex = compile_flex_attention(model.device.type, compiled)
         self.model_of_any_length, self.model_of_decodes, self.choose = model, None, choose
         self._sampler_is_ready = not compiled
-        self._compiled_shapes: set[tuple] = set()
+        self._compiled_shapes: set[tuple] = set()  # what identifies the graphs of the steps so far
         self.on_compile: Callable[[], None] | None = None  # called before a step that compiles
         if compiled:
             make = functools.partial(torch.compile, fullgraph=True, backend=inductor(model.device.type))
@@ -184,9 +184,11 @@ class ModelRunner:
             layout = self.layout
             num_padding = max(0, 2 - num_chunks)  # a dimension of size 1 would need another graph
         batch = StepBatch.build(chunks + [padding_chunk(1)] * num_padding, self.kv, layout, packed)
-        if self.compiled:
-            self._announce({("decodes", batch.num_tokens, packed is not None)} if as_decodes else _shapes(batch))
+        shapes = {("decodes", batch.num_tokens, packed is not None)} if as_decodes else _shapes(batch)
+        if self.compiled and not shapes <= self._compiled_shapes:
+            self._announce_compilation()
         logits = self.call_model(batch, as_decodes)
+        self._compiled_shapes |= shapes
         return logits[: len(logits) - num_padding]
 
     @property
@@ -194,13 +196,10 @@ class ModelRunner:
         """What a user should know before the first step."""
         return f"compiling up to {self.max_graphs} graphs: 2-3 minutes the first time, seconds later"
 
-    def _announce(self, shapes: set[tuple]) -> None:
-        """Log the first compilation, and call `on_compile` before each one. `shapes` identify the graphs of a step."""
-        if shapes <= self._compiled_shapes:
-            return
+    def _announce_compilation(self) -> None:
+        """Log the first compilation, and call `on_compile` before each one."""
         if not self._compiled_shapes:
             logger.info(self.compile_notice)
-        self._compiled_shapes |= shapes
         if self.on_compile is not None:
             self.on_compile()
 

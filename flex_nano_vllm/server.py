@@ -364,11 +364,12 @@ def create_app(
 
 def valid_origins(origins: Iterable[str]) -> list[str]:
     """Return origins as browsers send them. Raises ValueError for a string that cannot be an origin."""
-    valid = [origin.rstrip("/") for origin in origins]
+    valid = [origin.rstrip("/").lower() for origin in origins]
     for origin in valid:
-        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
-            raise ValueError(f"an allowed origin must be scheme://host[:port] or *, got {origin!r}")
-    return valid
+        if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s*@?#]+", origin):
+            raise ValueError(f"an allowed origin must be scheme://host[:port], null or *, got {origin!r}")
+    # Browsers leave out the default port.
+    return [re.sub(r"^(http://.*):80$|^(https://.*):443$", r"\1\2", origin) for origin in valid]
 
 
 class GenerationConfigSource(str, Enum):

@@ -97,15 +97,16 @@ def tools_grammar(
     tag, choices = form.begin.strip(), ["TEXT", "text_and_tag tool_and_end"]
     if tag in added_tokens:
         choices.append(f"TEXT {_token(added_tokens[tag])} tool_and_end")
-    others = [_token(token_id) for name, token_id in added_tokens.items() if name != tag]
-    if others:
-        choices.append(f"TEXT ({' | '.join(others)}) start")
+    start, others = " | ".join(choices), [str(token_id) for name, token_id in added_tokens.items() if name != tag]
+    if others:  # in one terminal and without recursion: a model may have thousands of them
+        start = f"text_and_others ({start})"
+        rules.append(f"text_and_others: (TEXT <[{','.join(others)}]>)*")
     rules += [
         f"text_and_tag[lazy]: TEXT {_quoted(tag)}",
         rf"tool_and_end: /\s?/ tool {end} {more}",
         r"TEXT: /(.|\n)*/",
     ]
-    return "\n".join([f"start: {' | '.join(choices)}", *rules])
+    return "\n".join([f"start: {start}", *rules])
 
 
 def visible_added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
@@ -117,7 +118,7 @@ def visible_added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return {
         token.content: token_id
         for token_id, token in added
-        if not token.special and re.fullmatch(r"<[^<>\s]+>", token.content)
+        if not token.special and token.content.startswith("<") and token.content.endswith(">")
     }
 
 
@@ -166,25 +167,33 @@ def _call_schema(form: CallForm, name: str, schema: dict) -> dict:
         raise ValueError(f"type must be 'object', got {schema['type']!r}")
     if "x-guidance" in schema:  # options of llguidance
         raise ValueError("x-guidance is not supported")
-    arguments = {"type": "object"} | _moved(schema, f"#/properties/{form.arguments}")
+    own_id = schema.get("$id")
+    schema = {key: part for key, part in schema.items() if key != "$id"}  # "#" would refer to the schema that has it
+    arguments = {"type": "object"} | _moved(schema, f"#/properties/{form.arguments}", own_id)
     properties = {"name": {"const": name}, form.arguments: arguments}
     return {"type": "object", "properties": properties, "required": list(properties)}
 
 
-def _moved(schema: Any, root: str) -> Any:
-    """Return a schema whose references to its own root refer to `root` instead. Data in the schema is unchanged."""
+def _moved(schema: Any, root: str, own_id: str | None) -> Any:
+    """Return a schema whose references to its own root, or to its `$id`, refer to `root` instead.
+
+    Data in the schema and parts with an `$id` of their own are unchanged.
+    """
     if isinstance(schema, list):
-        return [_moved(part, root) for part in schema]
-    if not isinstance(schema, dict):
+        return [_moved(part, root, own_id) for part in schema]
+    if not isinstance(schema, dict) or isinstance(schema.get("$id"), str):
         return schema
     moved = {}
     for key, part in schema.items():
-        if key == "$ref" and isinstance(part, str) and part.startswith("#"):
-            moved[key] = root + part[1:]
+        if key == "$ref" and isinstance(part, str):
+            pointer = part.removeprefix(own_id) if isinstance(own_id, str) and own_id else part
+            is_own = pointer in ("", "#") or pointer.startswith("#/")
+            moved[key] = root + pointer.removeprefix("#") if is_own else part
         elif key in ("properties", "patternProperties", "$defs", "definitions") and isinstance(part, dict):
-            moved[key] = {name: _moved(child, root) for name, child in part.items()}  # names may look like keywords
+            # Names may look like keywords.
+            moved[key] = {name: _moved(child, root, own_id) for name, child in part.items()}
         else:
-            moved[key] = part if key in ("const", "enum", "default", "examples") else _moved(part, root)
+            moved[key] = part if key in ("const", "enum", "default", "examples") else _moved(part, root, own_id)
     return moved
 
 
@@ -293,6 +302,7 @@ class CallParser:
                 self._depth -= 1
                 if self._depth == 0:
                     self._take = self._tail
+                    self.num_complete_calls += 1
                     break
         piece, self._buffer = self._buffer[:num_taken], self._buffer[num_taken:]
         return [CallArguments(self.num_calls - 1, piece)] if piece else []
@@ -302,7 +312,6 @@ class CallParser:
         match = re.match(rf"\s*\}}\s*{re.escape(self._end)}\s*{separator}", self._buffer)
         if match and (match.end() < len(self._buffer) or is_complete):
             self._take, self._buffer = self._text, self._buffer[match.end() :]
-            self.num_complete_calls += 1
         elif is_complete and f"}}\n{self._end}".startswith(self._buffer.strip()):  # cut off within the end of a call
             self._take, self._buffer = self._text, ""
         elif is_complete or len(self._buffer) > MAX_HEAD_LEN:  # not the end of a call

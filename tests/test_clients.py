@@ -177,10 +177,17 @@ def test_an_internal_error_has_its_request_id_in_the_response_and_in_the_log(ser
     assert "'/v1/completions': 500 internal error (mine)" in caplog.text
 
 
-@pytest.mark.parametrize("origin", ["app.example", "https://", "https://app.example/page", ""])
+@pytest.mark.parametrize(
+    "origin", ["app.example", "https://", "https://app.example/page", "", "https://*.example", "https://u@h"]
+)
 def test_an_origin_that_browsers_never_send_is_rejected(origin):
-    with pytest.raises(ValueError, match=r"must be scheme://host\[:port\] or \*, got "):
+    with pytest.raises(ValueError, match=r"must be scheme://host\[:port\], null or \*, got "):
         valid_origins([origin])
+
+
+def test_origins_are_written_as_browsers_send_them():
+    given = ["https://App.Example/", "http://a:80", "https://a:443", "http://[::1]:3000", "null", "*"]
+    assert valid_origins(given) == ["https://app.example", "http://a", "https://a", "http://[::1]:3000", "null", "*"]
 
 
 def test_web_pages_of_allowed_origins_may_call_the_api():

@@ -364,6 +364,25 @@ def test_a_schema_may_refer_to_definitions_whose_names_other_tools_use_too(form)
 
 
 @EVERY_FORM
+@pytest.mark.parametrize("ref", ["#own", "https://x.example/f#/$defs/own", "#/$defs/own"])
+def test_references_by_anchor_and_by_the_id_of_the_schema_are_followed(form, ref):
+    schema = {"properties": {"a": {"$ref": ref}}, "$defs": {"own": {"$anchor": "own", "enum": [7]}}}
+    source = grammar(form, {"f": schema if ref == "#own" else schema | {"$id": "https://x.example/f"}})
+    assert fit(source, written(form, ("f", '{"a": 7}'))) == "whole"
+    assert fit(source, written(form, ("f", '{"a": 8}'))) == "no"
+
+
+def test_text_may_contain_any_number_of_thousands_of_added_tokens():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken(f"<unused{i}>", special=False) for i in range(3000)])
+    added = visible_added_tokens(tokenizer)
+    source = tools_grammar(HERMES, TOOLS, False, MAX_CALLS, added_tokens=added)
+    follower = GrammarCompiler(tokenizer, len(tokenizer), frozenset({1})).compile("grammar", source).follow()
+    assert len(added) == 3000
+    follower.allowed(2100 * [added["<unused7>"]] + tokenizer("text", add_special_tokens=False).input_ids)
+
+
+@EVERY_FORM
 @pytest.mark.parametrize("ref", ["#", "#/properties/child", "#/$defs/own"])
 def test_a_schema_may_refer_to_its_own_root_and_properties(form, ref):
     node = {"type": "object", "properties": {"child": {"type": "null"}}, "additionalProperties": False}
@@ -695,7 +714,9 @@ def test_a_model_whose_tags_are_one_token_calls(choice, call):
 
 
 def test_a_template_that_accepts_only_ids_of_nine_letters_or_digits_accepts_our_ids(client):
-    answer = client.chat.completions.create(model=MODEL, messages=say(written(HERMES, CALL_F)), tools=[f])
+    answer = client.chat.completions.create(
+        model=MODEL, messages=say(written(HERMES, CALL_F)), tools=[f], temperature=0
+    )
     template = """{% for m in messages %}{% for call in m.tool_calls or [] %}{% if call.id | length != 9 %}
         {{ raise_exception("Tool call IDs should be alphanumeric strings with length 9!") }}{% endif %}
         {{ call.function.name }}{% endfor %}{% endfor %}"""
@@ -709,6 +730,9 @@ def test_a_stop_string_within_a_call_is_no_complete_call(client, stream):
     answer = client.chat.completions.create(**request, stream=stream)
     choice = list(answer)[-1].choices[0] if stream else answer.choices[0]
     assert choice.finish_reason == "stop"
+    answer = client.chat.completions.create(**request | {"stop": "</tool_call>"}, stream=stream)
+    choice = list(answer)[-1].choices[0] if stream else answer.choices[0]
+    assert choice.finish_reason == "tool_calls", "all arguments are complete"
 
 
 class Day(pydantic.BaseModel):
