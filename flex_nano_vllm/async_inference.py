@@ -191,6 +191,7 @@ class AsyncInference:
         self._mailboxes: dict[int, Mailbox] = {}  # of requests in the engine, by id; owned by the owner thread
         self._num_pending = 0  # sequences that are accepted and not yet in the engine
         self._wake = threading.Condition()
+        self._unread: dict[int, None] = {}  # requests that ran since all streams were notified
         self._notified_at = -math.inf  # when all streams were last notified
         self._notify_times = 0.0, 0.0  # seconds that the event loop took for the last two notifications
         self._is_closing = self._is_closed = False
@@ -435,9 +436,15 @@ class AsyncInference:
             self._collect(mailbox)
             mailbox.output = output
             updated.append(mailbox)
-        for mailbox in list(self._mailboxes.values()):
-            if (all_are_due or mailbox.is_new) and self._collect(mailbox):
+        # Waiting requests have no new tokens, except those that ran since all streams were notified.
+        running = dict.fromkeys(sequence.request_id for sequence in self.engine.scheduler.running)
+        self._unread |= running
+        for request_id in self._unread if all_are_due else running:
+            mailbox = self._mailboxes.get(request_id)
+            if mailbox is not None and (all_are_due or mailbox.is_new) and self._collect(mailbox):
                 updated.append(mailbox)
+        if all_are_due:
+            self._unread = {}
         self._notify(updated, is_timed=all_are_due)
 
     def _collect(self, mailbox: Mailbox) -> bool:

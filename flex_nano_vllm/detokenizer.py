@@ -102,13 +102,17 @@ class Detokenizer:
         self._num_tokens = 0
         self._is_complete = False
 
-    def update(self, token_ids: list[int], is_complete: bool = False) -> bool:
-        """Decode the new tokens of an output, given all of its tokens. Return whether a stop string was found.
+    def update(self, token_ids: list[int], is_complete: bool = False, start: int = 0) -> bool:
+        """Decode the new tokens of an output. Return whether a stop string was found.
 
-        Tokens after the stop string add no text. `is_complete`: no more tokens follow, so no text is held back.
+        Tokens after the stop string add no text.
+
+        Args:
+            token_ids: all tokens, of which the output begins at `start`. They are not copied: outputs are long.
+            is_complete: no more tokens follow, so no text is held back.
         """
-        while self._num_tokens < len(token_ids) and self.stop_reason is None:
-            token_id = token_ids[self._num_tokens]
+        while start + self._num_tokens < len(token_ids) and self.stop_reason is None:
+            token_id = token_ids[start + self._num_tokens]
             self._num_tokens += 1
             if token_id in self.hidden_token_ids:
                 continue

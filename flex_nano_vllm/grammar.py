@@ -170,27 +170,28 @@ class Follower:
         """Number of words of the bit mask that `allowed` returns."""
         return self._grammar.compiler.num_words
 
-    def allowed(self, output_token_ids: list[int]) -> np.ndarray:
+    def allowed(self, token_ids: list[int], start: int = 0) -> np.ndarray:
         """Return the tokens that may follow the output: int32 [ceil(V / 32)], bit i % 32 of word i // 32 for token i.
 
-        Every call takes the whole output, which begins with the output of the previous call.
+        Every call takes all tokens, of which the output begins at `start`. The output begins with the output of the
+        previous call.
 
         Raises:
             ValueError: the output does not fit the grammar, or computing the next mask exceeds a limit.
         """
         try:
-            return self._allowed(output_token_ids)
+            return self._allowed(token_ids, start)
         except ValueError:
             if not self._is_shared:
                 raise
         # A copied matcher shares its lexer with the other samples, so it also fails at a limit that another sample has
         # exceeded. A new matcher counts the cost of this sample only.
         self._matcher, self._is_shared, self._num_consumed = self._grammar.new_matcher(), False, 0
-        return self._allowed(output_token_ids)
+        return self._allowed(token_ids, start)
 
-    def _allowed(self, output_token_ids: list[int]) -> np.ndarray:
-        assert len(output_token_ids) >= self._num_consumed
-        for token in output_token_ids[self._num_consumed :]:
+    def _allowed(self, token_ids: list[int], start: int) -> np.ndarray:
+        assert len(token_ids) - start >= self._num_consumed
+        for token in token_ids[start + self._num_consumed :]:
             if not self._matcher.consume_token(token) or self._matcher.is_error():
                 raise ValueError(f"output token {self._num_consumed} ({token}): {reason_of(self._matcher)}")
             self._num_consumed += 1

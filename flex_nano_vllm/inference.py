@@ -423,7 +423,8 @@ class Inference:
                 continue
             is_last = sequence.finish_reason is not None
             try:
-                reason = "stop" if sequence.text.update(sequence.output_token_ids, is_last) else None
+                is_met = sequence.text.update(sequence.token_ids, is_last, sequence.num_prompt_tokens)
+                reason = "stop" if is_met else None
             except Exception:
                 logger.exception("request %s: the text cannot be decoded", sequence.request_id)
                 reason, sequence.error = "error", RequestError("the text cannot be decoded")

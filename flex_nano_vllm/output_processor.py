@@ -112,7 +112,7 @@ class OutputReader:
             reached = sequence.output_len
             if self._ended[index] or (reached == num_tokens and sequence.finish_reason is None):
                 continue
-            token_ids, text, ratings = sequence.output_token_ids[num_tokens:], None, None
+            token_ids, text, ratings = sequence.token_ids[sequence.num_prompt_tokens + num_tokens :], None, None
             if sequence.text is not None:
                 text = sequence.text.text[num_chars : sequence.text.num_shown]
             if sequence.params.logprobs is not None:

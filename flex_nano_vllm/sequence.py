@@ -110,7 +110,7 @@ class Sequence:
         if self.grammar is None:
             return self.allowed
         try:
-            allowed = self.grammar.allowed(self.output_token_ids)
+            allowed = self.grammar.allowed(self.token_ids, self.num_prompt_tokens)
         except ValueError as error:
             logger.warning("request %s: the grammar cannot be followed any further: %s", self.request_id, error)
             self._note(f"the grammar cannot be followed after {self.output_len} output tokens: {error}")

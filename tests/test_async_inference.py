@@ -194,6 +194,24 @@ def test_an_unread_stream_does_not_block_other_requests_and_loses_no_output(engi
     assert rest.finish_reason == "length"
 
 
+def test_a_step_visits_only_the_streams_of_running_requests(engine, oracle, monkeypatch):
+    num_streams, params = 40, greedy(3)
+    expected = expected_of(oracle, "abc", params)
+
+    async def main():
+        async with sharing(engine) as shared:
+            collected = Calls(monkeypatch, shared, "_collect")
+            submissions = await together(shared, *[shared.submit(["abc"], params) for _ in range(num_streams)])
+            outputs = await asyncio.gather(*map(last, submissions))
+            return outputs, collected.number
+
+    before = engine.stats().num_steps
+    outputs, num_visits = run(main())
+    assert [answers_of(output) for output in outputs] == [expected] * num_streams
+    num_steps, num_rows = engine.stats().num_steps - before, engine.page_table.max_batch_size
+    assert num_visits <= num_steps * num_rows + num_streams < num_steps * num_streams / 2
+
+
 def test_the_stream_interval_delays_all_deltas_except_the_first_and_the_last(engine, oracle):
     (expected,) = oracle.generate(["fast"], greedy(12), use_tqdm=False)
 
