@@ -86,14 +86,14 @@ def attend(
     cap: float | None,
 ) -> Tensor:
     """Compute attention of queries [1, H, T, D] over the pool. Returns [1, T, H, D]."""
-    head_dim = query.shape[-1]
-    rows = query.transpose(1, 2).reshape(-1, head_dim)  # [T * H, D]
+    num_kv_heads, by_token = k_cache.shape[1], query[0].transpose(0, 1)  # [T, H, D]
     outputs = []
     for tiles in queries.tiles:
         block_mask = tiles.block_masks[window]
         kv_len = block_mask.seq_lengths[1]
+        in_tiles = by_token[tiles.tokens].unflatten(2, (num_kv_heads, -1))  # [tiles, L, K, G, D]
         output = flex(
-            rows[tiles.query_rows],  # [tiles, K, L * G, D]
+            in_tiles.transpose(1, 2).flatten(2, 3),  # [tiles, K, L * G, D]
             k_cache[:, :, :kv_len],  # shared by all tiles: the batch of 1 is broadcast
             v_cache[:, :, :kv_len],
             score_mod=None if cap is None else softcap_mod(cap),
@@ -101,9 +101,10 @@ def attend(
             scale=scale,
             kernel_options=kernel_options(query.device, *block_mask.BLOCK_SIZE),
         )
-        outputs.append(output.reshape(-1, head_dim))
-    together = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return together[queries.output_rows][None]
+        output = output.unflatten(2, (tiles.tokens.shape[1], -1)).transpose(1, 2)  # [tiles, L, K, G, D]
+        outputs.append(output.reshape(-1, *by_token.shape[1:]))
+    together = outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # [tiles * L, H, D] of all kinds
+    return together[queries.places][None]
 
 
 def write_kv(slots: Tensor, key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:

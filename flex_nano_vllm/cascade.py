@@ -90,14 +90,16 @@ def pack(
     if len(rows) < rule.least_decodes or most < LEAST_SAVING:
         return None
     # Sort the page-table rows as strings of bytes, which puts rows with a common prefix side by side.
-    order = np.argsort(table.host_table[rows].view(f"V{4 * table.max_pages_per_row}")[:, 0], kind="stable")
+    width = positions.max() // table.page_size + 1
+    pages_of_rows = np.ascontiguousarray(table.host_table[rows, :width])  # [C, width]
+    order = np.argsort(pages_of_rows.view(f"V{4 * width}")[:, 0], kind="stable")
     members = np.full((cdiv(len(rows), rule.tile_len), rule.tile_len), -1)
     members.ravel()[: len(rows)] = order
     is_member = members >= 0
     position = np.where(is_member, positions[members], -1)[..., None]  # [tiles, L, 1]; -1: padding, sees nothing
     first, end, first_full, end_full = visible_pages(position, position, window, table.page_size)
-    logical = np.arange(table.max_pages_per_row)
-    pages = table.host_table[rows[members]]  # [tiles, L, N]
+    logical = np.arange(width)
+    pages = pages_of_rows[members]  # [tiles, L, width]
     num_seeing = _count(pages, (first <= logical) & (logical < end), table.n_pages)
     num_seeing_all = _count(pages, (first_full <= logical) & (logical < end_full), table.n_pages)
     full = num_seeing_all == is_member.sum(axis=1, keepdims=True)
@@ -127,7 +129,7 @@ def packed_block_mask(
     most = min(table.n_pages, num_members * table.max_pages_per_row)  # the most pages that a tile can need
     arrays = [*_lists(packed.partial, most), *_lists(packed.full, most), q_pos]
     num_partial, partial, num_full, full, q_pos = upload(arrays, table.table.device, np.int32)
-    partial, full = (widen(pages, cdiv(kv_len, page_size)) for pages in (partial, full))
+    partial, full = (widen(pages, most, cdiv(kv_len, page_size)) for pages in (partial, full))
 
     def row_of(tile: Tensor, q_idx: Tensor) -> Tensor:
         return rows[tile, q_idx // group_size]
@@ -146,7 +148,7 @@ def packed_block_mask(
 
 
 def _count(pages: np.ndarray, chosen: np.ndarray, n_pages: int) -> np.ndarray:
-    """Count how many sequences of a tile have chosen each page of the pool: [tiles, L, N] to [tiles, P]."""
+    """Count how many sequences of a tile have chosen each page of the pool: [tiles, L, width] to [tiles, P]."""
     tiles = np.arange(len(pages))[:, None, None]
     return np.bincount((tiles * n_pages + pages)[chosen], minlength=len(pages) * n_pages).reshape(-1, n_pages)
 

@@ -305,7 +305,7 @@ class PageTable:
 
         def physical_pages(logical_pages: Tensor) -> Tensor:  # [tiles, 1, 1, N]
             pages = self.table[rows[:, None], logical_pages[:, 0, 0]]
-            return widen(pages, cdiv(kv_len, self.page_size))[:, None, None]
+            return widen(pages, self.max_pages_per_row, cdiv(kv_len, self.page_size))[:, None, None]
 
         return BlockMask.from_kv_blocks(
             block_mask.kv_num_blocks,
@@ -394,17 +394,16 @@ def visible_pages(
     return first_page, last // page_size + 1, first_full, (first + 1) // page_size
 
 
-def widen(pages: Tensor, width: int) -> Tensor:
-    """Return [tiles, N] as a view [tiles, width] without a copy of that width.
+def widen(pages: Tensor, stride: int, width: int) -> Tensor:
+    """Return [tiles, narrow] padded with page 0 to [tiles, stride], on a CPU as a view of `width` columns.
 
-    The extra columns of a tile contain the entries of the next tiles. FlexAttention's CPU template requires index lists
+    The shape is the same in every step, as compiled kernels need it. FlexAttention's CPU template requires index lists
     that are as wide as the pool has pages, although it reads only the first `kv_num_blocks` entries of each list
-    (torch/_inductor/kernel/flex/flex_cpu.py, 2.11 to 2.15). A view with the old stride of N satisfies this check, so
-    that the cost of a step does not depend on the size of the pool.
+    (torch/_inductor/kernel/flex/flex_cpu.py, 2.11 to 2.15). A view whose extra columns contain the entries of the next
+    tiles satisfies this check, so that the cost of a step does not depend on the size of the pool.
     """
     tiles, narrow = pages.shape
-    if pages.device.type != "cpu" or width <= narrow:
-        return pages.contiguous()
-    storage = pages.new_zeros(tiles * narrow + width)
-    storage[: tiles * narrow] = pages.reshape(-1)
-    return storage.as_strided((tiles, width), (narrow, 1))
+    width = max(width, stride) if pages.device.type == "cpu" else stride
+    storage = pages.new_zeros(tiles * stride + width)
+    storage[: tiles * stride].view(tiles, stride)[:, :narrow] = pages
+    return storage.as_strided((tiles, width), (stride, 1))
