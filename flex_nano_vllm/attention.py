@@ -86,16 +86,14 @@ def attend(
     cap: float | None,
 ) -> Tensor:
     """Compute attention of queries [1, H, T, D] over the pool. Returns [1, T, H, D]."""
-    num_heads, head_dim = query.shape[1], query.shape[3]
+    head_dim = query.shape[-1]
     rows = query.transpose(1, 2).reshape(-1, head_dim)  # [T * H, D]
-    heads = torch.arange(num_heads, device=query.device).view(k_cache.shape[1], 1, -1)  # [K, 1, G]
     outputs = []
     for tiles in queries.tiles:
         block_mask = tiles.block_masks[window]
         kv_len = block_mask.seq_lengths[1]
-        query_rows = (tiles.tokens[:, None, :, None] * num_heads + heads).flatten(2)  # [tiles, K, L * G]
         output = flex(
-            rows[query_rows],  # [tiles, K, L * G, D]: one gather, because the CPU template does not accept a view
+            rows[tiles.query_rows],  # [tiles, K, L * G, D]
             k_cache[:, :, :kv_len],  # shared by all tiles: the batch of 1 is broadcast
             v_cache[:, :, :kv_len],
             score_mod=None if cap is None else softcap_mod(cap),
@@ -103,10 +101,9 @@ def attend(
             scale=scale,
             kernel_options=kernel_options(query.device, *block_mask.BLOCK_SIZE),
         )
-        output = output.unflatten(2, (tiles.tokens.shape[1], -1)).transpose(1, 2)  # [tiles, L, K, G, D]
-        outputs.append(output.reshape(-1, num_heads, head_dim))
-    together = outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # [tiles * L, H, D] of all kinds
-    return together[queries.places][None]
+        outputs.append(output.reshape(-1, head_dim))
+    together = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return together[queries.output_rows][None]
 
 
 def write_kv(slots: Tensor, key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:

@@ -274,7 +274,7 @@ class ModelRunner:
 def _shapes(batch: StepBatch) -> set[tuple]:
     """Return what identifies the graphs of a step of any length: the windows and shapes of its tiles."""
     queries = [*batch.queries.items(), ("ends", batch.end_queries)]
-    return {(window, *tiles.tokens.shape) for window, tiled in queries for tiles in tiled.tiles}
+    return {(window, *tiles.query_rows.shape) for window, tiled in queries for tiles in tiled.tiles}
 
 
 def release_openmp_threads() -> None:

@@ -96,7 +96,7 @@ class Cut:
 class Tiles:
     """All tiles of one kind in a step, on the device."""
 
-    tokens: Tensor  # [tiles, L] int64, tokens of the step; token 0 for padding
+    query_rows: Tensor  # [tiles, K, L * G] int64, token * H + head of each query; token 0 for padding
     block_masks: dict[int | None, BlockMask]  # physical masks, by the window of the layer
 
 
@@ -108,7 +108,7 @@ class TiledQueries:
     """
 
     tiles: tuple[Tiles, ...]  # one entry for each kind in use
-    places: Tensor  # [T] int64, index of each token in the concatenated tokens of all tiles
+    output_rows: Tensor  # [T, H] int64, index of each output in the concatenated query rows of all tiles
 
     @classmethod
     def build(
@@ -120,13 +120,10 @@ class TiledQueries:
         layout: TileLayout,
     ) -> "TiledQueries":
         """Upload tiles, with a mask for each of the windows. `positions` [T] are the positions of the queries."""
-        in_tiles = np.concatenate([cut.tokens.ravel() for cut in cuts])
-        places = np.zeros(len(positions), dtype=np.int64)
-        places[in_tiles[in_tiles >= 0]] = np.flatnonzero(in_tiles >= 0)
-        tokens = [cut.tokens.clip(min=0) for cut in cuts]
-        places, *uploaded = upload([places, *tokens, *(cut.rows for cut in cuts)], kv.device)
+        query_rows, output_rows = _rows([cut.tokens for cut in cuts], len(positions), layout)
+        output_rows, *uploaded = upload([output_rows, *query_rows, *(cut.rows for cut in cuts)], kv.device)
         tiles = []
-        for cut, tokens, rows in zip(cuts, uploaded[: len(cuts)], uploaded[len(cuts) :]):
+        for cut, rows_of_queries, rows in zip(cuts, uploaded[: len(cuts)], uploaded[len(cuts) :]):
             q_pos, masks = np.where(cut.tokens < 0, -1, positions[cut.tokens]), {}
             for window in windows:
                 table = kv.table(window)
@@ -138,8 +135,8 @@ class TiledQueries:
                     logical = logical_block_mask(q_pos, window, layout.group_size, kv)
                     mask = table.convert_logical_block_mask(logical, rows.int(), kv_len)
                 masks[window] = mask
-            tiles.append(Tiles(tokens, masks))
-        return cls(tuple(tiles), places)
+            tiles.append(Tiles(rows_of_queries, masks))
+        return cls(tuple(tiles), output_rows)
 
 
 @dataclass(frozen=True)
@@ -222,6 +219,28 @@ def cut_packed(rows: np.ndarray, packed: PackedDecodes, layout: TileLayout) -> C
     """
     packed = packed.padded(layout.cascade.num_tiles)
     return Cut(packed.members, np.where(packed.members < 0, 0, rows[packed.members]), packed)
+
+
+def _rows(tiles: list[np.ndarray], num_tokens: int, layout: TileLayout) -> tuple[list[np.ndarray], np.ndarray]:
+    """Return the indices that put queries into tiles, and those that put outputs back into the order of the tokens.
+
+    Args:
+        tiles: for each kind, the tokens of its tiles, [tiles, L] with -1 for padding.
+    Returns:
+        `query_rows` for each kind, [tiles, K, L * G]: indices into the queries of the step, viewed as [T * H, D].
+        `output_rows` [T, H]: indices into the concatenated outputs of all tiles. The outputs of each kind,
+        [tiles, K, L * G, D], are viewed as [tiles * K * L * G, D].
+    """
+    heads = np.arange(layout.num_kv_heads * layout.group_size).reshape(layout.num_kv_heads, 1, layout.group_size)
+    query_rows, output_rows, num_rows = [], np.zeros((num_tokens, heads.size), dtype=np.int64), 0
+    for tokens in tiles:
+        rows = tokens.clip(min=0)[:, None, :, None] * heads.size + heads  # [tiles, K, L, G]
+        query_rows.append(rows.reshape(len(tokens), len(heads), -1))
+        by_token = (num_rows + np.arange(rows.size)).reshape(rows.shape).transpose(0, 2, 1, 3).reshape(-1, heads.size)
+        used = tokens.ravel() >= 0
+        output_rows[tokens.ravel()[used]] = by_token[used]
+        num_rows += rows.size
+    return query_rows, output_rows
 
 
 def _cut(kind: TileKind, rows: np.ndarray, firsts: np.ndarray, lengths: np.ndarray) -> Cut:

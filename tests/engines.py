@@ -188,16 +188,16 @@ def visible_slots(batch, window):
     seen = []
     zero = torch.zeros((), dtype=torch.int32)
     queries = batch.queries[window]
-    in_tiles = queries.places.tolist()
+    in_tiles = queries.output_rows[:, 0].tolist()  # one head: each query row is a token
     for tiles in queries.tiles:
         mask = tiles.block_masks[window]
         tile_len, page_size = mask.BLOCK_SIZE
         all_slots = torch.arange(mask.seq_lengths[1], dtype=torch.int32)
-        queries = torch.arange(tiles.tokens.numel(), dtype=torch.int32)[:, None]
+        queries = torch.arange(tiles.query_rows.numel(), dtype=torch.int32)[:, None]
         allowed = mask.mask_mod(queries // tile_len, zero, queries % tile_len, all_slots[None]).tolist()
         masked = (mask.kv_num_blocks, mask.kv_indices)
         whole = (mask.full_kv_num_blocks, mask.full_kv_indices)
-        for query in range(tiles.tokens.numel()):
+        for query in range(tiles.query_rows.numel()):
             slots = []
             for counts, lists in (masked, whole):
                 pages = lists[query // tile_len, 0, 0, : counts[query // tile_len, 0, 0]].tolist()

@@ -16,7 +16,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flex_nano_vllm.attention import attend
 from flex_nano_vllm.geometry import Geometry
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.sampling_params import SamplingParams
@@ -133,7 +132,9 @@ def queries_of(batch: StepBatch) -> TiledQueries:
 
 def tiles_of(batch: StepBatch, layout: TileLayout):
     """Yield (tiles, tile length, token of each query or None for padding) for each kind in use. For one kv head."""
-    token_at = {place: token for token, place in enumerate(queries_of(batch).places.tolist())}
+    token_at = {
+        row // layout.group_size: token for token, (row, *_) in enumerate(queries_of(batch).output_rows.tolist())
+    }
     lengths = {kind.tile_len for kind in layout.kinds}
     before = 0
     for tiles in queries_of(batch).tiles:
@@ -141,7 +142,7 @@ def tiles_of(batch: StepBatch, layout: TileLayout):
         assert q_block % layout.group_size == 0
         tile_len = q_block // layout.group_size
         assert tile_len in lengths
-        queries = tiles.tokens.numel()
+        queries = len(tiles.query_rows) * tile_len
         yield tiles, tile_len, [token_at.get(before + query) for query in range(queries)]
         before += queries
 
@@ -236,34 +237,29 @@ def test_a_step_has_the_id_the_position_and_the_slots_of_each_token(data):
         batch.position_ids,
         *batch.slots.values(),
         batch.chunk_ends,
-        queries_of(batch).places,
+        queries_of(batch).output_rows,
     ):
         assert ints.dtype == torch.int64
 
 
 @settings(max_examples=60, deadline=None, database=None)
 @given(data=st.data())
-def test_attention_gathers_the_heads_of_a_group_token_by_token_and_scatters_their_outputs_back(data):
+def test_output_rows_are_the_inverse_of_query_rows_for_all_tokens_and_heads(data):
     scene = data.draw(st.sampled_from([1, 2, 4]).flatmap(scenes))
     num_kv_heads, group_size = data.draw(st.sampled_from([(1, 1), (1, 3), (2, 1), (2, 3)]))
     layout = data.draw(st.sampled_from([(1,), (4,), (1, 4), (2, 3)]).flatmap(lambda lens: layouts(lens, group_size)))
     layout = replace(layout, num_kv_heads=num_kv_heads)
     batch = StepBatch.build(scene.chunks, scene.kv, layout)
-    num_tokens, num_heads = len(scene.tokens()), num_kv_heads * group_size
-    names = torch.arange(num_tokens * num_heads).reshape(1, num_tokens, num_heads, 1).expand(-1, -1, -1, 2)
-    pool, in_tiles = torch.zeros(1, num_kv_heads, kv_len(batch), 2), []
-
-    def flex(query, *args, **kwargs):
-        in_tiles.append(query)
-        return query + 1
-
-    output = attend(queries_of(batch), flex, names.transpose(1, 2), pool, pool, layout.windows[0], 1.0, None)
-    assert torch.equal(output, names + 1)
-    for query, tiles in zip(in_tiles, queries_of(batch).tiles, strict=True):
-        for kv_head in range(num_kv_heads):
-            heads = torch.arange(group_size) + kv_head * group_size
-            expected = (tiles.tokens[:, :, None] * num_heads + heads).flatten(1)  # [tiles, L * G]
-            assert torch.equal(query[:, kv_head, :, 0], expected)
+    values = torch.randn(len(scene.tokens()), num_kv_heads * group_size)
+    in_tiles = [values.flatten()[tiles.query_rows] for tiles in queries_of(batch).tiles]
+    assert torch.equal(torch.cat([part.flatten() for part in in_tiles])[queries_of(batch).output_rows], values)
+    assert queries_of(batch).output_rows.unique().numel() == values.numel()
+    # In a tile, each kv head has the queries of its own group of heads, token by token.
+    for tiles in queries_of(batch).tiles:
+        head = tiles.query_rows % values.shape[1]
+        assert torch.equal(head // group_size, torch.arange(num_kv_heads)[:, None].expand_as(head[0]).expand_as(head))
+        rows_of_tokens = (tiles.query_rows // values.shape[1]).unflatten(-1, (-1, group_size))
+        assert (rows_of_tokens == rows_of_tokens[:, :1, :, :1]).all()
 
 
 @settings(max_examples=60, deadline=None, database=None)
@@ -274,10 +270,10 @@ def test_end_queries_equal_the_queries_of_a_step_with_only_the_last_tokens_of_ch
     batch = StepBatch.build(scene.chunks, scene.kv, layout)
     last_tokens = [Chunk(chunk.sequence, chunk.start + chunk.length - 1, 1) for chunk in scene.chunks]
     alone = queries_of(StepBatch.build(last_tokens, scene.kv, layout))
-    assert torch.equal(batch.end_queries.places, alone.places)
+    assert torch.equal(batch.end_queries.output_rows, alone.output_rows)
     window = layout.windows[-1]
     for tiles, tiles_alone in zip(batch.end_queries.tiles, alone.tiles, strict=True):
-        assert torch.equal(tiles.tokens, tiles_alone.tokens)
+        assert torch.equal(tiles.query_rows, tiles_alone.query_rows)
         mask, expected = tiles.block_masks[window], tiles_alone.block_masks[window]
         assert mask.seq_lengths == expected.seq_lengths and mask.BLOCK_SIZE == expected.BLOCK_SIZE
         for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"):
@@ -301,8 +297,8 @@ def test_a_chunk_uses_the_smallest_tile_that_holds_it_and_tiles_are_padded_to_a_
     for tiles, (tile_len, used) in zip(queries_of(batch).tiles, sorted(num_tiles.items())):
         buckets = layout.kinds[0].buckets
         padded = used if buckets is None else min(bucket for bucket in buckets if bucket >= used)
-        assert tiles.tokens.shape == (padded, tile_len)
-        assert tiles.tokens.min() >= 0, "padding must read an existing token"
+        assert tiles.query_rows.shape == (padded, 1, tile_len)
+        assert tiles.query_rows.min() >= 0, "padding must read an existing token"
 
 
 @pytest.mark.parametrize("whole_pool", [True, False])
@@ -345,9 +341,10 @@ def test_the_drawing_in_the_docstring_of_step_holds():
     assert batch.input_ids.tolist() == [[token_id(a, 0), token_id(b, 7), *c_ids]]
     assert batch.chunk_ends.tolist() == [0, 1, 6]
     small, large = queries_of(batch).tiles
-    assert small.tokens.tolist() == [[0], [1], [0], [0]]
-    assert large.tokens.tolist() == [[2, 3, 4, 5], [6, 0, 0, 0]]
-    assert queries_of(batch).places.tolist() == [0, 1, 4, 5, 6, 7, 8]
+    # Two heads, so two query rows for each token
+    assert small.query_rows.flatten().tolist() == [0, 1, 2, 3, 0, 1, 0, 1]
+    assert large.query_rows.flatten().tolist() == [4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 0, 1, 0, 1, 0, 1]
+    assert queries_of(batch).output_rows.tolist() == [[0, 1], [2, 3], [8, 9], [10, 11], [12, 13], [14, 15], [16, 17]]
     # The token of a sees a quarter of its page. The token of b sees both of its pages completely. Token c4 sees the
     # first page of c completely, but tokens c0 to c2 do not.
     assert small.block_masks[None].kv_num_blocks.flatten().tolist() == [1, 0, 0, 0]

@@ -98,7 +98,7 @@ def test_a_packed_query_sees_the_same_slots_as_alone_and_its_tile_reads_each_pag
 
     (tiles,) = together.queries[layout.widest_window].tiles
     mask = tiles.block_masks[layout.widest_window]
-    assert tiles.tokens.shape == (4, 3)
+    assert tiles.query_rows.shape == (4, 1, 3)
     members = [[i for i in tile if i >= 0] for tile in packed.members.tolist()]
     assert sorted(itertools.chain(*members)) == list(range(len(family.chunks)))
     for tile, sequences in enumerate(members + [[]] * (4 - len(members))):
