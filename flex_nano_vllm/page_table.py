@@ -303,7 +303,7 @@ class PageTable:
             The physical BlockMask: `kv_indices` [tiles, 1, 1, >= kv_len / page_size], with equal blocks.
         """
 
-        def physical_pages(logical_pages: Tensor) -> Tensor:  # [tiles, 1, 1, N]
+        def physical_pages(logical_pages: Tensor) -> Tensor:  # [tiles, 1, 1, <= N]
             pages = self.table[rows[:, None], logical_pages[:, 0, 0]]
             return widen(pages, self.max_pages_per_row, cdiv(kv_len, self.page_size))[:, None, None]
 
