@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["vllm", "accelerate", "pandas", "psutil", "rich", "tqdm"]
 # ///
-"""Run the benchmark's workload on vLLM: `uv run benchmark_vllm.py` on a machine with CUDA; for a CPU see the README.
+"""Run the benchmark's workload on vLLM: `uv run benchmark_vllm.py` with CUDA; for a CPU see docs/benchmarking.md.
 
 The requests, the table, the JSON line and the CSV columns of `ENABLE_PROFILING=1` are those of `benchmark.py`;
 `benchmark.py --compare FILE...` compares the runs of both. If vLLM cannot run, one line on stderr gives the reason, and
@@ -59,7 +59,7 @@ def main() -> int:
         llm = load(vllm, options)
     except (ImportError, RuntimeError, ValueError, OSError) as error:
         reason = (str(error) or repr(error)).splitlines()[0]
-        print(f"vLLM cannot run here (the README describes the installation): {reason}", file=sys.stderr)
+        print(f"vLLM cannot run here (docs/benchmarking.md describes the installation): {reason}", file=sys.stderr)
         return 2
     generate(vllm, llm, requests[:1])  # warm-up: calls all kernels for the first time
     warmup_seconds = time.perf_counter() - started

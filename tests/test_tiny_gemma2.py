@@ -125,7 +125,7 @@ def test_the_chat_template_contains_tool_calls_and_their_results():
 
 @pytest.fixture(scope="module")
 def compiled_engine():
-    # The sizes of the README's first snippet, so that both use the same kernels on disk.
+    # The sizes of the snippet in docs/architecture.md, so that both use the same kernels on disk.
     sizes = dict(max_batch_size=8, max_seq_length=512, max_num_batched_tokens=64)
     with Inference.from_pretrained("tiny-gemma2", **sizes) as engine:
         yield engine
