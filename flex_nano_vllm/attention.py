@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 
-from flex_nano_vllm.masks import softcap as softcap_mod
+from flex_nano_vllm.masks import softcapped
 from flex_nano_vllm.step import StepBatch, TiledQueries
 
 # Must not contain the name of an implementation in transformers, which tests names by prefix and substring.
@@ -35,12 +35,11 @@ _in_progress: ContextVar["StepInProgress | None"] = ContextVar("step_in_progress
 
 
 @torch.compiler.nested_compile_region
-def flex_in_graph(window: int | None, *args: object, **kwargs: object) -> Tensor:
-    """FlexAttention within the graph of the whole model: one kernel for all layers of the same window.
+def flex_in_graph(mask: int, *args: object, **kwargs: object) -> Tensor:
+    """FlexAttention within the graph of the whole model: one kernel for all layers of the same mask.
 
     Without the region, Inductor generates one kernel per layer, because the kernels differ in the names of variables.
-    The argument `window` separates the regions of different windows: torch 2.15 does not separate regions that differ
-    only in their masks.
+    The argument `mask` separates the regions of different masks, which torch 2.15 does not do.
     """
     return flex_attention(*args, **kwargs)
 
@@ -57,7 +56,7 @@ class StepInProgress:
 @contextmanager
 def step_in_progress(step: StepBatch, flex: Callable[..., Tensor]) -> Iterator[Tensor]:
     """Make `step` the input of the operators. Yields `finite`, which is complete after the model has returned."""
-    finite = torch.ones_like(step.input_ids[0], dtype=torch.bool)
+    finite = torch.ones_like(step.vectors.input_ids, dtype=torch.bool)
     token = _in_progress.set(StepInProgress(step, flex, finite))
     try:
         yield finite
@@ -67,7 +66,7 @@ def step_in_progress(step: StepBatch, flex: Callable[..., Tensor]) -> Iterator[T
 
 def _current(num_tokens: int, ends: bool) -> StepInProgress:
     current = _in_progress.get()
-    if current is None or num_tokens != (len(current.step.logits_indices) if ends else current.step.num_tokens):
+    if current is None or num_tokens != (len(current.step.vectors.logits_indices) if ends else current.step.num_tokens):
         raise RuntimeError(
             "this model is patched for paged attention and belongs to an Inference engine: it cannot be called "
             "directly. Use the engine, or restore the model first with engine.close()"
@@ -81,22 +80,22 @@ def attend(
     query: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    window: int | None,
+    mask: int,
     scale: float,
     cap: float | None,
 ) -> Tensor:
-    """Compute attention of queries [1, H, T, D] over the pool. Returns [1, T, H, D]."""
+    """Compute attention of queries [1, H, T, D] over the pool. Returns [1, T, H, D]. `mask`: index in the layout."""
     head_dim = query.shape[-1]
     rows = query.transpose(1, 2).reshape(-1, head_dim)  # [T * H, D]
     outputs = []
     for tiles in queries.tiles:
-        block_mask = tiles.block_masks[window]
+        block_mask = tiles.block_masks[mask]
         kv_len = block_mask.seq_lengths[1]
         output = flex(
             rows[tiles.query_rows],  # [tiles, K, L * G, D]
             k_cache[:, :, :kv_len],  # shared by all tiles: the batch of 1 is broadcast
             v_cache[:, :, :kv_len],
-            score_mod=None if cap is None else softcap_mod(cap),
+            score_mod=tiles.score_mods[mask] if cap is None else softcapped(cap, tiles.score_mods[mask]),
             block_mask=block_mask,
             scale=scale,
             kernel_options=kernel_options(query.device, *block_mask.BLOCK_SIZE),
@@ -112,22 +111,20 @@ def write_kv(slots: Tensor, key: Tensor, value: Tensor, k_cache: Tensor, v_cache
     v_cache.index_copy_(2, slots, value)
 
 
-def write_kv_op(
-    key: Tensor, value: Tensor, finite: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None
-) -> None:
+def write_kv_op(key: Tensor, value: Tensor, finite: Tensor, k_cache: Tensor, v_cache: Tensor, mask: int) -> None:
     """Operator form of `write_kv`. `finite` [T] marks the tokens with finite keys and values."""
     current = _current(num_tokens=key.shape[2], ends=False)
     current.finite.logical_and_(finite)
-    write_kv(current.step.slots[window], key, value, k_cache, v_cache)
+    write_kv(current.step.slots[mask], key, value, k_cache, v_cache)
 
 
 def attend_op(
-    query: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None, scale: float, cap: float | None, ends: bool
+    query: Tensor, k_cache: Tensor, v_cache: Tensor, mask: int, scale: float, cap: float | None, ends: bool
 ) -> Tensor:
     """Operator form of `attend`. `ends`: only logits indices have queries (see `patching.pruned_forward`)."""
     current = _current(query.shape[2], ends)
-    queries = current.step.end_queries if ends else current.step.queries[window]
-    return attend(queries, current.flex, query, k_cache, v_cache, window, scale, cap)
+    queries = current.step.end_queries if ends else current.step.queries[mask]
+    return attend(queries, current.flex, query, k_cache, v_cache, mask, scale, cap)
 
 
 OPS = torch.library.Library("flex_nano_vllm", "DEF")
@@ -150,7 +147,7 @@ def _(query: Tensor, *args: object) -> Tensor:
 
 
 class PagedKVCache(nn.Module):
-    """The KV pool of one attention layer, whose queries see `window` tokens (None: all previous tokens).
+    """The KV pool of one attention layer, and the index of the layer's mask in the layout.
 
     `k_cache` and `v_cache` are two separate buffers [1, K, P * page_size, D]. The heads are outermost, so that a page
     of one head is contiguous. The buffers are separate, because the CPU template copies a buffer that K and V share
@@ -159,7 +156,7 @@ class PagedKVCache(nn.Module):
 
     def __init__(
         self,
-        window: int | None,
+        mask: int,
         num_slots: int,
         num_kv_heads: int,
         head_dim: int,
@@ -167,7 +164,7 @@ class PagedKVCache(nn.Module):
         device: torch.device,
     ):
         super().__init__()
-        self.window = window
+        self.mask = mask
         shape = (1, num_kv_heads, num_slots, head_dim)
         self.register_buffer("k_cache", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
         self.register_buffer("v_cache", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
@@ -175,14 +172,14 @@ class PagedKVCache(nn.Module):
     def update(self, key: Tensor, value: Tensor) -> None:
         """Write keys and values [1, K, T, D] of the step in progress into their slots."""
         key, value, finite = _only_finite(key, value)
-        torch.ops.flex_nano_vllm.write_kv(key, value, finite, self.k_cache, self.v_cache, self.window)
+        torch.ops.flex_nano_vllm.write_kv(key, value, finite, self.k_cache, self.v_cache, self.mask)
 
     def attend(self, query: Tensor, scale: float, cap: float | None, ends: bool = False) -> Tensor:
         """Compute attention of the step in progress over the pool, for queries [1, H, T, D].
 
         `ends`: the queries are those at the logits indices only (see `patching.pruned_forward`). Returns [1, T, H, D].
         """
-        return torch.ops.flex_nano_vllm.attend(query, self.k_cache, self.v_cache, self.window, scale, cap, ends)
+        return torch.ops.flex_nano_vllm.attend(query, self.k_cache, self.v_cache, self.mask, scale, cap, ends)
 
     def copy_pages(self, sources: Tensor, targets: Tensor, page_size: int) -> None:
         """Copy whole pages on the device. `sources` and `targets` are physical page numbers."""
@@ -199,9 +196,9 @@ class PagedKVCache(nn.Module):
         the end of its chunk.
         """
         key, value, finite = _only_finite(key, value)
-        write_kv(decodes.slots[self.window], key, value, self.k_cache, self.v_cache)
-        flex = functools.partial(flex_in_graph, self.window)
-        output = attend(decodes.queries[self.window], flex, query, self.k_cache, self.v_cache, self.window, scale, cap)
+        write_kv(decodes.slots[self.mask], key, value, self.k_cache, self.v_cache)
+        flex = functools.partial(flex_in_graph, self.mask)
+        output = attend(decodes.queries[self.mask], flex, query, self.k_cache, self.v_cache, self.mask, scale, cap)
         return output.masked_fill(~finite[:, None, None], torch.nan)
 
 

@@ -18,12 +18,13 @@ not shared are read with all query rows of the tile. `pack` compares the saving 
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flex_nano_vllm.geometry import cdiv
-from flex_nano_vllm.masks import layer_mask, of_queries
-from flex_nano_vllm.page_table import PageTable, visible_pages, widen
+from flex_nano_vllm.masks import LayerMask, of_queries
+from flex_nano_vllm.page_table import PageTable, RowOf, widen
 from flex_nano_vllm.transfer import upload
 
 # Decodes are packed if that saves at least this many visits of a page by one kv head of one decode. The host's work for
@@ -60,31 +61,32 @@ class PackedDecodes:
     """Decodes of a step in packed tiles, which read every page once."""
 
     members: np.ndarray  # [tiles, L] index of each decode in the step, -1 for padding
-    partial: np.ndarray  # [tiles, P] bool, partial pages: seen, but not completely by all sequences of the tile
-    full: np.ndarray  # [tiles, P] bool, full pages: all sequences of the tile see them completely
+    pages: np.ndarray  # [tiles, L * N] physical pages of all members
+    partial: np.ndarray  # [tiles, L * N] bool, which pages to visit as partial: not all decodes see them completely
+    full: np.ndarray  # [tiles, L * N] bool, which pages to visit as full: all decodes of the tile see them completely
 
     @classmethod
-    def empty(cls, tile_len: int, n_pages: int) -> "PackedDecodes":
+    def empty(cls, tile_len: int) -> "PackedDecodes":
         """Return one tile without decodes."""
-        nothing = np.zeros((1, n_pages), dtype=bool)
-        return cls(np.full((1, tile_len), -1), nothing, nothing)
+        nothing = np.zeros((1, 1), dtype=bool)
+        return cls(np.full((1, tile_len), -1), nothing.astype(np.int32), nothing, nothing)
 
     def padded(self, num_tiles: int) -> "PackedDecodes":
         """Return the tiles padded to `num_tiles` with empty ones."""
         more = ((0, num_tiles - len(self.members)), (0, 0))
         members = np.pad(self.members, more, constant_values=-1)
-        return PackedDecodes(members, np.pad(self.partial, more), np.pad(self.full, more))
+        return PackedDecodes(members, *(np.pad(array, more) for array in (self.pages, self.partial, self.full)))
 
 
 def pack(
-    rows: np.ndarray, positions: np.ndarray, window: int | None, table: PageTable, rule: CascadeRule
+    rows: np.ndarray, positions: np.ndarray, mask: LayerMask, table: PageTable, rule: CascadeRule
 ) -> PackedDecodes | None:
     """Pack decodes that share pages into common tiles; returns None if that does not pay.
 
     Args:
         rows: [C], page-table rows of a step in which every chunk is one token.
         positions: [C], positions of these tokens.
-        window: the window of the layers, None for full attention.
+        mask: the mask of the layers.
     """
     most = table.num_repeated_pages * max(1, rule.heads_per_processor)  # upper bound of the saving
     if len(rows) < rule.least_decodes or most < LEAST_SAVING:
@@ -95,25 +97,27 @@ def pack(
     order = np.argsort(pages_of_rows.view(f"V{4 * width}")[:, 0], kind="stable")
     members = np.full((cdiv(len(rows), rule.tile_len), rule.tile_len), -1)
     members.ravel()[: len(rows)] = order
-    is_member = members >= 0
-    position = np.where(is_member, positions[members], -1)[..., None]  # [tiles, L, 1]; -1: padding, sees nothing
-    first, end, first_full, end_full = visible_pages(position, position, window, table.page_size)
-    logical = np.arange(width)
-    pages = pages_of_rows[members]  # [tiles, L, width]
-    num_seeing = _count(pages, (first <= logical) & (logical < end), table.n_pages)
-    num_seeing_all = _count(pages, (first_full <= logical) & (logical < end_full), table.n_pages)
-    full = num_seeing_all == is_member.sum(axis=1, keepdims=True)
-    partial = (num_seeing > 0) & ~full
-    packed = rule.cost(rule.full_cost * full.sum(axis=1) + rule.partial_cost * partial.sum(axis=1))
-    saving = rule.cost((end - first)[is_member]) - packed
-    return PackedDecodes(members, partial, full) if saving >= LEAST_SAVING else None
+    pages = pages_of_rows[members]  # [tiles, L, width]; a page is in the same column of every row that lists it
+    seen, full = _seen_pages(mask, np.where(members >= 0, positions[members], -1), table.page_size, width)
+    repeated = np.zeros_like(seen)  # pages that an earlier member of the tile sees too
+    for later in range(1, rule.tile_len):
+        same = seen[:, :later] & (pages[:, :later] == pages[:, later : later + 1])
+        repeated[:, later] = same.any(axis=1)
+    by_all = ((full & (pages == pages[:, :1])) | (members < 0)[:, :, None]).all(axis=1, keepdims=True)
+    first = np.arange(rule.tile_len)[:, None] == 0
+    full, partial = by_all & first, seen & ~repeated & ~by_all
+    packed = rule.cost(rule.full_cost * full.sum(axis=(1, 2)) + rule.partial_cost * partial.sum(axis=(1, 2)))
+    saving = rule.cost(seen.sum(axis=2)[members >= 0]) - packed
+    if saving < LEAST_SAVING:
+        return None
+    return PackedDecodes(members, *(array.reshape(len(members), -1) for array in (pages, partial, full)))
 
 
 def packed_block_mask(
     packed: PackedDecodes,
-    rows: Tensor,
-    q_pos: np.ndarray,
-    window: int | None,
+    row_of: RowOf,
+    q_pos: Tensor,
+    mask: LayerMask,
     group_size: int,
     table: PageTable,
     kv_len: int,
@@ -121,19 +125,15 @@ def packed_block_mask(
     """Return the physical block mask of packed decodes, in tiles of L * G query rows.
 
     Args:
-        rows: [tiles, L] int32, page-table row of each decode; 0 for padding.
-        q_pos: [tiles, L], position of each decode; -1 for padding.
+        row_of: the page-table row of each query.
+        q_pos: [tiles, L] int32, position of each decode; -1 for padding.
         kv_len: slots of the pool that attention receives.
     """
     page_size, num_members = table.page_size, q_pos.shape[1]
     most = min(table.n_pages, num_members * table.max_pages_per_row)  # the most pages that a tile can need
-    arrays = [*_lists(packed.partial, most), *_lists(packed.full, most), q_pos]
-    num_partial, partial, num_full, full, q_pos = upload(arrays, table.table.device, np.int32)
+    lists = [*_lists(packed.pages, packed.partial), *_lists(packed.pages, packed.full)]
+    num_partial, partial, num_full, full = upload(lists, table.table.device, np.int32)
     partial, full = (widen(pages, most, cdiv(kv_len, page_size)) for pages in (partial, full))
-
-    def row_of(tile: Tensor, q_idx: Tensor) -> Tensor:
-        return rows[tile, q_idx // group_size]
-
     q_block = num_members * group_size
     return BlockMask.from_kv_blocks(
         num_partial[:, None],  # [tiles, 1, 1]
@@ -141,22 +141,24 @@ def packed_block_mask(
         num_full[:, None],
         full[:, None, None],
         BLOCK_SIZE=(q_block, page_size),
-        mask_mod=table.physical_mask(of_queries(layer_mask(window), q_pos, group_size), row_of),
+        mask_mod=table.physical_mask(of_queries(mask.mask_mod, q_pos, group_size), row_of),
         seq_lengths=(q_block, kv_len),
         compute_q_blocks=False,
     )
 
 
-def _count(pages: np.ndarray, chosen: np.ndarray, n_pages: int) -> np.ndarray:
-    """Count how many sequences of a tile have chosen each page of the pool: [tiles, L, width] to [tiles, P]."""
-    tiles = np.arange(len(pages))[:, None, None]
-    return np.bincount((tiles * n_pages + pages)[chosen], minlength=len(pages) * n_pages).reshape(-1, n_pages)
+def _seen_pages(mask: LayerMask, positions: np.ndarray, page_size: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return which logical pages queries see at least partly, and which completely: [..., width] bool each."""
+    position, page = torch.from_numpy(positions)[..., None], torch.arange(width)
+    seen = torch.zeros(*positions.shape, width, dtype=torch.bool)
+    for begin, end in mask.visible_pages(position, position, page_size):
+        seen |= (begin <= page) & (page < end)
+    begin, end = mask.full_pages(position, position, page_size)
+    return (seen & (page * page_size <= position)).numpy(), (seen & (begin <= page) & (page < end)).numpy()
 
 
-def _lists(chosen: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the chosen pages of each tile: their number, [tiles, 1], and their list, [tiles, width], padded with 0."""
+def _lists(pages: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the chosen pages of each tile: their number, [tiles, 1], and their list, [tiles, width], padded."""
     counts = chosen.sum(axis=1, keepdims=True)
-    tiles, pages = np.nonzero(chosen)
-    lists = np.zeros((len(chosen), width), dtype=np.int32)
-    lists[tiles, np.arange(len(tiles)) - (np.cumsum(counts) - counts.ravel())[tiles]] = pages
-    return counts, lists
+    first = np.argsort(~chosen, axis=1, kind="stable")[:, : counts.max()]
+    return counts, np.take_along_axis(pages, first, axis=1)

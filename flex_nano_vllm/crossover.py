@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from flex_nano_vllm.attention import PagedKVCache, step_in_progress
 from flex_nano_vllm.geometry import Geometry, cdiv
 from flex_nano_vllm.kv_manager import KVManager
+from flex_nano_vllm.masks import Causal
 from flex_nano_vllm.page_table import PageTable
 from flex_nano_vllm.report import device_name
 from flex_nano_vllm.runner import compile_flex_attention, decode_buckets, padding_chunk, tile_kinds, why_not_compiled
@@ -61,11 +62,11 @@ def measure_crossover(
         torch.compiler.reset()  # a pool of another size needs other graphs
         max_pages = cdiv(longest, page_size)
         n_pages = 1 + largest * max_pages
-        cache = PagedKVCache(None, n_pages * page_size, NUM_KV_HEADS, HEAD_DIM, dtype, device)
+        cache = PagedKVCache(0, n_pages * page_size, NUM_KV_HEADS, HEAD_DIM, dtype, device)
         for pool in (cache.k_cache, cache.v_cache):
             pool.normal_(generator=torch.Generator(device).manual_seed(0))
         kinds = tile_kinds(group_size, largest, longest, device.type)
-        layout = TileLayout(kinds, NUM_KV_HEADS, group_size, windows=(None,), last_window=None, whole_pool=True)
+        layout = TileLayout(kinds, NUM_KV_HEADS, group_size, masks=(Causal(),), last_mask=0, whole_pool=True)
         decode_layout = replace(layout, kinds=(TileKind(kinds[0].tile_len, decode_buckets(largest)),))
         for kv_len, batch_size in itertools.product(kv_lens, batch_sizes):
             kv = KVManager(Geometry(n_pages, page_size, largest, longest, longest), device, prefix_caching=False)

@@ -44,9 +44,14 @@ class Geometry:
         return min(longest, self.n_pages - 1)
 
     @property
+    def max_row_tokens(self) -> int:
+        """The most tokens that the pages of a row hold."""
+        return self.max_pages_per_row * self.page_size
+
+    @property
     def max_request_tokens(self) -> int:
         """The most tokens of one request, prompt and output together."""
-        return min(self.max_seq_length, self.max_pages_per_row * self.page_size)
+        return min(self.max_seq_length, self.max_row_tokens)
 
     def refusal(self, prompt_len: int) -> str | None:
         """Return why a prompt of `prompt_len` tokens is rejected, None if it is accepted."""
@@ -63,8 +68,8 @@ class Geometry:
     @cached_property
     def layer_windows(self) -> tuple[int | None, ...]:
         """The window of each layer, None for full attention or if no row is longer than the window."""
-        noticed = self.max_pages_per_row * self.page_size
-        return tuple(None if window is None or window >= noticed else window for window in self.windows)
+        longest = self.max_row_tokens
+        return tuple(None if window is None or window >= longest else window for window in self.windows)
 
     @cached_property
     def pools(self) -> dict[int | None, int]:
@@ -76,7 +81,9 @@ class Geometry:
 
     def pool_of(self, window: int | None) -> int | None:
         """Return the key in `pools` of the pool for the layers of a window."""
-        return window if self.window_release else None
+        if not self.window_release or window is None or window >= self.max_row_tokens:
+            return None
+        return window
 
     def pages_held(self, window: int | None, num_tokens: int) -> int:
         """Return how many pages a row of `num_tokens` tokens holds while its last token is computed.

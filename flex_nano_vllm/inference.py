@@ -25,7 +25,7 @@ from flex_nano_vllm.metrics import EngineStats, StepMetrics
 from flex_nano_vllm.output_processor import OutputReader, request_output
 from flex_nano_vllm.outputs import CompletionDelta, RequestError, RequestOutput
 from flex_nano_vllm.page_table import PageTable
-from flex_nano_vllm.patching import check_supported, layer_windows, max_positions, num_logits, unpatch_model
+from flex_nano_vllm.patching import check_supported, layer_masks, max_positions, num_logits, unpatch_model
 from flex_nano_vllm.planner import Plan, make_plan
 from flex_nano_vllm.runner import ModelRunner, why_not_compiled
 from flex_nano_vllm.sampling import take_samples
@@ -118,7 +118,7 @@ class Inference:
             max_batch_size,
             max_seq_length,
             max_num_batched_tokens,
-            tuple(layer_windows(model)),
+            tuple(mask.window for mask in layer_masks(model)),
             enable_window_release,
         )
         if n_pages is None:

@@ -1,62 +1,137 @@
 """Masks in logical positions: which keys a query may attend to. Independent of pages, rows and steps.
 
-A `mask_mod` here compares two positions *of one sequence*: `q_pos` of the query and `kv_pos` of the key, both
-0-based. `step.py` maps each query to its position, and `page_table.py` maps each physical slot to the position of its
-key. FlexAttention runs the composition of the three. A new mask is written here, and `page_table.visible_pages` must
-return its pages, because compiled kernels visit only these pages and skip the mask on full pages.
+A `LayerMask` compares two positions *of one sequence*: `q_pos` of the query and `kv_pos` of the key, both 0-based.
+`of_queries` maps each query of a tile to its position, and `page_table.py` maps each physical slot to the position of
+its key. FlexAttention runs the composition of the three.
+
+A new mask is a subclass here. Only `mask_mod` is required. The other members are bounds that make attention faster:
+
+    page_size = 4, window = 9             page          0        1        2        3
+    query at position 14                  positions   0 1 2 3  4 5 6 7  8 9 . .  12 13 14 ·
+                                          seen        · · · ·  · · 6 7  8 9 . .  12 13 14 ·
+                                                      skipped  partial   full     partial
+
+Compiled kernels visit only the pages in `visible_pages`, and run `mask_mod` only on those that are not in
+`full_pages`. `window` states which pages no later query needs, so that the engine releases them. The defaults are safe:
+all pages up to the query are visited, `mask_mod` runs on all of them, and no page is released.
+`tests/test_masks.py` compares the bounds of every mask with `mask_mod` at every position.
 
 References: FlexAttention (Dong et al., 2024, arXiv:2412.05496); Gemma 2 (2024, arXiv:2408.00118) for the
 alternation of full and sliding-window layers and for the softcap.
 """
 
-import functools
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+Pages = tuple[Tensor, Tensor]  # [tiles] each: a range of logical pages of each tile, first page and end (exclusive)
 
 
-def causal(b: Tensor, h: Tensor, q_pos: Tensor, kv_pos: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class LayerMask:
+    """The mask of a layer. Layers with equal masks share block masks; layers with equal windows share a KV pool.
+
+    A query never sees a key after its own position, because later keys may not be computed yet.
+    """
+
+    window: ClassVar[int | None] = None  # a query needs this many last tokens, its own included; None: all tokens
+    # score_mod(score, b, h, q_pos, kv_pos): changes the scaled score of a key, before the model's softcap
+    score_mod: ClassVar[ScoreMod | None] = None
+
+    def mask_mod(self, b: Tensor, h: Tensor, q_pos: Tensor, kv_pos: Tensor) -> Tensor:
+        """Return whether head `h` of a query at `q_pos` sees the key at `kv_pos`."""
+        raise NotImplementedError
+
+    def visible_pages(self, first: Tensor, last: Tensor, page_size: int) -> list[Pages]:
+        """Return the pages that any query of a tile sees at least partly, as ascending ranges.
+
+        `first` and `last` are the positions [tiles] of the first and the last query of each tile. A range is empty if
+        its end is not greater than its start. The end of a range may be after the page of `last`.
+        """
+        return [(first_page(self.window, first, page_size), last // page_size + 1)]
+
+    def full_pages(self, first: Tensor, last: Tensor, page_size: int) -> Pages:
+        """Return the range of visible pages that all queries of a tile see completely."""
+        return torch.zeros_like(first), torch.zeros_like(first)
+
+    def within(self, num_tokens: int) -> "LayerMask":
+        """Return the mask for sequences of at most `num_tokens` tokens, which may be simpler."""
+        return self
+
+
+@dataclass(frozen=True)
+class Causal(LayerMask):
     """A query sees its own token and all tokens before it."""
-    return kv_pos <= q_pos
+
+    def mask_mod(self, b: Tensor, h: Tensor, q_pos: Tensor, kv_pos: Tensor) -> Tensor:
+        return kv_pos <= q_pos
+
+    def full_pages(self, first: Tensor, last: Tensor, page_size: int) -> Pages:
+        return torch.zeros_like(first), (first + 1) // page_size
 
 
-@functools.cache
-def sliding_window(window: int) -> MaskMod:
+@dataclass(frozen=True)
+class SlidingWindow(LayerMask):
     """A query sees the last `window` tokens, including its own (the convention of Gemma-2, Gemma-3, Mistral, Qwen)."""
 
-    def sliding_window_mask(b: Tensor, h: Tensor, q_pos: Tensor, kv_pos: Tensor) -> Tensor:
-        return (kv_pos <= q_pos) & (q_pos - kv_pos < window)
+    window: int
 
-    return sliding_window_mask
+    def mask_mod(self, b: Tensor, h: Tensor, q_pos: Tensor, kv_pos: Tensor) -> Tensor:
+        return (kv_pos <= q_pos) & (q_pos - kv_pos < self.window)
 
+    def full_pages(self, first: Tensor, last: Tensor, page_size: int) -> Pages:
+        return first_page(self.window, last + page_size - 1, page_size), (first + 1) // page_size
 
-def layer_mask(window: int | None) -> MaskMod:
-    """Return the mask of a layer: causal, or causal within its sliding window."""
-    return causal if window is None else sliding_window(window)
+    def within(self, num_tokens: int) -> LayerMask:
+        return Causal() if self.window >= num_tokens else self
 
 
 def of_queries(mask: MaskMod, q_pos: Tensor, group_size: int) -> MaskMod:
-    """Return `mask` for tiles: it takes the index of a query in its tile instead of the position of the query.
+    """Return `mask` for tiles: it takes the kv head and the index of a query row instead of query head and position.
 
     Args:
         q_pos: [tiles, L], the position of each query in its sequence; -1 for padding, which sees nothing.
-        group_size: G; a tile has L * G query rows, G consecutive ones for each token.
+        group_size: G; a tile has L * G query rows for each kv head, G consecutive ones for each token.
     """
 
-    def mask_of_queries(tile: Tensor, h: Tensor, q_idx: Tensor, kv_pos: Tensor) -> Tensor:
-        return mask(tile, h, q_pos[tile, q_idx // group_size], kv_pos)
+    def mask_of_queries(tile: Tensor, kv_head: Tensor, q_idx: Tensor, kv_pos: Tensor) -> Tensor:
+        head = kv_head * group_size + q_idx % group_size
+        return mask(tile, head, q_pos[tile, q_idx // group_size], kv_pos)
 
     return mask_of_queries
 
 
-def softcap(cap: float) -> ScoreMod:  # not cached: a compiled graph calls it, and dynamo does not support caches
-    """Return Gemma-2's soft cap, which maps the (already scaled) attention scores into (-cap, cap)."""
+def score_of_queries(score_mod: ScoreMod, q_pos: Tensor, group_size: int) -> ScoreMod:
+    """Return `score_mod` for tiles, see `of_queries`."""
 
-    def softcap_score(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    def score_of_queries(score: Tensor, tile: Tensor, kv_head: Tensor, q_idx: Tensor, kv_pos: Tensor) -> Tensor:
+        head = kv_head * group_size + q_idx % group_size
+        return score_mod(score, tile, head, q_pos[tile, q_idx // group_size], kv_pos)
+
+    return score_of_queries
+
+
+def layer_mask(window: int | None) -> LayerMask:
+    """Return the mask of a layer: causal, or causal within its sliding window."""
+    return Causal() if window is None else SlidingWindow(window)
+
+
+def first_page(window: int | None, position: Tensor, page_size: int) -> Tensor:
+    """Return the page of the first token in the window of a query at `position`."""
+    return torch.zeros_like(position) if window is None else (position - window + 1).clamp(min=0) // page_size
+
+
+def softcapped(cap: float, score_mod: ScoreMod | None = None) -> ScoreMod:
+    """Return Gemma-2's soft cap, which maps the scaled attention scores, after `score_mod`, into (-cap, cap)."""
+
+    # Not cached: a compiled graph calls this function, and dynamo does not support caches.
+    def softcapped_score(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        score = score if score_mod is None else score_mod(score, b, h, q_idx, kv_idx)
         return cap * torch.tanh(score / cap)
 
-    return softcap_score
+    return softcapped_score

@@ -29,8 +29,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flex_nano_vllm.geometry import cdiv
-from flex_nano_vllm.masks import MaskMod
+from flex_nano_vllm.masks import MaskMod, ScoreMod
 from flex_nano_vllm.transfer import upload
+
+RowOf = Callable[[Tensor, Tensor], Tensor]  # (tile, q_idx) -> page-table row of a query
 
 
 class PageTable:
@@ -263,9 +265,10 @@ class PageTable:
             else:
                 heapq.heappush(self._free_pages, page)
 
-    def slots(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Return the slots in the pool of the tokens at `positions` of `rows` (both [T]; result [T])."""
-        return self.host_table[rows, positions // self.page_size] * self.page_size + positions % self.page_size
+    def slots(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Return the slots in the pool of the tokens at `positions` of `rows` (both [T]; result [T] int64)."""
+        pages = self.table[rows, positions // self.page_size]
+        return pages.long() * self.page_size + positions % self.page_size
 
     def sync(self) -> None:
         """Upload all changes since the last call to the device tables."""
@@ -304,7 +307,8 @@ class PageTable:
         """
 
         def physical_pages(logical_pages: Tensor) -> Tensor:  # [tiles, 1, 1, <= N]
-            pages = self.table[rows[:, None], logical_pages[:, 0, 0]]
+            existing = logical_pages[:, 0, 0].clamp(max=self.max_pages_per_row - 1)
+            pages = self.table[rows[:, None], existing]
             return widen(pages, self.max_pages_per_row, cdiv(kv_len, self.page_size))[:, None, None]
 
         return BlockMask.from_kv_blocks(
@@ -318,25 +322,36 @@ class PageTable:
             compute_q_blocks=False,  # only the backward pass uses the transposed lists
         )
 
-    def physical_mask(self, logical_mask: MaskMod, row_of: Callable[[Tensor, Tensor], Tensor]) -> MaskMod:
+    def physical_mask(self, logical_mask: MaskMod, row_of: RowOf) -> MaskMod:
         """Rewrite a mask_mod(tile, h, q_idx, kv_pos) into one over the slots of the pool.
 
         `row_of(tile, q_idx)` returns the page-table row of a query. Slots on pages that this row does not use are
         masked.
         """
-        page_size, physical_to_logical = self.page_size, self.physical_to_logical
-        if page_size & (page_size - 1):
-            page_of, offset_of = (lambda slot: slot // page_size), (lambda slot: slot % page_size)
-        else:  # a power of two: vector instructions of the kernel have no integer division
-            shift = page_size.bit_length() - 1
-            page_of, offset_of = (lambda slot: slot >> shift), (lambda slot: slot & (page_size - 1))
+        position_of = self._position_of()
 
         def physical_mask(tile: Tensor, h: Tensor, q_idx: Tensor, slot: Tensor) -> Tensor:
-            logical_page = physical_to_logical[row_of(tile, q_idx), page_of(slot)]
-            kv_pos = logical_page * page_size + offset_of(slot)
-            return (logical_page >= 0) & logical_mask(tile, h, q_idx, kv_pos)
+            kv_pos = position_of(row_of(tile, q_idx), slot)
+            return (kv_pos >= 0) & logical_mask(tile, h, q_idx, kv_pos)
 
         return physical_mask
+
+    def physical_score(self, logical_score: ScoreMod, row_of: RowOf) -> ScoreMod:
+        """Rewrite a score_mod(score, tile, h, q_idx, kv_pos) into one over slots. Masked slots get any score."""
+        position_of = self._position_of()
+
+        def physical_score(score: Tensor, tile: Tensor, h: Tensor, q_idx: Tensor, slot: Tensor) -> Tensor:
+            return logical_score(score, tile, h, q_idx, position_of(row_of(tile, q_idx), slot))
+
+        return physical_score
+
+    def _position_of(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return the function (row, slot) -> position of the key in `row`; negative if `row` does not use its page."""
+        page_size, physical_to_logical = self.page_size, self.physical_to_logical
+        if page_size & (page_size - 1):
+            return lambda row, slot: physical_to_logical[row, slot // page_size] * page_size + slot % page_size
+        shift = page_size.bit_length() - 1  # a power of two: vector instructions of the kernel have no integer division
+        return lambda row, slot: physical_to_logical[row, slot >> shift] * page_size + (slot & (page_size - 1))
 
     def check_invariants(self) -> None:
         """Recompute all bookkeeping from the page lists of the rows, and compare. Slow, but simple.
@@ -377,25 +392,8 @@ class PageTable:
         assert torch.equal(self.physical_to_logical.cpu(), inverse), "the inverse table differs from the rows"
 
 
-def visible_pages(
-    first: np.ndarray, last: np.ndarray, window: int | None, page_size: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return which logical pages queries at the positions `first` to `last` see.
-
-    The first two results are the range of pages that any of the queries sees at least partly: first page, end
-    (exclusive). The last two are the range of full pages, which all of the queries see completely; it is empty if its
-    end is not greater than its start. For position -1 (padding), both ranges are empty.
-    """
-    if window is None:
-        first_page = first_full = np.zeros_like(first)
-    else:
-        first_page = np.maximum(first - window + 1, 0) // page_size
-        first_full = cdiv(np.maximum(last - window + 1, 0), page_size)
-    return first_page, last // page_size + 1, first_full, (first + 1) // page_size
-
-
 def widen(pages: Tensor, stride: int, width: int) -> Tensor:
-    """Return [tiles, narrow] padded with page 0 to [tiles, stride], on a CPU as a view of `width` columns.
+    """Return [tiles, narrow] as the first columns of [tiles, stride]; the other entries are undefined.
 
     The shape is the same in every step, as compiled kernels need it. FlexAttention's CPU template requires index lists
     that are as wide as the pool has pages, although it reads only the first `kv_num_blocks` entries of each list
@@ -404,6 +402,6 @@ def widen(pages: Tensor, stride: int, width: int) -> Tensor:
     """
     tiles, narrow = pages.shape
     width = max(width, stride) if pages.device.type == "cpu" else stride
-    storage = pages.new_zeros(tiles * stride + width)
+    storage = pages.new_empty(tiles * stride + width)
     storage[: tiles * stride].view(tiles, stride)[:, :narrow] = pages
     return storage.as_strided((tiles, width), (stride, 1))

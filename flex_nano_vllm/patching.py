@@ -11,6 +11,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from flex_nano_vllm.attention import ATTN_IMPLEMENTATION, PagedKVCache, paged_flex_attention
 from flex_nano_vllm.geometry import Geometry
+from flex_nano_vllm.masks import LayerMask, layer_mask
 
 # tests/test_exactness.py compares the tokens of each of these types with Hugging Face's `generate`.
 SUPPORTED_MODEL_TYPES = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
@@ -91,6 +92,18 @@ def kv_shape(model: PreTrainedModel) -> tuple[int, int]:
     return config.num_key_value_heads, head_dim
 
 
+def layer_masks(model: PreTrainedModel) -> list[LayerMask]:
+    """Return the mask of each layer. To try another mask, return it here."""
+    return [layer_mask(window) for window in layer_windows(model)]
+
+
+def distinct_masks(model: PreTrainedModel, geometry: Geometry) -> tuple[tuple[LayerMask, ...], list[int]]:
+    """Return the distinct masks of the layers, as simple as the longest row permits, and for each layer its index."""
+    masks = [mask.within(geometry.max_row_tokens) for mask in layer_masks(model)]
+    distinct = tuple(dict.fromkeys(masks))
+    return distinct, [distinct.index(mask) for mask in masks]
+
+
 def patch_model(model: PreTrainedModel, geometry: Geometry) -> None:
     """Give every attention layer a `PagedKVCache` with the slots of its pool, and route attention through it.
 
@@ -101,10 +114,11 @@ def patch_model(model: PreTrainedModel, geometry: Geometry) -> None:
     AttentionInterface.register(ATTN_IMPLEMENTATION, paged_flex_attention)  # no mask function: masks are ours
     num_kv_heads, head_dim = kv_shape(model)
     try:
-        for attention, window in zip(attention_layers(model), geometry.layer_windows, strict=True):
-            num_slots = geometry.pools[geometry.pool_of(window)] * geometry.page_size
+        masks, indices = distinct_masks(model, geometry)
+        for attention, mask in zip(attention_layers(model), indices, strict=True):
+            num_slots = geometry.pools[geometry.pool_of(masks[mask].window)] * geometry.page_size
             attention.unpatched_implementation = model.config._attn_implementation  # set first: marks it as patched
-            attention.kv_cache = PagedKVCache(window, num_slots, num_kv_heads, head_dim, model.dtype, model.device)
+            attention.kv_cache = PagedKVCache(mask, num_slots, num_kv_heads, head_dim, model.dtype, model.device)
         last = model.get_decoder().layers[-1]
         last.unpatched_forward = vars(last).get("forward")  # set if a library such as accelerate wraps the layer
         last.forward = pruned_forward(last)

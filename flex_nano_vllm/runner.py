@@ -25,12 +25,22 @@ from flex_nano_vllm.attention import ATTN_IMPLEMENTATION, step_in_progress
 from flex_nano_vllm.cascade import CascadeRule, PackedDecodes
 from flex_nano_vllm.geometry import Geometry, cdiv
 from flex_nano_vllm.kv_manager import KVManager
-from flex_nano_vllm.patching import attention_layers, num_logits, patch_model
+from flex_nano_vllm.page_table import PageTable
+from flex_nano_vllm.patching import attention_layers, distinct_masks, num_logits, patch_model
 from flex_nano_vllm.sampler import ARGMAX, Draw, choose, sample
 from flex_nano_vllm.sampling_params import SamplingParams
 from flex_nano_vllm.scheduler import Chunk
 from flex_nano_vllm.sequence import Sequence
-from flex_nano_vllm.step import StepBatch, TileKind, TileLayout, pack_decodes
+from flex_nano_vllm.step import (
+    StepBatch,
+    StepVectors,
+    TiledQueries,
+    TileKind,
+    TileLayout,
+    num_pages,
+    pack_decodes,
+    packed_queries,
+)
 from flex_nano_vllm.transfer import upload
 
 # Query rows of a large tile: tokens times G. On a GPU they fill a matrix-multiply tile. On a CPU this number was the
@@ -102,11 +112,11 @@ class ModelRunner:
             kinds = tile_kinds(group_size, max_batch_size, budget, model.device.type)
         else:
             kinds = (TileKind(tile_len=1, buckets=None),)
-        windows = geometry.layer_windows
+        masks, indices = distinct_masks(model, geometry)
         most = min(max_batch_size, budget)
         rule = cascade_rule(kinds, num_kv_heads, group_size, geometry, model.device) if cascade else None
-        distinct = tuple(dict.fromkeys(windows))
-        self.layout = TileLayout(kinds, num_kv_heads, group_size, distinct, windows[-1], compiled, rule)
+        self.layout = TileLayout(kinds, num_kv_heads, group_size, masks, indices[-1], compiled, rule)
+        self._tables = self.layout.tables(kv)
         decodes = TileKind(kinds[0].tile_len, decode_buckets(most))
         self.decode_layout = replace(self.layout, kinds=(decodes,)) if compiled else None
         self.flex = compile_flex_attention(model.device.type, compiled)
@@ -118,7 +128,8 @@ class ModelRunner:
             make = functools.partial(torch.compile, fullgraph=True, backend=inductor(model.device.type))
             self.model_of_any_length = make(model, dynamic=True, options=dict(UNGUARDED))
             cuda_graphs = {"triton.cudagraphs": True} if model.device.type == "cuda" else {}
-            self.model_of_decodes = make(model, dynamic=False, options=UNGUARDED | cuda_graphs)
+            decode = decode_function(model, self._tables, self.decode_layout)
+            self.model_of_decodes = make(decode, dynamic=False, options=UNGUARDED | cuda_graphs)
             self.choose = make(choose, dynamic=True, options=dict(UNGUARDED))
         patch_model(model, geometry)  # last, because nothing here would undo it
 
@@ -127,8 +138,7 @@ class ModelRunner:
         """The largest number of graphs that serving can compile."""
         if not self.compiled:
             return 0
-        windows = self.kv.geometry.layer_windows
-        of_attention = len(set(windows)) * sum(len(kind.buckets) for kind in self.layout.kinds)
+        of_attention = len(self.layout.masks) * sum(len(kind.buckets) for kind in self.layout.kinds)
         packed = self.layout.cascade is not None
         return len(self.decode_layout.kinds[0].buckets) + packed + 1 + of_attention + NUM_SAMPLER_GRAPHS
 
@@ -183,11 +193,19 @@ class ModelRunner:
         else:
             layout = self.layout
             num_padding = max(0, 2 - num_chunks)  # a dimension of size 1 would need another graph
-        batch = StepBatch.build(chunks + [padding_chunk(1)] * num_padding, self.kv, layout, packed)
-        shapes = {("decodes", batch.num_tokens, packed is not None)} if as_decodes else _shapes(batch)
+        chunks = chunks + [padding_chunk(1)] * num_padding
+        self.kv.sync()
+        vectors = StepVectors.build(chunks, layout, self.kv.device)
+        packed = packed_queries(packed, chunks, self._tables, layout)
+        if as_decodes:
+            shapes, run = {("decodes", len(chunks), packed is not None)}, self.model_of_decodes
+            inputs = (vectors, packed)
+        else:
+            step = StepBatch.of(vectors, num_pages(chunks, self.kv), self._tables, layout, packed)
+            shapes, run, inputs = _shapes(step), self._run_any_length, (step,)
         if self.compiled and not shapes <= self._compiled_shapes:
             self._announce_compilation()
-        logits = self.call_model(batch, as_decodes)
+        logits = self.call_model(run, *inputs)
         self._compiled_shapes |= shapes
         return logits[: len(logits) - num_padding]
 
@@ -212,24 +230,22 @@ class ModelRunner:
             pairs = np.array([(source, target) for other, source, target in copies if other is table])
             sources, targets = upload([*pairs.T], table.table.device)
             for attention in attention_layers(self.model):
-                if self.kv.table(attention.kv_cache.window) is table:
+                if self._tables[attention.kv_cache.mask] is table:
                     attention.kv_cache.copy_pages(sources, targets, table.page_size)
         self.kv.copies.clear()
 
-    def call_model(self, batch: StepBatch, as_decodes: bool) -> Tensor:
-        """Return the logits [W, V] of a step, padding included. `as_decodes`: the step is a bucket of decodes."""
-        arguments = dict(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            use_cache=False,  # the default would also append all keys and values to transformers' cache
-        )
-        if as_decodes:
-            return self.model_of_decodes(**arguments, step=batch).logits[0]
-        with step_in_progress(batch, self.flex) as finite:
-            logits = self.model_of_any_length(**arguments, logits_indices=batch.logits_indices).logits[0]
-        chunk_of_token = torch.searchsorted(batch.chunk_ends, torch.arange(len(finite), device=logits.device))
-        failed = torch.zeros_like(batch.chunk_ends).index_add_(0, chunk_of_token, (~finite).long()) > 0
-        logits[:, 0].masked_fill_(failed[chunk_of_token[batch.logits_indices]], torch.nan)
+    def call_model(self, run: Callable[..., Tensor], *inputs: object) -> Tensor:
+        """Return the logits [W, V] of a step, padding included. `measure_decode_step` replaces it."""
+        return run(*inputs)
+
+    def _run_any_length(self, step: StepBatch) -> Tensor:
+        vectors = step.vectors
+        with step_in_progress(step, self.flex) as finite:
+            output = self.model_of_any_length(**model_inputs(vectors), logits_indices=vectors.logits_indices)
+        logits = output.logits[0]
+        chunk_of_token = torch.searchsorted(vectors.chunk_ends, torch.arange(len(finite), device=logits.device))
+        failed = torch.zeros_like(vectors.chunk_ends).index_add_(0, chunk_of_token, (~finite).long()) > 0
+        logits[:, 0].masked_fill_(failed[chunk_of_token[vectors.logits_indices]], torch.nan)
         return logits
 
     def warmup(self) -> None:
@@ -246,17 +262,18 @@ class ModelRunner:
         rule, buckets = self.layout.cascade, self.decode_layout.kinds[0].buckets
         decodes = [(bucket, None) for bucket in buckets]
         if rule is not None:
-            decodes.append((buckets[-1], PackedDecodes.empty(rule.tile_len, self.kv.primary.n_pages)))
+            decodes.append((buckets[-1], PackedDecodes.empty(rule.tile_len)))
         for bucket, packed in decodes:
             for _ in range(2 if self.model.device.type == "cuda" else 1):  # the second run records the CUDA graph
                 self._run([padding_chunk(1)] * bucket, packed)
         geometry = self.kv.geometry
-        longest = geometry.max_pages_per_row * geometry.page_size
+        longest = geometry.max_row_tokens
         # Two tokens and a padding token: with as many tokens as chunks, dynamo would treat both sizes as one.
         self._run([padding_chunk(2)])
         shortest = self.layout.kinds[0].tile_len + 1  # shortest chunk that is cut into large tiles
-        # The last layer uses large tiles for prompt logprobs only. Another layer of the same window always uses them.
-        in_large_tiles = geometry.layer_windows[-1] not in geometry.layer_windows[:-1]
+        # The last layer uses large tiles for prompt logprobs only. Another layer of the same mask always uses them.
+        *others, last = distinct_masks(self.model, geometry)[1]
+        in_large_tiles = last not in others
         for kind in self.layout.kinds[1:] if shortest <= longest else ():
             num_tiles_reached = 0
             for bucket in kind.buckets:
@@ -271,10 +288,31 @@ class ModelRunner:
         gc.collect()  # else garbage from compiling would soon pause a step for 0.3 s
 
 
-def _shapes(batch: StepBatch) -> set[tuple]:
-    """Return what identifies the graphs of a step of any length: the windows and shapes of its tiles."""
-    queries = [*batch.queries.items(), ("ends", batch.end_queries)]
-    return {(window, *tiles.query_rows.shape) for window, tiled in queries for tiles in tiled.tiles}
+def model_inputs(vectors: StepVectors) -> dict[str, object]:
+    """Return the arguments of the model for a step."""
+    return dict(
+        input_ids=vectors.input_ids[None],
+        position_ids=vectors.positions[None],
+        use_cache=False,  # the default would also append all keys and values to transformers' cache
+    )
+
+
+def decode_function(
+    model: PreTrainedModel, tables: list[PageTable], layout: TileLayout
+) -> Callable[[StepVectors, TiledQueries | None], Tensor]:
+    """Return the function to compile for steps of decodes. Its graph also computes the page lists of the step."""
+
+    def decode(vectors: StepVectors, packed: TiledQueries | None) -> Tensor:
+        step = StepBatch.of(vectors, tables[0].max_pages_per_row, tables, layout, packed)
+        return model(**model_inputs(vectors), step=step).logits[0]
+
+    return decode
+
+
+def _shapes(step: StepBatch) -> set[tuple]:
+    """Return what identifies the graphs of a step of any length: the masks and shapes of its tiles."""
+    queries = [*enumerate(step.queries), ("ends", step.end_queries)]
+    return {(mask, *tiles.query_rows.shape) for mask, tiled in queries for tiles in tiled.tiles}
 
 
 def release_openmp_threads() -> None:

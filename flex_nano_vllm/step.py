@@ -25,17 +25,20 @@ physical pages, N logical pages of a row, L tile_len.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flex_nano_vllm.cascade import CascadeRule, PackedDecodes, pack, packed_block_mask
 from flex_nano_vllm.geometry import cdiv
 from flex_nano_vllm.kv_manager import KVManager
-from flex_nano_vllm.masks import layer_mask, of_queries
-from flex_nano_vllm.page_table import visible_pages
+from flex_nano_vllm.masks import LayerMask, Pages, ScoreMod, of_queries, score_of_queries
+from flex_nano_vllm.page_table import PageTable, RowOf
 from flex_nano_vllm.scheduler import Chunk
 from flex_nano_vllm.transfer import upload
 
@@ -59,8 +62,8 @@ class TileLayout:
         kinds: in ascending order of `tile_len`.
         num_kv_heads: K.
         group_size: G; the heads of a group share their keys, so they become rows of one query block.
-        windows: the distinct windows of the layers; None for full attention.
-        last_window: the window of the last layer.
+        masks: the distinct masks of the layers. Their indices identify them in a step.
+        last_mask: index of the mask of the last layer.
         whole_pool: attention always receives the whole pool, so that its shape never changes. If False, it receives
             only the used part, because uncompiled FlexAttention evaluates every slot that it receives.
         cascade: the rule for packing decodes into common tiles; None: they are never packed.
@@ -69,14 +72,19 @@ class TileLayout:
     kinds: tuple[TileKind, ...]
     num_kv_heads: int
     group_size: int
-    windows: tuple[int | None, ...]
-    last_window: int | None
+    masks: tuple[LayerMask, ...]
+    last_mask: int
     whole_pool: bool
     cascade: CascadeRule | None = None
 
     @property
-    def widest_window(self) -> int | None:
-        return max(self.windows, key=lambda window: window or math.inf)
+    def packed_mask(self) -> int:
+        """Index of the mask with the widest window, whose layers use packed tiles."""
+        return max(range(len(self.masks)), key=lambda index: self.masks[index].window or math.inf)
+
+    def tables(self, kv: KVManager) -> list[PageTable]:
+        """Return the page table of each mask."""
+        return [kv.table(mask.window) for mask in self.masks]
 
     def kind_index(self, chunk_len: int) -> int:
         """Return the index of the smallest kind of tile that holds the chunk, or of the largest kind if none does."""
@@ -85,27 +93,64 @@ class TileLayout:
 
 @dataclass(frozen=True)
 class Cut:
-    """All tiles of one kind in a step, on the host."""
+    """Tokens in tiles of one kind."""
 
-    tokens: np.ndarray  # [tiles, L] index of each token in the step, -1 for padding
-    rows: np.ndarray  # [tiles] page-table row of each tile, 0 for padding; [tiles, L] for packed decodes
-    packed: PackedDecodes | None = None
+    tokens: Tensor  # [tiles, L] int64, index of each token in the step; -1 for padding
+    q_pos: Tensor  # [tiles, L] int32, position of each token; -1 for padding, which sees nothing
+    rows: Tensor  # [tiles] int32, page-table row of each tile; 0 for padding. [tiles, L] for packed decodes
+
+
+@dataclass(frozen=True)
+class StepVectors:
+    """One step as the host uploads it: token, position and row of each query, in order and in tiles.
+
+    Everything else that attention needs is computed on the device from these vectors and the page tables.
+    """
+
+    input_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64, 0-based
+    rows: Tensor  # [T] int64, page-table row of each token
+    chunk_ends: Tensor  # [C] int64, index of the last token of each chunk
+    logits_indices: Tensor  # [W] int64, tokens whose logits are computed: chunk ends, and more for prompt logprobs
+    places: Tensor  # [T] int64, index of each token in the tiles of `cuts`, concatenated
+    cuts: tuple[Cut, ...]  # one for each kind in use
+    end_places: Tensor | None  # [W] int64, as `places`, for the logits indices; None if they are all tokens
+    end_cuts: tuple[Cut, ...]
+
+    @classmethod
+    def build(cls, chunks: list[Chunk], layout: TileLayout, device: torch.device) -> "StepVectors":
+        """Describe chunks whose pages are reserved, with numpy on whole arrays and one upload."""
+        starts, lengths = np.array([(chunk.start, chunk.length) for chunk in chunks]).T
+        ends = np.cumsum(lengths) - 1
+        positions = np.arange(lengths.sum()) + np.repeat(starts - (ends + 1 - lengths), lengths)
+        rows = np.repeat([chunk.sequence.row for chunk in chunks], lengths)
+        input_ids = [i for chunk in chunks for i in chunk.sequence.token_ids[chunk.start : chunk.start + chunk.length]]
+        num_logits = np.array([chunk.num_logits for chunk in chunks])
+        indices = np.arange(num_logits.sum()) + np.repeat(ends + 1 - np.cumsum(num_logits), num_logits)
+        arrays = [np.array(input_ids), positions, rows, ends, indices]
+        tiles, end_tiles = cut_into_tiles(lengths, layout), []
+        arrays += [places(tiles, len(positions)), *in_tiles(tiles, positions, rows)]
+        if len(positions) > len(indices):
+            end_tiles = cut_into_tiles(num_logits, layout)
+            arrays += [places(end_tiles, len(indices)), *in_tiles(end_tiles, positions[indices], rows[indices])]
+        uploaded = iter(upload(arrays, device))
+        vectors = [next(uploaded) for _ in range(5)]
+        vectors += [next(uploaded), tuple(Cut(*islice(uploaded, 3)) for _ in tiles)]
+        return cls(*vectors, next(uploaded, None), tuple(Cut(*islice(uploaded, 3)) for _ in end_tiles))
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """All tiles of one kind in a step, on the device."""
+    """All tiles of one kind in a step."""
 
     query_rows: Tensor  # [tiles, K, L * G] int64, token * H + head of each query; token 0 for padding
-    block_masks: dict[int | None, BlockMask]  # physical masks, by the window of the layer
+    block_masks: dict[int, BlockMask]  # physical masks, by the index of the mask
+    score_mods: dict[int, ScoreMod | None]
 
 
 @dataclass(frozen=True)
 class TiledQueries:
-    """Tiles of queries, and the indices of their outputs.
-
-    The queries are those of all T tokens of a step, or of the W tokens whose logits are computed.
-    """
+    """Tiles of queries, and the indices of their outputs."""
 
     tiles: tuple[Tiles, ...]  # one entry for each kind in use
     output_rows: Tensor  # [T, H] int64, index of each output in the concatenated query rows of all tiles
@@ -113,186 +158,218 @@ class TiledQueries:
     @classmethod
     def build(
         cls,
-        cuts: list[Cut],
-        positions: np.ndarray,
-        windows: tuple[int | None, ...],
-        kv: KVManager,
+        cuts: tuple[Cut, ...],
+        places: Tensor,
+        masks: Iterable[int],
+        width: int,
+        tables: list[PageTable],
         layout: TileLayout,
+        packed: PackedDecodes | None = None,
     ) -> "TiledQueries":
-        """Upload tiles, with a mask for each of the windows. `positions` [T] are the positions of the queries."""
-        query_rows, output_rows = _rows([cut.tokens for cut in cuts], len(positions), layout)
-        output_rows, *uploaded = upload([output_rows, *query_rows, *(cut.rows for cut in cuts)], kv.device)
-        tiles = []
-        for cut, rows_of_queries, rows in zip(cuts, uploaded[: len(cuts)], uploaded[len(cuts) :]):
-            q_pos, masks = np.where(cut.tokens < 0, -1, positions[cut.tokens]), {}
-            for window in windows:
-                table = kv.table(window)
+        """Put queries into tiles, with block masks for some of the masks of the layout.
+
+        `width`: logical pages up to the last position, or more. `tables`: of all masks of the layout.
+        """
+        num_kv_heads, group_size = layout.num_kv_heads, layout.group_size
+        num_heads = num_kv_heads * group_size
+        heads = torch.arange(num_heads, device=places.device).view(num_kv_heads, 1, group_size)
+        tiles, output_rows, num_rows = [], [], 0
+        for cut in cuts:
+            query_rows = cut.tokens.clamp(min=0)[:, None, :, None] * num_heads + heads  # [tiles, K, L, G]
+            numbers = num_rows + torch.arange(query_rows.numel(), device=places.device).view(query_rows.shape)
+            output_rows.append(numbers.transpose(1, 2).reshape(-1, num_heads))
+            num_rows += query_rows.numel()
+            row_of, block_masks, score_mods = _row_of(cut.rows, group_size), {}, {}
+            for index in masks:
+                mask, table = layout.masks[index], tables[index]
                 kv_len = (table.n_pages if layout.whole_pool else table.num_live_pages) * table.page_size
-                if cut.packed is not None:
-                    packed = cut.packed
-                    mask = packed_block_mask(packed, rows.int(), q_pos, window, layout.group_size, table, kv_len)
+                if packed is None:
+                    logical = logical_block_mask(cut.q_pos, mask, group_size, table.page_size, width)
+                    block_masks[index] = table.convert_logical_block_mask(logical, cut.rows, kv_len)
                 else:
-                    logical = logical_block_mask(q_pos, window, layout.group_size, kv)
-                    mask = table.convert_logical_block_mask(logical, rows.int(), kv_len)
-                masks[window] = mask
-            tiles.append(Tiles(rows_of_queries, masks))
-        return cls(tuple(tiles), output_rows)
+                    block_masks[index] = packed_block_mask(packed, row_of, cut.q_pos, mask, group_size, table, kv_len)
+                score_mods[index] = None
+                if mask.score_mod is not None:
+                    score_mod = score_of_queries(mask.score_mod, cut.q_pos, group_size)
+                    score_mods[index] = table.physical_score(score_mod, row_of)
+            tiles.append(Tiles(query_rows.flatten(2), block_masks, score_mods))
+        return cls(tuple(tiles), torch.cat(output_rows)[places])
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One step as tensors on the device. Complete when built, and never changed."""
+    """One step as the model and its attention layers receive it. Complete when built, and never changed."""
 
-    input_ids: Tensor  # [1, T] int64
-    position_ids: Tensor  # [1, T] int64, 0-based
-    slots: dict[int | None, Tensor]  # [T] int64 slot of each token, by the window of the layer
-    chunk_ends: Tensor  # [C] int64, index of the last token of each chunk
-    logits_indices: Tensor  # [W] int64, tokens whose logits are computed: chunk ends, and more for prompt logprobs
-    queries: dict[int | None, TiledQueries]  # by the window of the layer
-    end_queries: TiledQueries  # for `logits_indices`, the only queries of the last layer
+    vectors: StepVectors
+    slots: tuple[Tensor, ...]  # [T] int64 slot of each token, by the index of the mask
+    queries: tuple[TiledQueries, ...]  # by the index of the mask
+    end_queries: TiledQueries  # for the logits indices, the only queries of the last layer
 
     @property
     def num_tokens(self) -> int:
-        return self.input_ids.shape[1]
+        return len(self.vectors.input_ids)
 
     @classmethod
     def build(
         cls, chunks: list[Chunk], kv: KVManager, layout: TileLayout, packed: PackedDecodes | None = None
     ) -> "StepBatch":
-        """Build the step of chunks whose pages are reserved.
-
-        The host computes with numpy on whole arrays, and uploads them in a few transfers. `packed` decodes share tiles
-        in the layers of the widest window.
-        """
+        """Build the step of chunks whose pages are reserved. `packed`: see `packed_queries`."""
         kv.sync()
-        starts, lengths = np.array([(chunk.start, chunk.length) for chunk in chunks]).T
-        rows = np.array([chunk.sequence.row for chunk in chunks])
-        ends = np.cumsum(lengths) - 1
-        positions = np.arange(lengths.sum()) + np.repeat(starts - (ends + 1 - lengths), lengths)
-        input_ids = [i for chunk in chunks for i in chunk.sequence.token_ids[chunk.start : chunk.start + chunk.length]]
-        slots = [kv.table(window).slots(np.repeat(rows, lengths), positions) for window in layout.windows]
-        num_logits = np.array([chunk.num_logits for chunk in chunks])
-        logits_indices = np.arange(num_logits.sum()) + np.repeat(ends + 1 - np.cumsum(num_logits), num_logits)
-        arrays = [np.array(input_ids), positions, ends, logits_indices, *slots]
-        input_ids, position_ids, chunk_ends, wanted_tokens, *slots = upload(arrays, kv.device)
-        queries = {}
-        if packed is not None:
-            window = layout.widest_window
-            cut = cut_packed(rows, packed, layout)
-            queries[window] = TiledQueries.build([cut], positions, (window,), kv, layout)
-        others = tuple(window for window in layout.windows if window not in queries)
+        vectors, tables = StepVectors.build(chunks, layout, kv.device), layout.tables(kv)
+        return cls.of(vectors, num_pages(chunks, kv), tables, layout, packed_queries(packed, chunks, tables, layout))
+
+    @classmethod
+    def of(
+        cls,
+        vectors: StepVectors,
+        width: int,
+        tables: list[PageTable],
+        layout: TileLayout,
+        packed: TiledQueries | None = None,
+    ) -> "StepBatch":
+        """Build the step from its vectors, with torch operations only, so that a compiled graph can contain them.
+
+        `width`: logical pages up to the last position, or more. `packed`: the queries of decodes in packed tiles.
+        """
+        slots = tuple(table.slots(vectors.rows, vectors.positions) for table in tables)
+        all_masks = range(len(layout.masks))
+        others = [index for index in all_masks if packed is None or index != layout.packed_mask]
+        queries = packed
         if others:
-            cuts = cut_into_tiles(rows, lengths, layout)
-            queries |= dict.fromkeys(others, TiledQueries.build(cuts, positions, others, kv, layout))
-        end_queries = queries[layout.last_window]
-        if len(positions) > len(logits_indices):
-            cuts = cut_into_tiles(rows, num_logits, layout)
-            end_queries = TiledQueries.build(cuts, positions[logits_indices], (layout.last_window,), kv, layout)
-        slots = dict(zip(layout.windows, slots))
-        return cls(input_ids[None], position_ids[None], slots, chunk_ends, wanted_tokens, queries, end_queries)
+            queries = TiledQueries.build(vectors.cuts, vectors.places, others, width, tables, layout)
+        by_mask = tuple(queries if index in others else packed for index in all_masks)
+        end_queries = by_mask[layout.last_mask]
+        if vectors.end_places is not None:
+            masks = [layout.last_mask]
+            end_queries = TiledQueries.build(vectors.end_cuts, vectors.end_places, masks, width, tables, layout)
+        return cls(vectors, slots, by_mask, end_queries)
 
 
-def pack_decodes(chunks: list[Chunk], kv: KVManager, layout: TileLayout) -> PackedDecodes | None:
-    """Return how the decodes of a step share tiles in the layers of the widest window; None if they should not."""
-    if layout.cascade is None or any(chunk.length > 1 for chunk in chunks):
-        return None
-    rows, positions = np.array([(chunk.sequence.row, chunk.start) for chunk in chunks]).T
-    window = layout.widest_window
-    return pack(rows, positions, window, kv.table(window), layout.cascade)
+def num_pages(chunks: list[Chunk], kv: KVManager) -> int:
+    """Return the number of logical pages up to the last position of a step."""
+    return cdiv(max(chunk.start + chunk.length for chunk in chunks), kv.geometry.page_size)
 
 
-def cut_into_tiles(rows: np.ndarray, lengths: np.ndarray, layout: TileLayout) -> list[Cut]:
-    """Cut chunks into tiles, given their page-table rows and lengths (both [C], in the order of the step)."""
-    firsts = np.cumsum(lengths) - lengths  # [C] index of the first token of each chunk
-    kind_of_chunk = np.array([layout.kind_index(length) for length in lengths])
-    cuts = []
-    for index in np.unique(kind_of_chunk):
-        mine = kind_of_chunk == index
-        cuts.append(_cut(layout.kinds[index], rows[mine], firsts[mine], lengths[mine]))
-    return cuts
-
-
-def cut_packed(rows: np.ndarray, packed: PackedDecodes, layout: TileLayout) -> Cut:
-    """Return the tiles of packed decodes, given the page-table rows [C] of the chunks.
+def packed_queries(
+    packed: PackedDecodes | None, chunks: list[Chunk], tables: list[PageTable], layout: TileLayout
+) -> TiledQueries | None:
+    """Return the queries of decodes in packed tiles; None if they are not packed.
 
     Chunks in none of the tiles are padding. Their output is undefined.
     """
+    if packed is None:
+        return None
     packed = packed.padded(layout.cascade.num_tiles)
-    return Cut(packed.members, np.where(packed.members < 0, 0, rows[packed.members]), packed)
+    positions, rows = (np.array(numbers) for numbers in zip(*((chunk.start, chunk.sequence.row) for chunk in chunks)))
+    tokens, q_pos, _ = in_tiles([packed.members], positions, rows)
+    rows = np.where(tokens < 0, 0, rows[tokens]).astype(np.int32)
+    arrays = [places([tokens], len(chunks)), tokens, q_pos, rows]
+    places_of_decodes, *cut = upload(arrays, tables[0].table.device)
+    return TiledQueries.build((Cut(*cut),), places_of_decodes, [layout.packed_mask], 0, tables, layout, packed)
 
 
-def _rows(tiles: list[np.ndarray], num_tokens: int, layout: TileLayout) -> tuple[list[np.ndarray], np.ndarray]:
-    """Return the indices that put queries into tiles, and those that put outputs back into the order of the tokens.
-
-    Args:
-        tiles: for each kind, the tokens of its tiles, [tiles, L] with -1 for padding.
-    Returns:
-        `query_rows` for each kind, [tiles, K, L * G]: indices into the queries of the step, viewed as [T * H, D].
-        `output_rows` [T, H]: indices into the concatenated outputs of all tiles. The outputs of each kind,
-        [tiles, K, L * G, D], are viewed as [tiles * K * L * G, D].
-    """
-    heads = np.arange(layout.num_kv_heads * layout.group_size).reshape(layout.num_kv_heads, 1, layout.group_size)
-    query_rows, output_rows, num_rows = [], np.zeros((num_tokens, heads.size), dtype=np.int64), 0
-    for tokens in tiles:
-        rows = tokens.clip(min=0)[:, None, :, None] * heads.size + heads  # [tiles, K, L, G]
-        query_rows.append(rows.reshape(len(tokens), len(heads), -1))
-        by_token = (num_rows + np.arange(rows.size)).reshape(rows.shape).transpose(0, 2, 1, 3).reshape(-1, heads.size)
-        used = tokens.ravel() >= 0
-        output_rows[tokens.ravel()[used]] = by_token[used]
-        num_rows += rows.size
-    return query_rows, output_rows
+def pack_decodes(chunks: list[Chunk], kv: KVManager, layout: TileLayout) -> PackedDecodes | None:
+    """Return how the decodes of a step share tiles in the layers of the cascade; None if they should not."""
+    if layout.cascade is None or any(chunk.length > 1 for chunk in chunks):
+        return None
+    rows, positions = np.array([(chunk.sequence.row, chunk.start) for chunk in chunks]).T
+    mask = layout.masks[layout.packed_mask]
+    return pack(rows, positions, mask, kv.table(mask.window), layout.cascade)
 
 
-def _cut(kind: TileKind, rows: np.ndarray, firsts: np.ndarray, lengths: np.ndarray) -> Cut:
-    """Cut chunks, given by page-table row, index of the first token and length, into tiles of one kind."""
+def cut_into_tiles(lengths: np.ndarray, layout: TileLayout) -> list[np.ndarray]:
+    """Cut chunks of the given lengths [C] into tiles. Returns the tokens [tiles, L] of each kind in use."""
+    firsts = np.cumsum(lengths) - lengths  # [C] index of the first token of each chunk
+    kind_of_chunk = np.array([layout.kind_index(length) for length in lengths])
+    return [
+        _cut(layout.kinds[index], firsts[kind_of_chunk == index], lengths[kind_of_chunk == index])
+        for index in np.unique(kind_of_chunk)
+    ]
+
+
+def _cut(kind: TileKind, firsts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Cut chunks, given by the index of the first token and the length, into tiles of one kind."""
     tiles_per_chunk = cdiv(lengths, kind.tile_len)
     num_tiles = tiles_per_chunk.sum()
     chunk = np.repeat(np.arange(len(lengths)), tiles_per_chunk)  # [tiles] chunk of each tile
     number = np.arange(num_tiles) - np.repeat(np.cumsum(tiles_per_chunk) - tiles_per_chunk, tiles_per_chunk)
     offset = number[:, None] * kind.tile_len + np.arange(kind.tile_len)  # [tiles, L] within the chunk
-    num_padded = kind.num_padded_tiles(num_tiles)
-    tokens = np.full((num_padded, kind.tile_len), -1)
+    tokens = np.full((kind.num_padded_tiles(num_tiles), kind.tile_len), -1)
     tokens[:num_tiles] = np.where(offset < lengths[chunk, None], firsts[chunk, None] + offset, -1)
-    rows_of_tiles = np.zeros(num_padded, dtype=np.int64)
-    rows_of_tiles[:num_tiles] = rows[chunk]
-    return Cut(tokens, rows_of_tiles)
+    return tokens
 
 
-def logical_block_mask(q_pos: np.ndarray, window: int | None, group_size: int, kv: KVManager) -> BlockMask:
+def in_tiles(tiles: list[np.ndarray], positions: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
+    """Return the arrays of a `Cut` for each kind of tile, given the position and the row of each token [T]."""
+    arrays = []
+    for tokens in tiles:
+        q_pos, first = np.where(tokens < 0, -1, positions[tokens]), tokens[:, 0]
+        arrays += [tokens, q_pos.astype(np.int32), np.where(first < 0, 0, rows[first]).astype(np.int32)]
+    return arrays
+
+
+def places(tiles: list[np.ndarray], num_tokens: int) -> np.ndarray:
+    """Return the index of each token in the tiles of all kinds, concatenated; 0 for tokens in none of them."""
+    tokens = np.concatenate([of_kind.ravel() for of_kind in tiles])
+    used = np.flatnonzero(tokens >= 0)
+    result = np.zeros(num_tokens, dtype=np.int64)
+    result[tokens[used]] = used
+    return result
+
+
+def _row_of(rows: Tensor, group_size: int) -> RowOf:
+    """Return the function that gives the page-table row of a query, for `rows` of a `Cut`."""
+    if rows.ndim == 1:
+        return lambda tile, q_idx: rows[tile]
+    return lambda tile, q_idx: rows[tile, q_idx // group_size]
+
+
+def logical_block_mask(q_pos: Tensor, mask: LayerMask, group_size: int, page_size: int, width: int) -> BlockMask:
     """Return the mask of a step in logical positions: the logical pages of each tile, and the mask_mod of the layer.
 
-    The host builds the lists of pages from the first and last position of each tile. The lists are as wide as the
-    longest one of the step, so that this work does not grow with the context that is allowed. `create_block_mask` would
-    evaluate the mask for every query and every slot of the pool.
+    The lists of pages follow from the first and the last position of each tile. `create_block_mask` would evaluate the
+    mask for every query and every slot of the pool.
 
     Args:
-        q_pos: [tiles, L], position of each query in its sequence; -1 for padding, which sees nothing.
-        window: the sliding window of the layer, None for full attention.
+        q_pos: [tiles, L] int32, position of each query in its sequence; -1 for padding, which sees nothing.
+        mask: the mask of the layer.
         group_size: G; a tile has L * G query rows, G consecutive ones for each token.
-        kv: gives the page size and N.
+        width: logical pages up to the last position, or more.
     """
-    page_size, max_pages = kv.geometry.page_size, kv.geometry.max_pages_per_row
     tile_len = q_pos.shape[1]
-    first, last = q_pos[:, :1], q_pos.max(axis=1, keepdims=True)  # [tiles, 1]; -1 for padding, which needs no pages
-    first_page, end_page, first_full, end_full = visible_pages(first, last, window, page_size)
-    num_pages = end_page - first_page
-    # Full pages, on which the kernel does not evaluate mask_mod
-    num_full = np.maximum(end_full - first_full, 0)
-    steps = np.arange(max(1, (num_pages - num_full).max(), num_full.max()))
-    partial_pages = first_page + steps
-    partial_pages += np.where(partial_pages >= first_full, num_full, 0)
-    full_pages = first_full + steps
-    last_page = max_pages - 1  # entries past the end of a list are never visited, but are translated
-    arrays = [num_pages - num_full, partial_pages.clip(max=last_page), num_full, full_pages.clip(max=last_page)]
-    uploaded = upload([*arrays, q_pos], kv.device, np.int32)
-    num_partial, partial_pages, num_full, full_pages, q_pos = uploaded
+    first, last = q_pos[:, 0], q_pos.amax(dim=1)  # [tiles]; -1 for padding, which needs no pages
+    if mask.window is not None:
+        width = min(width, cdiv(mask.window - 1 + tile_len, page_size) + 1)
+    last_end = last // page_size + 1
+    full_begin, full_end = mask.full_pages(first, last, page_size)
+    full_end = torch.minimum(torch.maximum(full_begin, full_end), last_end)
+    partial, previous_end = [], torch.zeros_like(first)
+    for begin, end in mask.visible_pages(first, last, page_size):
+        begin, end = torch.maximum(begin, previous_end), torch.minimum(end, last_end)  # ranges may overlap
+        partial += [(begin, torch.minimum(end, full_begin)), (torch.maximum(begin, full_end), end)]
+        previous_end = torch.maximum(previous_end, end)
+    num_partial, partial_pages = _listed(partial, width)
+    num_full, full_pages = _listed([(full_begin, full_end)], width)
     return BlockMask.from_kv_blocks(
-        num_partial[:, None],  # [tiles, 1, 1]: for all heads, one query block
-        partial_pages[:, None, None],  # [tiles, 1, 1, <= N]
-        num_full[:, None],
+        num_partial[:, None, None],  # [tiles, 1, 1]: for all heads, one query block
+        partial_pages[:, None, None],  # [tiles, 1, 1, width]
+        num_full[:, None, None],
         full_pages[:, None, None],
         BLOCK_SIZE=(tile_len * group_size, page_size),
-        mask_mod=of_queries(layer_mask(window), q_pos, group_size),
-        seq_lengths=(tile_len * group_size, max_pages * page_size),
+        mask_mod=of_queries(mask.mask_mod, q_pos, group_size),
+        seq_lengths=(tile_len * group_size, width * page_size),
         compute_q_blocks=False,
     )
+
+
+def _listed(ranges: list[Pages], width: int) -> tuple[Tensor, Tensor]:
+    """Return the number of pages in ascending ranges, [tiles], and their list, [tiles, width].
+
+    The entries past the end of a list are undefined.
+    """
+    index = torch.arange(width, dtype=torch.int32, device=ranges[0][0].device)
+    number, pages = torch.zeros_like(ranges[0][0]), index.expand(len(ranges[0][0]), width)
+    for begin, end in ranges:
+        pages = torch.where(index < number[:, None], pages, index - number[:, None] + begin[:, None])
+        number = number + (end - begin).clamp(min=0)
+    return number, pages

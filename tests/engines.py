@@ -16,8 +16,10 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
 from flex_nano_vllm import SamplingParams
+from flex_nano_vllm.masks import layer_mask
 from flex_nano_vllm.random_models import BYTE_VOCABULARY
 from flex_nano_vllm.sampler import NOT_FINITE
+from flex_nano_vllm.step import TileLayout
 
 # Settings of both state machines, whose steps take long
 MACHINE = dict(
@@ -183,14 +185,24 @@ def dense_flex(query, key, value, score_mod=None, block_mask=None, scale=None, k
     return weights.nan_to_num(0) @ value  # a query that sees nothing gets zeros
 
 
-def visible_slots(batch, window):
+def layout_of(kinds, num_kv_heads, group_size, windows, last_window, whole_pool, cascade=None):
+    """Return the layout of a model whose layers have these windows."""
+    masks, last = tuple(map(layer_mask, windows)), windows.index(last_window)
+    return TileLayout(kinds, num_kv_heads, group_size, masks, last, whole_pool, cascade)
+
+
+def windows_of(layout):
+    return [mask.window for mask in layout.masks]
+
+
+def visible_slots(batch, index):
     """Return the slots that the kernel visits and does not mask, for each token of a step. For layouts of one head."""
     seen = []
     zero = torch.zeros((), dtype=torch.int32)
-    queries = batch.queries[window]
+    queries = batch.queries[index]
     in_tiles = queries.output_rows[:, 0].tolist()  # one head: each query row is a token
     for tiles in queries.tiles:
-        mask = tiles.block_masks[window]
+        mask = tiles.block_masks[index]
         tile_len, page_size = mask.BLOCK_SIZE
         all_slots = torch.arange(mask.seq_lengths[1], dtype=torch.int32)
         queries = torch.arange(tiles.query_rows.numel(), dtype=torch.int32)[:, None]

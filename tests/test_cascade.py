@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from engines import SIZES, TIGHT, greedy, own_model, prompt_of, tokens_of, visible_slots
+from engines import SIZES, TIGHT, greedy, layout_of, own_model, prompt_of, tokens_of, visible_slots
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import hf_generate, tiny_model
@@ -17,11 +17,12 @@ from flex_nano_vllm import Inference, cascade
 from flex_nano_vllm.cascade import CascadeRule, PackedDecodes, pack
 from flex_nano_vllm.geometry import Geometry
 from flex_nano_vllm.kv_manager import KVManager
+from flex_nano_vllm.masks import layer_mask
 from flex_nano_vllm.runner import cascade_rule, decode_buckets, tile_kinds
 from flex_nano_vllm.sampling_params import SamplingParams
 from flex_nano_vllm.scheduler import Chunk
 from flex_nano_vllm.sequence import Sequence
-from flex_nano_vllm.step import StepBatch, TileKind, TileLayout
+from flex_nano_vllm.step import StepBatch, TileKind
 
 ALWAYS = CascadeRule(3, 4, 1, 0.0, 0.0, 1.0)  # packed tiles cost nothing
 
@@ -52,7 +53,7 @@ class Family:
 
     def packed(self, window: int | None, rule: CascadeRule) -> PackedDecodes | None:
         rows, positions = np.array([(chunk.sequence.row, chunk.start) for chunk in self.chunks]).T
-        return pack(rows, positions, window, self.kv.primary, rule)
+        return pack(rows, positions, layer_mask(window), self.kv.primary, rule)
 
     def seen_slots(self, index: int, window: int | None) -> list[int]:
         """The definition: return the slots that the last token of a sequence sees."""
@@ -82,27 +83,27 @@ def families(draw):
 @given(family=families(), whole_pool=st.booleans(), num_padding=st.integers(0, 3))
 def test_a_packed_query_sees_the_same_slots_as_alone_and_its_tile_reads_each_page_once(family, whole_pool, num_padding):
     kinds = (TileKind(1, (16,)),)
-    layout = TileLayout(kinds, 1, 1, family.windows, family.windows[-1], whole_pool, ALWAYS)
-    window = layout.widest_window
+    layout = layout_of(kinds, 1, 1, family.windows, family.windows[-1], whole_pool, ALWAYS)
+    window = layout.masks[layout.packed_mask].window
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(cascade, "LEAST_SAVING", 0)
         packed = family.packed(window, ALWAYS)
     padding = Sequence(-1, None, [0], 1, SamplingParams(), 0, frozenset(), 1, row=0)
     chunks = family.chunks + [Chunk(padding, 0, 1)] * num_padding
     alone, together = (StepBatch.build(chunks, family.kv, layout, how) for how in (None, packed))
-    for window in family.windows:
-        seen = visible_slots(together, window)[: len(family.chunks)]
+    for number, of_layer in enumerate(family.windows):
+        seen = visible_slots(together, number)[: len(family.chunks)]
         for index, slots in enumerate(seen):  # with repetition, because a page read twice counts twice in the softmax
-            assert sorted(slots) == family.seen_slots(index, window)
-    assert together.queries[layout.widest_window] is not alone.queries[layout.widest_window]
+            assert sorted(slots) == family.seen_slots(index, of_layer)
+    assert together.queries[layout.packed_mask] is not alone.queries[layout.packed_mask]
 
-    (tiles,) = together.queries[layout.widest_window].tiles
-    mask = tiles.block_masks[layout.widest_window]
+    (tiles,) = together.queries[layout.packed_mask].tiles
+    mask = tiles.block_masks[layout.packed_mask]
     assert tiles.query_rows.shape == (4, 1, 3)
     members = [[i for i in tile if i >= 0] for tile in packed.members.tolist()]
     assert sorted(itertools.chain(*members)) == list(range(len(family.chunks)))
     for tile, sequences in enumerate(members + [[]] * (4 - len(members))):
-        seen = [family.seen_pages(index, layout.widest_window) for index in sequences]
+        seen = [family.seen_pages(index, window) for index in sequences]
         pages = {page for of_one in seen for page in of_one}
         whole = {page for page in pages if all(of_one.get(page) for of_one in seen)}
         for counts, lists, expected in (
@@ -120,9 +121,9 @@ def test_the_drawing_in_the_docstring_of_cascade_holds(any_saving):
     packed = family.packed(None, ALWAYS)
     assert sorted(packed.members.ravel().tolist()) == [0, 1, 2]
     common = family.pages[0][:2]
-    assert np.flatnonzero(packed.full).tolist() == sorted(common)
+    assert sorted(packed.pages[packed.full].tolist()) == sorted(common)
     own = {page for pages in family.pages for page in pages} - set(common)
-    assert len(own) == 4 and np.flatnonzero(packed.partial).tolist() == sorted(own)
+    assert len(own) == 4 and sorted(packed.pages[packed.partial].tolist()) == sorted(own)
 
 
 def test_sequences_with_a_common_prefix_are_packed_side_by_side(any_saving):

@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from engines import COMPILED, dense_flex, greedy, num_graphs, prompt_of, tokens_of
+from engines import COMPILED, dense_flex, greedy, layout_of, num_graphs, prompt_of, tokens_of
 from tiny_models import VOCABULARY, hf_generate, tiny_model
 from torch.torch_version import TorchVersion
 from tqdm import tqdm
@@ -28,7 +28,7 @@ from flex_nano_vllm.runner import (
 )
 from flex_nano_vllm.scheduler import Chunk
 from flex_nano_vllm.sequence import Sequence
-from flex_nano_vllm.step import StepBatch, TileKind, TileLayout
+from flex_nano_vllm.step import StepBatch, TileKind
 
 pytestmark = pytest.mark.flex
 
@@ -98,7 +98,7 @@ def test_layers_of_different_windows_have_their_own_masks_in_one_graph_at_batch_
     model = tiny_model("gemma3_text", torch.float32)
     expected = [hf_generate(model, prompt, 24) for prompt in PROMPTS[:3]]
     with Inference(model, None, 1, page_size=16, n_pages=16, max_num_batched_tokens=64) as engine:
-        assert len(set(engine.runner.layout.windows)) == 2
+        assert len(set(engine.runner.layout.masks)) == 2
         for prompt, tokens in zip(PROMPTS, expected):
             (output,) = engine.generate([prompt], SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)
             assert output.outputs[0].token_ids == tokens
@@ -204,14 +204,14 @@ class Scene:
                 kv.reserve(sequence.row, min(end, sequence.num_tokens))
         self.chunks = [Chunk(s, s.num_tokens - n, n) for s, n in zip(sequences, lengths)]
         num_slots = geometry.n_pages * page_size
-        self.cache = PagedKVCache(window, num_slots, num_kv_heads, head_dim, dtype, torch.device("cpu"))
+        self.cache = PagedKVCache(0, num_slots, num_kv_heads, head_dim, dtype, torch.device("cpu"))
         generator = torch.Generator().manual_seed(0)
         self.query = torch.randn(1, num_heads, sum(lengths), head_dim, generator=generator).to(dtype)
         for pool in (self.cache.k_cache, self.cache.v_cache):
             pool.copy_(torch.randn(pool.shape, generator=generator))
 
     def step(self, kinds: tuple[TileKind, ...], whole_pool: bool) -> StepBatch:
-        layout = TileLayout(kinds, self.num_kv_heads, self.group_size, (self.window,), self.window, whole_pool)
+        layout = layout_of(kinds, self.num_kv_heads, self.group_size, (self.window,), self.window, whole_pool)
         return StepBatch.build(self.chunks, self.kv, layout)
 
 
@@ -441,7 +441,7 @@ def test_every_step_fits_a_bucket(device_type, group_size, max_batch_size, budge
     most = min(max_batch_size, budget)
     decodes = TileKind(kinds[0].tile_len, decode_buckets(most))
     assert [decodes.num_padded_tiles(num) for num in (1, most)] == [decodes.buckets[0], most]
-    layout = TileLayout(kinds, 1, group_size, (None,), None, whole_pool=True)
+    layout = layout_of(kinds, 1, group_size, (None,), None, whole_pool=True)
     assert [kind.tile_len for kind in kinds] == sorted(kind.tile_len for kind in kinds)
     for chunk_len in {1, *(kind.tile_len + 1 for kind in kinds), budget}:
         num_chunks = min(max_batch_size, budget // chunk_len)

@@ -12,7 +12,7 @@ import zlib
 from random import Random
 
 import pytest
-from engines import MACHINE, visible_slots
+from engines import MACHINE, layout_of, visible_slots, windows_of
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -22,7 +22,7 @@ from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.sampling_params import SamplingParams
 from flex_nano_vllm.scheduler import Scheduler
 from flex_nano_vllm.sequence import Sequence
-from flex_nano_vllm.step import StepBatch, TileKind, TileLayout
+from flex_nano_vllm.step import StepBatch, TileKind
 
 EOS, NOT_FINITE, NEVER = 0, -1, 99
 ZEROS = "zeros, because the values were not finite"
@@ -74,11 +74,11 @@ class Texts(RuleBasedStateMachine):
         self.scheduler = Scheduler(self.kv, budget, watermark)
         kinds = (TileKind(1, None), TileKind(3, None))
         windows = self.geometry.layer_windows
-        self.layout = TileLayout(kinds, 1, 1, tuple(dict.fromkeys(windows)), windows[-1], whole_pool=True)
+        self.layout = layout_of(kinds, 1, 1, tuple(dict.fromkeys(windows)), windows[-1], whole_pool=True)
         self.texts: list[tuple[int, ...]] = [()]  # all prompts and finished texts, whose prefixes start new prompts
         self.live: dict[tuple[int, int], tuple[Sequence, tuple[int, ...], str | None]] = {}
         self.num_submitted = 0
-        self.written = {window: {} for window in self.layout.windows}  # slot -> text up to its token
+        self.written = {window: {} for window in windows_of(self.layout)}  # slot -> text up to its token
         self.faulty: set[tuple[int, int]] = set()  # samples whose next chunk has values that are not finite
 
     @rule(
@@ -128,7 +128,7 @@ class Texts(RuleBasedStateMachine):
         if chunks and copies:
             self.copy_pages()
             batch = StepBatch.build(chunks, self.kv, self.layout)
-            for window, slots in batch.slots.items():
+            for window, slots in zip(windows_of(self.layout), batch.slots):
                 self.written[window] |= dict.fromkeys(slots.tolist()[:num_written], FAILED)
 
     @rule(pick=st.integers(0, 30))
@@ -163,7 +163,7 @@ class Texts(RuleBasedStateMachine):
         for table, source, target in itertools.chain(*self.kv.copies.values()):
             assert source and target and (table, target) not in targets, "a copy uses page 0 or has a repeated target"
             targets.add((table, target))
-            for window in self.layout.windows:
+            for window in windows_of(self.layout):
                 for offset in range(self.geometry.page_size if self.kv.table(window) is table else 0):
                     text = written[window].get(source * self.geometry.page_size + offset)
                     self.written[window][target * self.geometry.page_size + offset] = text
@@ -183,8 +183,8 @@ class Texts(RuleBasedStateMachine):
         broken = {
             key_of(chunk.sequence) for chunk, text in tokens if is_broken(text) or key_of(chunk.sequence) in self.faulty
         }
-        for window in self.layout.windows:
-            table, slots = self.kv.table(window), batch.slots[window].tolist()
+        for index, window in enumerate(windows_of(self.layout)):
+            table, slots = self.kv.table(window), batch.slots[index].tolist()
             assert len(set(slots)) == len(slots), "two tokens in one slot"
             for (chunk, text), slot in zip(tokens, slots):
                 page = slot // self.geometry.page_size
@@ -193,8 +193,8 @@ class Texts(RuleBasedStateMachine):
                 self.written[window][slot] = ZEROS if spoilt else (chunk.sequence.cache_salt, *text)
 
         invalidated = set()  # samples that saw zeros of another sample: their token must be ignored
-        for window in self.layout.windows:
-            for (chunk, text), slots in zip(tokens, visible_slots(batch, window)):
+        for index, window in enumerate(windows_of(self.layout)):
+            for (chunk, text), slots in zip(tokens, visible_slots(batch, index)):
                 key = key_of(chunk.sequence)
                 salt = self.live[key][2]
                 first = 0 if window is None else max(0, len(text) - window)

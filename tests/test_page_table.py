@@ -6,8 +6,8 @@ would hide outdated device tables. The tests at the end show that `check_invaria
 
 import copy
 
-import numpy as np
 import pytest
+import torch
 
 from flex_nano_vllm.page_table import PageTable
 
@@ -92,7 +92,7 @@ def test_the_example_in_the_docstring_of_page_table_holds(worked_example):
     table.sync()
     assert table.table[2].tolist() == [3, 1, 6, 0, 0, 0, 0]
     assert table.physical_to_logical[2].tolist() == [-1, 1, -1, 0, -1, -1, 2, -1]
-    assert table.slots(np.array([2, 2]), np.array([5, 9])).tolist() == [5, 25]
+    assert table.slots(torch.tensor([2, 2]), torch.tensor([5, 9])).tolist() == [5, 25]
 
 
 def test_slots_maps_every_token_of_every_row_to_its_page_and_offset(worked_example):
@@ -103,23 +103,25 @@ def test_slots_maps_every_token_of_every_row_to_its_page_and_offset(worked_examp
             rows.append(row)
             positions.append(position)
             expected.append(pages[row][position // 4] * 4 + position % 4)
-    assert worked_example.slots(np.array(rows), np.array(positions)).tolist() == expected
+    worked_example.sync()
+    assert worked_example.slots(torch.tensor(rows), torch.tensor(positions)).tolist() == expected
     assert len(set(expected)) == len(expected)
 
 
 def test_slots_of_unmapped_positions_and_of_row_0_lie_in_page_0(worked_example):
-    rows = np.array([0, 0, 2, 2, 1, 1])
-    positions = np.array([0, 27, 12, 27, 0, 5])  # row 2 has three pages, row 1 was erased
+    worked_example.sync()
+    rows = torch.tensor([0, 0, 2, 2, 1, 1])
+    positions = torch.tensor([0, 27, 12, 27, 0, 5])  # row 2 has three pages, row 1 was erased
     assert worked_example.slots(rows, positions).tolist() == [0, 3, 0, 3, 0, 1]
 
 
-def test_slots_includes_reservations_that_are_not_yet_uploaded():
+def test_slots_includes_reservations_after_sync():
     table = make()
     row = table.allocate()
     table.reserve(row, 5)
-    assert table.slots(np.array([row, row]), np.array([0, 4])).tolist() == [4, 8]
     assert table.table.count_nonzero() == 0, "nothing is uploaded before sync"
     table.sync()
+    assert table.slots(torch.tensor([row, row]), torch.tensor([0, 4])).tolist() == [4, 8]
     assert table.table[row].tolist() == [1, 2, 0, 0, 0, 0, 0]
 
 

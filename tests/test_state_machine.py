@@ -14,9 +14,9 @@ import copy
 from dataclasses import dataclass, field
 from random import Random
 
-import numpy as np
 import pytest
-from engines import MACHINE, visible_slots
+import torch
+from engines import MACHINE, layout_of, visible_slots, windows_of
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -27,13 +27,11 @@ from flex_nano_vllm.page_table import PageTable
 from flex_nano_vllm.sampling_params import SamplingParams
 from flex_nano_vllm.scheduler import Scheduler
 from flex_nano_vllm.sequence import Sequence
-from flex_nano_vllm.step import StepBatch, TileKind, TileLayout
+from flex_nano_vllm.step import StepBatch, TileKind
 
 EOS, NOT_FINITE = 0, -1
 FAILED = "written by a step that failed"
-LAYOUT = TileLayout(
-    (TileKind(1, None), TileKind(3, (1, 2, 9))), 1, 1, windows=(None, 3), last_window=3, whole_pool=True
-)
+LAYOUT = layout_of((TileKind(1, None), TileKind(3, (1, 2, 9))), 1, 1, windows=(None, 3), last_window=3, whole_pool=True)
 
 PROMPTS = st.tuples(
     st.one_of(st.integers(0, 3), st.integers(0, 99)),  # gives the length of the prompt, see `submit`
@@ -109,7 +107,7 @@ class Engine(RuleBasedStateMachine):
         self.page_size, self.rows, self.budget, self.watermark = page_size, rows, budget, watermark
         self.usable_pages = n_pages - 1
         self.limit = min(max_seq_length, self.usable_pages * page_size)
-        geometry = Geometry(n_pages, page_size, rows, max_seq_length, budget, LAYOUT.windows, window_release=False)
+        geometry = Geometry(n_pages, page_size, rows, max_seq_length, budget, windows_of(LAYOUT), window_release=False)
         self.kv = KVManager(geometry, prefix_caching=False)
         self.table = self.kv.primary
         self.scheduler = Scheduler(self.kv, budget, watermark)
@@ -166,7 +164,7 @@ class Engine(RuleBasedStateMachine):
         """The forward pass raises after it has written some tokens, or some layers of them. Their slots are invalid."""
         chunks = self.schedule()
         if chunks:
-            for slot in StepBatch.build(chunks, self.kv, LAYOUT).slots[None].tolist()[:num_written]:
+            for slot in StepBatch.build(chunks, self.kv, LAYOUT).slots[0].tolist()[:num_written]:
                 self.kv_pool[slot] = FAILED
 
     @rule(pick=st.integers(0, 30))
@@ -323,16 +321,17 @@ class Engine(RuleBasedStateMachine):
         if not chunks:
             return
         batch = StepBatch.build(chunks, self.kv, LAYOUT)
-        slots = batch.slots[None].tolist()
+        slots = batch.slots[0].tolist()
         tokens = [  # (request, position) of each token of the step
             (self.live[chunk.sequence.request_id], position)
             for chunk in chunks
             for position in range(chunk.start, chunk.start + chunk.length)
         ]
-        assert batch.input_ids.tolist() == [[request.token_ids[position] for request, position in tokens]]
-        assert batch.position_ids.tolist() == [[position for _, position in tokens]]
+        vectors = batch.vectors
+        assert vectors.input_ids.tolist() == [request.token_ids[position] for request, position in tokens]
+        assert vectors.positions.tolist() == [position for _, position in tokens]
         ends = [(self.live[chunk.sequence.request_id], chunk.start + chunk.length - 1) for chunk in chunks]
-        assert [tokens[i] for i in batch.chunk_ends.tolist()] == ends
+        assert [tokens[i] for i in vectors.chunk_ends.tolist()] == ends
         assert len(set(slots)) == len(slots), "I8: two tokens in one slot"
         assert min(slots) >= self.page_size, "I1: a token on page 0"
         for slot, (request, position) in zip(slots, tokens):
@@ -341,8 +340,8 @@ class Engine(RuleBasedStateMachine):
         for chunk in chunks:  # I8: all computed tokens are in the slots of the host's page table
             self.assert_written(self.live[chunk.sequence.request_id], chunk.start + chunk.length)
         # I7: through the device tables, each query sees the tokens of its window and nothing else
-        for window in LAYOUT.windows:
-            seen = visible_slots(batch, window)
+        for index, window in enumerate(windows_of(LAYOUT)):
+            seen = visible_slots(batch, index)
             for i, (request, position) in enumerate(tokens):
                 first = 0 if window is None else max(0, position - window + 1)
                 expected = [self.entry(request, past) for past in range(first, position + 1)]
@@ -382,8 +381,8 @@ class Engine(RuleBasedStateMachine):
         return request.id, request.life, position, request.token_ids[position]
 
     def assert_written(self, request: Request, num_tokens: int) -> None:
-        row = np.full(num_tokens, request.sequence.row)
-        for position, slot in enumerate(self.table.slots(row, np.arange(num_tokens)).tolist()):
+        row = torch.full((num_tokens,), request.sequence.row)
+        for position, slot in enumerate(self.table.slots(row, torch.arange(num_tokens)).tolist()):
             assert self.kv_pool.get(slot) == self.entry(request, position)
 
     # ---- checks after every rule ----

@@ -193,15 +193,15 @@ def test_answers_equal_generate_in_batches_of_any_composition(dtype):
 
 def no_window(monkeypatch):
     """Remove the window everywhere: pages outside it are released, so removing only its mask would change little."""
-    monkeypatch.setattr("flex_nano_vllm.inference.layer_windows", lambda model: [None] * len(model.model.layers))
+    monkeypatch.setattr("flex_nano_vllm.patching.layer_windows", lambda model: [None] * len(model.model.layers))
 
 
 def windows_everywhere(monkeypatch):
-    monkeypatch.setattr("flex_nano_vllm.step.layer_mask", lambda window: masks.sliding_window(WINDOW))
+    monkeypatch.setattr(masks.Causal, "mask_mod", masks.SlidingWindow(WINDOW).mask_mod)
 
 
 def no_softcap(monkeypatch):
-    monkeypatch.setattr("flex_nano_vllm.attention.softcap_mod", lambda cap: None)
+    monkeypatch.setattr("flex_nano_vllm.attention.softcapped", lambda cap, score_mod: score_mod)
 
 
 def pages_backwards(monkeypatch):
