@@ -175,13 +175,13 @@ def dense_flex(query, key, value, score_mod=None, block_mask=None, scale=None, k
     PyTorch's own uncompiled function is traced again for each size of the pool. This takes half a second in the first
     steps of a test.
     """
-    batch, rows, slots = len(query), query.shape[2], key.shape[2]
-    b, q, kv = torch.arange(batch)[:, None, None], torch.arange(rows)[:, None], torch.arange(slots)
+    batch, heads, rows, slots = *query.shape[:3], key.shape[2]
+    b, h = torch.arange(batch)[:, None, None, None], torch.arange(heads)[:, None, None]
+    q, kv = torch.arange(rows)[:, None], torch.arange(slots)
     scores = query @ key.transpose(-1, -2) * scale
     if score_mod is not None:
-        scores = score_mod(scores, b[..., None], 0, q, kv)
-    is_seen = block_mask.mask_mod(b, torch.zeros((), dtype=torch.int32), q, kv).broadcast_to(batch, rows, slots)
-    weights = scores.masked_fill(~is_seen[:, None], -torch.inf).softmax(dim=-1)
+        scores = score_mod(scores, b, h, q, kv)
+    weights = scores.masked_fill(~block_mask.mask_mod(b, h, q, kv), -torch.inf).softmax(dim=-1)
     return weights.nan_to_num(0) @ value  # a query that sees nothing gets zeros
 
 
