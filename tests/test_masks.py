@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from engines import COMPILED, SIZES, greedy, prompt_of, tokens_of
+from engines import SIZES, greedy, prompt_of, tokens_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_model
@@ -118,12 +118,14 @@ def test_a_mask_within_a_length_equals_the_mask(window):
 
 # ---- a new mask in an engine ----
 
+FEW_GRAPHS = dict(max_batch_size=2, page_size=16, n_pages=12, max_num_batched_tokens=16, enable_cascade=False)
 
-def greedy_tokens(model, mask, prompt, num_tokens):
-    """Generate with a plain attention function, which evaluates the mask and its score_mod for every pair of tokens."""
+
+def greedy_tokens(model, masks, prompt, num_tokens):
+    """Generate with an attention function that evaluates the mask of each layer for every pair of tokens."""
 
     def attention(module, query, key, value, attention_mask, scaling, softcap=None, **kwargs):
-        groups = query.shape[1] // key.shape[1]
+        mask, groups = masks[module.layer_idx], query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         scores = query @ key.transpose(-1, -2) * scaling
         head, q_pos, kv_pos = torch.arange(query.shape[1])[:, None, None], *map(torch.arange, scores.shape[-2:])
@@ -145,18 +147,27 @@ def greedy_tokens(model, mask, prompt, num_tokens):
     return tokens[len(prompt) :]
 
 
-@pytest.mark.parametrize("mask", [SinkWindow(4, 6), EveryOther(), Alibi()], ids=lambda mask: type(mask).__name__)
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.compiled)])
-def test_a_new_mask_is_right_compiled_and_uncompiled(mask, compiled, monkeypatch):
-    """The reference evaluates the mask for every pair of tokens. The engine skips pages that the mask states."""
+MASKS = {
+    "sinks": [SinkWindow(4, 6)],
+    "every other": [EveryOther()],
+    "bias": [Alibi()],
+    "in turns": [SinkWindow(4, 6), Alibi()],
+}
+COMPILED_IN_TURNS = pytest.param(True, "in turns", marks=pytest.mark.compiled)
+
+
+@pytest.mark.parametrize(("compiled", "name"), [*((False, name) for name in MASKS), COMPILED_IN_TURNS])
+def test_a_new_mask_is_right_compiled_and_uncompiled(compiled, name, monkeypatch):
+    """The reference evaluates the masks for every pair of tokens. The engine skips pages that the masks exclude."""
     model = tiny_model("gemma2", torch.float32 if compiled else torch.float64)
+    masks = [MASKS[name][layer % len(MASKS[name])] for layer in range(len(model.model.layers))]
     prompts = [prompt_of(length) for length in ((37, 5, 20, 60) if compiled else (13, 5, 2, 20))]
     with torch.no_grad():
-        expected = [greedy_tokens(model, mask, prompt, 8) for prompt in prompts]
-        causal = [greedy_tokens(model, Causal(), prompt, 8) for prompt in prompts]
+        expected = [greedy_tokens(model, masks, prompt, 8) for prompt in prompts]
+        causal = [greedy_tokens(model, [Causal()] * len(masks), prompt, 8) for prompt in prompts]
     assert expected != causal, "the mask changes no token, so the test cannot fail"
-    monkeypatch.setattr(patching, "layer_masks", lambda model: [mask] * len(model.model.layers))
-    with Inference(model, None, **(COMPILED if compiled else SIZES)) as engine:
+    monkeypatch.setattr(patching, "layer_masks", lambda model: masks)
+    with Inference(model, None, **(FEW_GRAPHS if compiled else SIZES)) as engine:
         assert engine.runner.compiled == compiled
         assert tokens_of(engine.generate(prompts, greedy(8), use_tqdm=False)) == expected
         engine.check_invariants()
