@@ -398,9 +398,6 @@ class Inference:
             sampled = []
             for chunk, sample, has_token in zip(chunks, samples, had_token):
                 sequence = chunk.sequence
-                # Skip sequences that `commit` requeued because they shared pages with a failed sequence.
-                if not sequence.num_computed_tokens:
-                    continue
                 sequence.prompt_logprobs += sample.prompt_logprobs
                 if has_token:
                     sampled.append(sequence)

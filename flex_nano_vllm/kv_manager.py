@@ -6,9 +6,9 @@ A sequence has the same row in all page tables:
     none     [ 3, 1, 6 ]
     4        [ ·, 5, 2 ]     token 10, the next one, sees tokens 7 to 10: the first page was released
 
-Full pages are cached with their tokens (`prefix_cache.py`). As long as a cached page is in use or evictable, a request
-that begins with the same tokens can share it instead of computing it (a cache hit). Every layer writes the keys and
-values of a step before it reads any. Therefore a page can be shared in the same step that fills it.
+A full page is cached with its tokens (`prefix_cache.py`) when it is computed. As long as a cached page is in use or
+evictable, a request that begins with the same tokens can share it instead of computing it (a cache hit). While a step
+computes pages that a request could share, the request waits: in the next step, these pages are cache hits.
 """
 
 from dataclasses import dataclass, field
@@ -25,17 +25,16 @@ class RowState:
     """The tokens of a row and their entries in the prefix cache."""
 
     token_ids: list[int]  # the list of the sequence itself, which grows
-    entries: list[CachedPage]  # the root of the salt, and one entry for each full page
+    entries: list[CachedPage]  # the root of the salt, and one entry for each full page that is computed
     num_cached_tokens: int  # computed tokens that the row started with
-    num_filled: int  # number of entries that are committed; `discard` removes the others
-    unfilled: list[tuple[CachedPage, PageTable, int]] = field(default_factory=list)  # cached, not yet computed
+    pending: list[CachedPage] = field(default_factory=list)  # entries of the pages that the current step fills
 
 
 class KVManager:
     """Allocates rows for sequences, and pages in all page tables at once.
 
-    The scheduler reserves pages for a step. Full pages are cached when they are reserved, before they are computed.
-    `commit` marks the tokens of a row in the step as computed. `discard` removes pages that will not be computed.
+    For each step, the scheduler reserves pages for all running rows, and then admits sequences to other rows. `commit`
+    caches the pages that a row has filled in the step. A step that fails changes nothing: the next step reserves again.
     """
 
     def __init__(self, geometry: Geometry, device: torch.device | str = "cpu", prefix_caching: bool = True):
@@ -85,23 +84,26 @@ class KVManager:
         """Return how many computed tokens `row` started with."""
         return self._rows[row].num_cached_tokens
 
-    def allocate(self, token_ids: list[int], salt: str | None = None, find: bool = True) -> int:
+    def allocate(self, token_ids: list[int], salt: str | None = None, find: bool = True) -> int | None:
         """Allocate a free row for a sequence, and share the cached pages that the sequence begins with.
 
         The last token is never taken from the cache, because its logits are needed. Without `find`, no pages are
-        shared. Raises RuntimeError if all rows are allocated.
+        shared. Returns None if another row computes more of these pages in the current step. Raises RuntimeError if all
+        rows are allocated.
         """
-        row = self._open_row()
         root = self.prefix_cache.root(salt)
         found = self.prefix_cache.find(token_ids[:-1], root) if self.prefix_caching and find else []
         for entry in found[self._first_page(len(found)) :]:
             entry.keep_hint = True
-        found = self._usable(found)
+        found, missing = self._usable(found)
+        if not {entry for known in self._rows.values() for entry in known.pending}.isdisjoint(missing):
+            return None
+        row = self._open_row()
         num_cached = len(found) * self.geometry.page_size
         for window, table in self.pools.items():
             first = table.first_page(num_cached)
             table.share(row, [entry.pages[window] if i >= first else None for i, entry in enumerate(found)])
-        self._rows[row] = RowState(token_ids, [root, *found], num_cached, 1 + len(found))
+        self._rows[row] = RowState(token_ids, [root, *found], num_cached)
         return row
 
     def fork(self, row: int, num_tokens: int, token_ids: list[int]) -> int | None:
@@ -124,11 +126,11 @@ class KVManager:
             assert reserved, "no page is free for the copy of the last page"
         if rest:
             self.copies[child] = [(table, table.page(row, num_full), table.page(child, num_full)) for table in needed]
-        self._rows[child] = RowState(token_ids, parent.entries[: num_full + 1], num_tokens, 1 + num_full)
+        self._rows[child] = RowState(token_ids, parent.entries[: num_full + 1], num_tokens)
         return child
 
     def reserve(self, row: int, num_tokens: int) -> bool:
-        """Reserve pages so that `row` can hold `num_tokens` tokens in total, and cache those that become full.
+        """Reserve pages so that `row` can hold `num_tokens` tokens in total, all of which the current step computes.
 
         Returns False, and changes nothing, if too few pages are free.
         """
@@ -139,38 +141,30 @@ class KVManager:
             reserved = table.reserve(row, num_tokens)
             assert reserved, "a secondary pool ran out of pages before the primary pool"
         if self.prefix_caching:
-            self._remember(row, num_tokens)
+            known, page_size = self._rows[row], self.geometry.page_size
+            known.pending = []
+            for start in range((len(known.entries) - 1) * page_size, num_tokens - page_size + 1, page_size):
+                parent = (known.pending or known.entries)[-1]
+                known.pending.append(self.prefix_cache.add(parent, known.token_ids[start : start + page_size]))
         return True
 
     def commit(self, row: int, num_computed_tokens: int) -> None:
-        """Mark the first `num_computed_tokens` tokens of `row` as computed.
+        """Mark the first `num_computed_tokens` tokens of `row`, for which it has pages, as computed.
 
-        Releases the pages that are out of the window of the last of these tokens, and so of all later tokens. The
-        pages in the window of that token are kept, because a fork computes the last token of the prompt again.
+        Caches the pages that are full now. Releases the pages that are out of the window of the last of these tokens,
+        and so of all later tokens. The pages in the window of that token are kept, because a fork computes the last
+        token of the prompt again.
         """
         known = self._rows[row]
-        known.unfilled.clear()
-        known.num_filled = len(known.entries)
+        for entry in known.pending:
+            self._cache(row, len(known.entries) - 1, entry)
+            known.entries.append(entry)
+        known.pending = []
         for table in self.pools.values():
             table.release_before(row, num_computed_tokens - 1)
 
-    def discard(self, row: int) -> set[int]:
-        """Remove the pages that `row` has not computed from the cache. Returns the other rows that share them."""
-        known = self._rows[row]
-        invalidated = set()
-        for entry, table, page in known.unfilled:
-            invalidated.update(table.rows_of(page))
-            table.uncache_page(page)
-            del entry.pages[table.window]
-        known.unfilled.clear()
-        del known.entries[known.num_filled :]
-        return invalidated - {row}
-
     def erase(self, row: int) -> None:
         """Release the row and all its pages."""
-        # The result can be ignored: other rows share these pages only after a failed step, and `Scheduler._undo`
-        # requeues the sequences of these rows before the next step.
-        self.discard(row)
         for table in self.pools.values():
             table.erase(row)
         del self._rows[row]
@@ -186,8 +180,10 @@ class KVManager:
         windows = [table for table in self.pools.values() if table.window is not None]
         return min((table.first_page(num_pages * self.geometry.page_size) for table in windows), default=num_pages)
 
-    def _usable(self, found: list[CachedPage]) -> list[CachedPage]:
-        """Return the longest prefix of `found` after which every pool has all pages that later tokens see."""
+    def _usable(self, found: list[CachedPage]) -> tuple[list[CachedPage], list[CachedPage]]:
+        """Return the longest prefix of `found` after which every pool has all pages that later tokens see, and the rest
+        of `found`.
+        """
         # For each pool, the number of consecutive entries up to the current one that have a page in this pool
         most, in_a_row = 0, dict.fromkeys(self.pools, 0)
         for num_pages, entry in enumerate(found, start=1):
@@ -196,25 +192,19 @@ class KVManager:
                 in_a_row[window] = in_a_row[window] + 1 if window in entry.pages else 0
                 enough &= in_a_row[window] >= num_pages - table.first_page(num_pages * self.geometry.page_size)
             most = num_pages if enough else most
-        return found[:most]
+        return found[:most], found[most:]
 
-    def _remember(self, row: int, num_tokens: int) -> None:
-        """Cache the pages of `row` that its first `num_tokens` tokens fill."""
-        known, page_size = self._rows[row], self.geometry.page_size
-        for logical in range(len(known.entries) - 1, num_tokens // page_size):
-            token_ids = known.token_ids[logical * page_size : (logical + 1) * page_size]
-            entry = self.prefix_cache.add(known.entries[-1], token_ids)
-            known.entries.append(entry)
-            if entry.pages.keys() == self.pools.keys():
-                continue  # another row has already cached this page in all pools
-            # The page is new, or a pool has evicted its copy of it. Remove the other copies from the cache too: a page
-            # is shared in every pool or in none, otherwise a secondary pool could run out before the primary pool.
-            for window, page in entry.pages.items():
-                self.pools[window].uncache_page(page)
-            for window, table in self.pools.items():
-                page = entry.pages[window] = table.page(row, logical)
-                table.cache_page(page, entry)
-                known.unfilled.append((entry, table, page))
+    def _cache(self, row: int, logical: int, entry: CachedPage) -> None:
+        """Cache a computed page of `row`, unless another row has already cached this page in all pools."""
+        if entry.pages.keys() == self.pools.keys():
+            return
+        # The page is new, or a pool has evicted its copy of it. Remove the other copies from the cache too: a page is
+        # shared in every pool or in none, otherwise a secondary pool could run out before the primary pool.
+        for window, page in entry.pages.items():
+            self.pools[window].uncache_page(page)
+        for window, table in self.pools.items():
+            entry.pages[window] = table.page(row, logical)
+            table.cache_page(entry.pages[window], entry)
 
     def sync(self) -> None:
         """Upload all changes to the device tables."""
@@ -229,5 +219,9 @@ class KVManager:
             for page, entry in table.cached.items():
                 assert entry.pages[window] == page, f"the entry of cached page {page} has page {entry.pages[window]}"
         for row, known in self._rows.items():
-            tokens = [token for entry in known.entries for token in entry.token_ids]
+            tokens = [token for entry in [*known.entries, *known.pending] for token in entry.token_ids]
             assert tokens == known.token_ids[: len(tokens)], f"the cache entries of row {row} differ from its tokens"
+            first_new = len(known.entries) - 1
+            for table in self.pools.values():
+                new = {table.page(row, i) for i in range(first_new, table.pages_for(table.num_tokens(row)))}
+                assert new.isdisjoint(table.cached), f"a page of row {row} is cached before it is computed"

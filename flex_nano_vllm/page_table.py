@@ -13,10 +13,20 @@ of the sequence in logical order:
 Row 0 and page 0 are reserved for padding. Unmapped entries of the table point at page 0. Therefore padding reads and
 writes only page 0, and no index is ever negative.
 
-Rows may share pages, which are then only read. A page that no row uses is free or *evictable*. The tokens of an
-evictable page are known (`cache_page`), so that a row can share it again (`share`). If a page is needed and none is
-free, the page that has been evictable for the longest time is evicted. Pages that `release_before` moves to the front
-are evicted before all others.
+The life of a page:
+
+          reserve                       cache_page
+    free ─────────► in use by one row ─────────────► cached, in use by some rows
+     ▲                     │                            │ ▲
+     ├─────────────────────┘                    no user │ │ share
+     │                                                  ▼ │
+     └───────────────────────────────────────────── evictable
+                            evict
+
+A page is cached when all its tokens are computed. Only then do other rows share it, and only read it. A row that is
+erased, or whose window has passed the page (`release_before`), stops using it. If a page is needed and none is free,
+the page that has been evictable for the longest time is evicted. Pages that `release_before` moves to the front are
+evicted before all others.
 """
 
 import heapq
@@ -211,10 +221,6 @@ class PageTable:
     def page(self, row: int, logical: int) -> int | None:
         """Return the physical page of a logical page; None if `row` does not hold it."""
         return self._pages[row].get(logical)
-
-    def rows_of(self, page: int) -> list[int]:
-        """Return the rows that use the page."""
-        return [row for row, pages in self._pages.items() if page in pages.values()]
 
     def holders(self) -> list[int]:
         """Return for each page the lowest row that uses it: 0 if it is free, -1 if it is evictable, -2 for page 0."""

@@ -81,7 +81,6 @@ class Scheduler:
         Returns an empty list only if there are no unfinished requests. A failed step can be scheduled again, because
         only `commit` advances the sequences.
         """
-        self._undo()
         chunks: list[Chunk] = []
         budget = self.max_num_batched_tokens
         for sequence in tuple(self.running):
@@ -103,16 +102,6 @@ class Scheduler:
 
         assert chunks or not self.has_unfinished_requests(), f"no chunk was scheduled: {self.waiting=}, {self.running=}"
         return chunks
-
-    def _undo(self) -> None:
-        """Roll back a step that raised: remove its pages from the cache and requeue the sequences admitted in it.
-
-        These sequences may share pages that were never computed. After a committed step, this changes nothing.
-        """
-        for sequence in tuple(self.running):
-            self.kv.discard(sequence.row)
-        while self.running and self.running[-1].num_computed_tokens == 0:
-            self._send_back()
 
     def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
         start = sequence.num_computed_tokens or self.kv.num_cached_tokens(sequence.row)
@@ -142,6 +131,8 @@ class Scheduler:
                 not sequence.wants_prompt_logprobs or len(sequence.prompt_logprobs) == sequence.num_prompt_tokens - 1
             )
             sequence.row = self.kv.allocate(sequence.token_ids, sequence.cache_salt, find=may_hit)
+            if sequence.row is None:
+                return False  # wait until the current step has computed pages that the sequence can share
         if self.running and needed + self._growth(sequence) > self.kv.num_free_pages:
             self.kv.erase(sequence.row)
             sequence.row = None
@@ -171,16 +162,12 @@ class Scheduler:
         It moves to the head of the waiting queue, and its row and pages are released. It keeps its tokens, which are
         computed again later.
         """
-        victim = self._send_back()
-        victim.metrics.num_preemptions += 1
-        self.num_preemptions += 1
-        return victim
-
-    def _send_back(self) -> Sequence:
         newest = self.running[-1]
         self._release(newest)
         self.waiting.appendleft(newest)
         newest.num_computed_tokens = 0
+        newest.metrics.num_preemptions += 1
+        self.num_preemptions += 1
         return newest
 
     def _release(self, sequence: Sequence) -> None:
@@ -196,29 +183,22 @@ class Scheduler:
             token_ids: the sampled token of each chunk. It is negative if there is none, because values were not finite
                 or no token was allowed.
         """
-        invalidated = set()  # rows that share pages which a failed sequence was supposed to fill in this step
-        for chunk, token_id in zip(chunks, token_ids, strict=True):
-            if token_id < 0:
-                invalidated |= self.kv.discard(chunk.sequence.row)
-        while invalidated & {sequence.row for sequence in self.running}:
-            self._send_back()
         finished = []
-        for chunk, token_id in zip(chunks, token_ids):
+        for chunk, token_id in zip(chunks, token_ids, strict=True):
             sequence = chunk.sequence
-            if sequence.row is None:  # requeued above
-                continue
             needs_sample = chunk.needs_sample  # read before the token is appended
             if sequence.num_cached_tokens is None:
                 sequence.num_cached_tokens = chunk.start
                 if sequence.index == 0:  # forks are not counted: their shared prompt is not a cache hit
                     self.num_prompt_tokens += sequence.num_prompt_tokens
                     self.num_cached_tokens += chunk.start
-            sequence.num_computed_tokens = chunk.start + chunk.length
-            self.kv.commit(sequence.row, sequence.num_computed_tokens)
             if token_id < 0:
-                sequence.fail()
-            elif needs_sample:
-                sequence.append(token_id)
+                sequence.fail()  # its pages are released without being cached
+            else:
+                sequence.num_computed_tokens = chunk.start + chunk.length
+                self.kv.commit(sequence.row, sequence.num_computed_tokens)
+                if needs_sample:
+                    sequence.append(token_id)
             if sequence.finish_reason is not None:
                 self._release(sequence)
                 finished.append(sequence)

@@ -298,8 +298,8 @@ def test_nan_keys_and_values_do_not_affect_later_requests_on_the_same_pages(pois
     assert tokens_of(poisonous_engine.generate(PROMPTS, greedy(5), use_tqdm=False)) == [e[:5] for e in expected]
 
 
-def test_a_request_that_shares_pages_with_a_failed_request_is_requeued_without_a_token(poisonous_engine):
-    """Two equal prompts run in one step. The second one shares a page that the first one was supposed to fill."""
+def test_a_request_that_waits_for_pages_of_a_failed_request_stays_in_the_queue_without_a_token(poisonous_engine):
+    """Two equal prompts arrive together. The second one waits for a page that the first one was supposed to fill."""
     ids = [poisonous_engine.add_request([5, 3, 6, 7, 8], greedy(2)) for _ in range(2)]
     (failed,) = poisonous_engine.run_one_step()
     assert (failed.request_id, failed.outputs[0].finish_reason) == (ids[0], "error")

@@ -9,6 +9,7 @@ reference counts or windows.
 import copy
 import itertools
 import zlib
+from functools import partial
 from random import Random
 
 import pytest
@@ -72,6 +73,16 @@ class Texts(RuleBasedStateMachine):
         self.geometry = Geometry(n_pages, page_size, rows, max_seq_length, budget, windows, release)
         self.kv = KVManager(self.geometry, prefix_caching=caching)
         self.scheduler = Scheduler(self.kv, budget, watermark)
+        self.sent_back: list[tuple[str | None, list[int]]] = []  # texts that wait for pages of the current step
+        allocate = self.kv.allocate
+
+        def recorded(token_ids, salt, find):
+            row = allocate(token_ids, salt, find)
+            if row is None:
+                self.sent_back.append((salt, token_ids))
+            return row
+
+        self.kv.allocate = recorded
         kinds = (TileKind(1, None), TileKind(3, None))
         windows = self.geometry.layer_windows
         self.layout = layout_of(kinds, 1, 1, tuple(dict.fromkeys(windows)), windows[-1], whole_pool=True)
@@ -124,7 +135,7 @@ class Texts(RuleBasedStateMachine):
     @rule(num_written=st.integers(0, 8), copies=st.booleans())
     def fail_step(self, num_written, copies):
         """The forward pass raises before it copies pages, or after it has written some tokens, which are invalid."""
-        chunks = self.scheduler.schedule()
+        chunks = self.schedule()
         if chunks and copies:
             self.copy_pages()
             batch = StepBatch.build(chunks, self.kv, self.layout)
@@ -169,8 +180,21 @@ class Texts(RuleBasedStateMachine):
                     self.written[window][target * self.geometry.page_size + offset] = text
         self.kv.copies.clear()
 
-    def step(self):
+    def schedule(self):
+        self.sent_back.clear()
         chunks = self.scheduler.schedule()
+        page_size = self.geometry.page_size
+        for salt, text in self.sent_back:
+            assert any(
+                (salt, text[:end]) == (chunk.sequence.cache_salt, chunk.sequence.token_ids[:end])
+                for chunk in chunks
+                for end in range(page_size, len(text), page_size)
+                if chunk.start < end <= chunk.start + chunk.length
+            ), "a request waits for a page that no chunk of the step fills"
+        return chunks
+
+    def step(self):
+        chunks = self.schedule()
         assert bool(chunks) == bool(self.live), "a step computes tokens exactly if there are unfinished requests"
         if not chunks:
             return
@@ -188,11 +212,11 @@ class Texts(RuleBasedStateMachine):
             assert len(set(slots)) == len(slots), "two tokens in one slot"
             for (chunk, text), slot in zip(tokens, slots):
                 page = slot // self.geometry.page_size
-                assert page and table.rows_of(page)[0] == chunk.sequence.row, "the first row of a page must fill it"
+                users = [row for row in table.allocated_rows if page in map(partial(table.page, row), range(24))]
+                assert page and users == [chunk.sequence.row], "a page is shared before it is full"
                 spoilt = is_broken(text) or key_of(chunk.sequence) in self.faulty
                 self.written[window][slot] = ZEROS if spoilt else (chunk.sequence.cache_salt, *text)
 
-        invalidated = set()  # samples that saw zeros of another sample: their token must be ignored
         for index, window in enumerate(windows_of(self.layout)):
             for (chunk, text), slots in zip(tokens, visible_slots(batch, index)):
                 key = key_of(chunk.sequence)
@@ -200,19 +224,15 @@ class Texts(RuleBasedStateMachine):
                 first = 0 if window is None else max(0, len(text) - window)
                 expected = [(salt, *text[:end]) for end in range(first + 1, len(text) + 1)]
                 seen = [self.written[window].get(slot) for slot in slots]
-                if ZEROS in seen:
-                    invalidated |= {key} - broken
-                elif key not in broken:
+                if key not in broken:
                     assert sorted(seen, key=str) == sorted(expected, key=str)
 
         said = {}
         for chunk in chunks:
             key, text = key_of(chunk.sequence), tuple(chunk.sequence.token_ids)
             token = next_token(text, sample=key[1]) if chunk.needs_sample else NEVER
-            said[key] = NOT_FINITE if key in broken else NEVER if key in invalidated else token
+            said[key] = NOT_FINITE if key in broken else token
         finished = self.scheduler.commit(chunks, list(said.values()))
-        for key in invalidated:
-            assert self.live[key][0].row is None, "an invalidated sample must be requeued"
         for sequence in finished:
             key = key_of(sequence)
             _, prompt, _ = self.live.pop(key)

@@ -337,7 +337,7 @@ def test_a_shared_page_is_free_after_its_last_row_has_released_it():
     first, second = table.allocate(), table.allocate()
     assert table.reserve(first, 8)  # pages 1 and 2
     table.share(second, [1, 2])
-    assert table.rows_of(2) == [first, second]
+    assert pages_of(table, first) == pages_of(table, second) == [1, 2]
     assert table.reserve(second, 10)  # page 3 is not shared
     assert pages_of(table, second) == [1, 2, 3]
     assert table.num_used_pages == 3

@@ -68,16 +68,88 @@ def test_only_the_common_prefix_of_prompts_is_shared(engine):
     assert tokens_of(outputs)[:2] == [expected(common + tails[1]), expected(common[:8] + tails[2])]
 
 
-def test_identical_prompts_share_pages_in_the_step_that_computes_them():
+def test_identical_prompts_wait_one_step_for_the_pages_that_the_first_one_computes():
     with Inference(own_model("prefix caching"), None, **dict(SIZES, max_num_batched_tokens=64)) as engine:
         prompt = prompt_of(13)
         ids = [engine.add_request(prompt, greedy(3)) for _ in range(3)]
         engine.run_one_step()
-        assert engine.stats().num_computed_tokens == 13 + 1 + 1, "all three prompts are computed in one step"
+        assert engine.stats().num_computed_tokens == 13 and engine.stats().num_waiting == 2
+        engine.run_one_step()
+        assert engine.stats().num_computed_tokens == 13 + 1 + 1 + 1, "both other prompts start in the second step"
         assert engine.stats().num_used_pages == 4 + 1 + 1
         outputs = drain(engine)
         assert [outputs[i].num_cached_tokens for i in ids] == [0, 12, 12]
         assert tokens_of(outputs.values()) == [expected(prompt)] * 3
+
+
+def scheduler_of(*prompts, n_pages=100, budget=64):
+    """Return a scheduler with pages of four tokens, and sequences of six new tokens for the prompts. No model."""
+    scheduler = Scheduler(KVManager(Geometry(n_pages, 4, 8, 96, budget)), budget, 0)
+    for i, prompt in enumerate(prompts):
+        length = len(prompt)
+        scheduler.add(Sequence(i, None, list(prompt), length, SamplingParams(), 0, frozenset(), length + 6))
+    return scheduler
+
+
+def starts(chunks):
+    return {chunk.sequence.request_id: chunk.start for chunk in chunks}
+
+
+def commit(scheduler, chunks, tokens=None):
+    scheduler.commit(chunks, tokens or [100 + chunk.start for chunk in chunks])
+    scheduler.check_invariants()
+
+
+def test_a_waiting_request_holds_up_those_behind_it_for_one_step():
+    scheduler = scheduler_of(prompt_of(13), prompt_of(13), prompt_of(5, seed=1))
+    first = scheduler.schedule()
+    assert starts(first) == {0: 0}
+    commit(scheduler, first)
+    assert starts(scheduler.schedule()) == {0: 13, 1: 12, 2: 0}
+
+
+def test_a_request_whose_next_page_no_chunk_computes_does_not_wait():
+    """The first prompt ends before its second page is full. Another prompt has another second page."""
+    scheduler = scheduler_of(prompt_of(13)[:7], prompt_of(13), prompt_of(13)[:4] + prompt_of(9, seed=1))
+    commit(scheduler, scheduler.schedule())  # the first page of all three
+    assert starts(scheduler.schedule()) == {0: 7, 1: 4, 2: 4}
+    other = scheduler_of(prompt_of(13)[:3], prompt_of(13)[:4], prompt_of(13)[:4])
+    assert starts(other.schedule()) == {0: 0, 1: 0, 2: 0}, "the last token of a prompt is never a cache hit"
+
+
+def test_a_request_waits_for_a_page_that_a_decode_fills():
+    scheduler = scheduler_of(prompt_of(6))
+    for token in (8, 9):
+        commit(scheduler, scheduler.schedule(), [token])
+    longer = [*prompt_of(6), 8, 9, 5, 5]
+    scheduler.add(Sequence(1, None, longer, len(longer), SamplingParams(), 0, frozenset(), 20))
+    filling = scheduler.schedule()
+    assert starts(filling) == {0: 7}
+    commit(scheduler, filling)
+    assert starts(scheduler.schedule()) == {0: 8, 1: 8}
+
+
+def test_a_request_computes_the_pages_itself_if_the_request_that_it_waits_for_ends():
+    prompt = prompt_of(13)
+    aborted, failed, preempted = (scheduler_of(prompt, prompt) for _ in range(3))
+    commit(failed, failed.schedule(), [-1])
+    assert starts(failed.schedule()) == {1: 0}, "pages of a failed sequence are never shared"
+    aborted.schedule()  # then the forward pass raises
+    aborted.abort(0)
+    assert starts(aborted.schedule()) == {1: 0}
+    preempted.schedule()
+    preempted.preempt_newest()
+    assert starts(preempted.schedule()) == {0: 0}
+
+
+def test_a_failed_step_is_scheduled_again_with_the_same_chunks_and_its_pages_are_shared_after_it():
+    scheduler = scheduler_of(prompt_of(13), prompt_of(13))
+    first = scheduler.schedule()  # then the forward pass raises
+    again = scheduler.schedule()
+    assert first == again and starts(again) == {0: 0}
+    scheduler.check_invariants()
+    commit(scheduler, again)
+    assert starts(scheduler.schedule()) == {0: 13, 1: 12}
 
 
 def test_stats_contains_the_cache_hit_rate(engine):
@@ -235,7 +307,7 @@ def test_a_preempted_request_hits_its_own_cached_pages():
 
 
 def test_pages_that_a_failed_step_did_not_compute_are_never_read(monkeypatch):
-    """Three equal prompts are admitted in a step that fails. Then the one whose pages the others share is aborted."""
+    """The first of three equal prompts is computed in a step that fails. Then this request is aborted."""
     with Inference(own_model("prefix caching"), None, **dict(SIZES, max_num_batched_tokens=64)) as engine:
         prompt = prompt_of(13)
         ids = [engine.add_request(prompt, greedy(3)) for _ in range(3)]
