@@ -23,7 +23,7 @@ from flex_nano_vllm.loading import load
 from flex_nano_vllm.memory import check_pool_fits, pool_size
 from flex_nano_vllm.metrics import EngineStats, StepMetrics
 from flex_nano_vllm.output_processor import OutputReader, request_output
-from flex_nano_vllm.outputs import CompletionDelta, RequestError, RequestOutput
+from flex_nano_vllm.outputs import CompletionDelta, RequestOutput
 from flex_nano_vllm.page_table import PageTable
 from flex_nano_vllm.patching import check_supported, layer_masks, max_positions, num_logits, unpatch_model
 from flex_nano_vllm.planner import Plan, make_plan
@@ -143,7 +143,7 @@ class Inference:
         self._start_time = time.perf_counter()
         self._num_finished = self._num_steps = 0
         self._finish_reasons = Counter()
-        self._num_computed_tokens = self._num_generated_tokens = 0
+        self._num_computed_tokens = 0
         self._unreported: dict[int, list[Sequence]] = {}  # finished requests, not yet returned
         self._abandoned: deque[int] = deque()  # requests of closed streams, aborted by the next call
         self._in_use = threading.Lock()
@@ -330,7 +330,6 @@ class Inference:
         aborted = self.scheduler.abort(request_id)
         if not aborted:
             return None
-        self._follow_texts(aborted)
         self._close(aborted[0].group)
         return self._unreported.pop(request_id)
 
@@ -393,50 +392,16 @@ class Inference:
         chunks = self.scheduler.schedule()
         if chunks:
             samples = take_samples(self.runner.forward(chunks), chunks, self.runner.sample)
-            had_token = [chunk.needs_sample and sample.token_id >= 0 for chunk, sample in zip(chunks, samples)]
-            finished = self.scheduler.commit(chunks, [sample.token_id for sample in samples])
-            sampled = []
-            for chunk, sample, has_token in zip(chunks, samples, had_token):
-                sequence = chunk.sequence
-                sequence.prompt_logprobs += sample.prompt_logprobs
-                if has_token:
-                    sampled.append(sequence)
-                    if sample.logprob is not None:
-                        sequence.logprobs.append(sample.logprob)
-            finished += self._follow_texts([*finished, *(s for s in sampled if s.finish_reason is None)])
-            for group in {sequence.request_id: sequence.group for sequence in finished}.values():
-                if all(sequence.finish_reason for sequence in group):
-                    self._close(group)
-            self._measure(chunks, sampled, started)
-
-    def _follow_texts(self, sequences: list[Sequence]) -> list[Sequence]:
-        """Detokenize new tokens of sequences that have a `Detokenizer`, and finish those with a stop string.
-
-        A sequence whose text cannot be decoded finishes too. Returns the sequences that would otherwise have continued.
-        """
-        ended = []
-        for sequence in sequences:
-            if sequence.text is None:
-                continue
-            is_last = sequence.finish_reason is not None
-            try:
-                is_met = sequence.text.update(sequence.token_ids, is_last, sequence.num_prompt_tokens)
-                reason = "stop" if is_met else None
-            except Exception:
-                logger.exception("request %s: the text cannot be decoded", sequence.request_id)
-                reason, sequence.error = "error", RequestError("the text cannot be decoded")
-            if reason is not None:
-                if not is_last:
-                    self.scheduler.finish(sequence, reason)
-                    ended.append(sequence)
-                sequence.finish_reason, sequence.stop_reason = reason, sequence.text.stop_reason
-        return ended
+            for sequence in self.scheduler.commit(chunks, samples):
+                self._close(sequence.group)
+            self._measure(chunks, started)
 
     def _close(self, group: list[Sequence]) -> None:
-        """Record that a request has ended. Its output is built when it is returned."""
-        group[0].metrics.finished_time = time.perf_counter()
-        self._count(group)
-        self._unreported[group[0].request_id] = group
+        """Record that a request has ended, if all of its samples have. Its output is built when it is returned."""
+        if group and all(sequence.finish_reason for sequence in group):  # empty: already recorded
+            group[0].metrics.finished_time = time.perf_counter()
+            self._count(group)
+            self._unreported[group[0].request_id] = group
 
     def _count(self, group: list[Sequence]) -> None:
         self._num_finished += 1
@@ -488,7 +453,7 @@ class Inference:
             num_preemptions=self.scheduler.num_preemptions,
             num_steps=self._num_steps,
             num_computed_tokens=self._num_computed_tokens,
-            num_generated_tokens=self._num_generated_tokens,
+            num_generated_tokens=self.scheduler.num_generated_tokens,
             num_finished_requests=self._num_finished,
             finish_reasons=dict(self._finish_reasons),
             num_evictable_pages=table.num_evictable_pages,
@@ -514,22 +479,21 @@ class Inference:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _measure(self, chunks: list[Chunk], sampled: list[Sequence], started: float) -> None:
+    def _measure(self, chunks: list[Chunk], started: float) -> None:
         """Set the time stamps of the sequences of a step that began at `started`, and update the counters."""
         now = time.perf_counter()
         for chunk in chunks:
-            if chunk.sequence.metrics.first_scheduled_time is None:
-                chunk.sequence.metrics.first_scheduled_time = started
-        for sequence in sampled:
-            if sequence.metrics.first_token_time is None:
-                sequence.metrics.first_token_time = now
+            metrics = chunk.sequence.metrics
+            if metrics.first_scheduled_time is None:
+                metrics.first_scheduled_time = started
+            if metrics.first_token_time is None and chunk.sequence.output_len:
+                metrics.first_token_time = now
         num_tokens = sum(chunk.length for chunk in chunks)
         num_decode_tokens = sum(
             chunk.length == 1 and chunk.start >= chunk.sequence.num_prompt_tokens for chunk in chunks
         )
         self._num_steps += 1
         self._num_computed_tokens += num_tokens
-        self._num_generated_tokens += len(sampled)
         if self._record_steps:
             stats = self.stats()
             self.steps.append(

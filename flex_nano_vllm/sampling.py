@@ -7,7 +7,6 @@ All results are copied to the host in one transfer, the only one from the device
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,20 +14,12 @@ from torch import Tensor
 
 from flex_nano_vllm.sampler import ARGMAX, Draw, logprobs_of, uniform
 from flex_nano_vllm.scheduler import Chunk
-from flex_nano_vllm.sequence import Sequence, TokenLogprob
+from flex_nano_vllm.sequence import Sample, Sequence, TokenLogprob
 from flex_nano_vllm.transfer import upload
 
 # Logits rows for each call of `logprobs_of`: its float32 copies for a whole prompt would be several times the logits.
 LOGPROB_ROWS_AT_ONCE = 128
 MAX_TOP_K = 2**31  # larger than any vocabulary; an unlimited int could overflow a float
-
-
-class Sample(NamedTuple):
-    """The token and the log-probabilities that a chunk gets."""
-
-    token_id: int  # negative: no token could be sampled
-    logprob: TokenLogprob | None = None  # of the token, if `logprobs` is set
-    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of prompt tokens, in prompt order
 
 
 def draw_of(sequence: Sequence) -> Draw:
@@ -71,7 +62,7 @@ def take_samples(logits: Tensor, chunks: list[Chunk], sample: Callable[[Tensor, 
         index for index, chunk in enumerate(chunks) if chunk.needs_sample and chunk.sequence.params.logprobs is not None
     ]
     if not with_logprobs and not any(chunk.logprob_positions for chunk in chunks):
-        return [Sample(token_id) for token_id in sample(logits, draws).tolist()]
+        return [Sample(_tokens(token_id)) for token_id in sample(logits, draws).tolist()]
 
     num_logits = np.array([chunk.num_logits for chunk in chunks])
     ends = np.cumsum(num_logits) - 1
@@ -93,12 +84,17 @@ def take_samples(logits: Tensor, chunks: list[Chunk], sample: Callable[[Tensor, 
     samples = []
     for index, chunk in enumerate(chunks):
         params = chunk.sequence.params
-        logprob = _token_logprob(next(of_tokens), params.logprobs) if index in with_logprobs else None
+        logprobs = (_token_logprob(next(of_tokens), params.logprobs),) if index in with_logprobs else ()
         prompt_logprobs = tuple(
             _token_logprob(next(of_prompts), params.prompt_logprobs) for _ in chunk.logprob_positions
         )
-        samples.append(Sample(int(token_ids[index]), logprob, prompt_logprobs))
+        samples.append(Sample(_tokens(int(token_ids[index])), logprobs, prompt_logprobs))
     return samples
+
+
+def _tokens(token_id: int) -> list[int] | None:
+    """Return the tokens of a `Sample`, given a result of `sampler.sample`, which is negative if there is no token."""
+    return None if token_id < 0 else [token_id]
 
 
 def _rate(logits: Tensor, rows: Tensor, token_ids: Tensor, num_top: int) -> Tensor:

@@ -16,9 +16,10 @@ Both queues are in order of arrival, and every running sequence is older than ev
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import repeat
 
 from flex_nano_vllm.kv_manager import KVManager
-from flex_nano_vllm.sequence import Sequence
+from flex_nano_vllm.sequence import Sample, Sequence
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self.num_prompt_tokens = self.num_cached_tokens = 0  # totals of requests that have computed a chunk
+        self.num_generated_tokens = 0
 
     def has_unfinished_requests(self) -> bool:
         return bool(self.waiting or self.running)
@@ -175,48 +177,49 @@ class Scheduler:
         self.running.remove(sequence)
         sequence.row = None
 
-    def commit(self, chunks: list[Chunk], token_ids: list[int]) -> list[Sequence]:
+    def commit(self, chunks: list[Chunk], samples: list[Sample]) -> list[Sequence]:
         """Apply the result of a step, and return the sequences that finished. Their rows and pages are released.
 
         Args:
             chunks: the chunks of the step.
-            token_ids: the sampled token of each chunk. It is negative if there is none, because values were not finite
-                or no token was allowed.
+            samples: what the step has computed for each chunk. If the chunk needs a sample, its tokens, at least one,
+                continue the sequence, up to the one that ends it; otherwise they are ignored. The step has computed the
+                keys and values of the chunk only: the next chunk of the sequence begins with the first of these tokens.
         """
         finished = []
-        for chunk, token_id in zip(chunks, token_ids, strict=True):
+        for chunk, sample in zip(chunks, samples, strict=True):
             sequence = chunk.sequence
-            needs_sample = chunk.needs_sample  # read before the token is appended
             if sequence.num_cached_tokens is None:
                 sequence.num_cached_tokens = chunk.start
                 if sequence.index == 0:  # forks are not counted: their shared prompt is not a cache hit
                     self.num_prompt_tokens += sequence.num_prompt_tokens
                     self.num_cached_tokens += chunk.start
-            if token_id < 0:
+            sequence.prompt_logprobs += sample.prompt_logprobs
+            if sample.token_ids is None:
                 sequence.fail()  # its pages are released without being cached
             else:
                 sequence.num_computed_tokens = chunk.start + chunk.length
                 self.kv.commit(sequence.row, sequence.num_computed_tokens)
-                if needs_sample:
-                    sequence.append(token_id)
+                new = zip(sample.token_ids, sample.logprobs or repeat(None)) if chunk.needs_sample else ()
+                for token_id, logprob in new:
+                    sequence.append(token_id, logprob)
+                    self.num_generated_tokens += 1
+                    if sequence.finish_reason is not None:
+                        break
             if sequence.finish_reason is not None:
                 self._release(sequence)
                 finished.append(sequence)
         return finished
 
-    def finish(self, sequence: Sequence, reason: str) -> None:
-        """End a running or waiting sequence with a finish reason."""
-        if sequence.row is None:
-            self.waiting.remove(sequence)
-        else:
-            self._release(sequence)
-        sequence.finish_reason = reason
-
     def abort(self, request_id: int, reason: str = "abort") -> list[Sequence]:
         """End all unfinished samples of a request, running or waiting, and return them."""
         aborted = [sequence for sequence in (*self.running, *self.waiting) if sequence.request_id == request_id]
         for sequence in aborted:
-            self.finish(sequence, reason)
+            if sequence.row is None:
+                self.waiting.remove(sequence)
+            else:
+                self._release(sequence)
+            sequence.abort(reason)
         return aborted
 
     def reset(self) -> None:

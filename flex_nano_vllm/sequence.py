@@ -25,6 +25,14 @@ class TokenLogprob(NamedTuple):
     top: list[tuple[int, float]]  # the most likely tokens at this position and their log-probabilities
 
 
+class Sample(NamedTuple):
+    """What a step has computed for a chunk: the tokens that follow it, and log-probabilities."""
+
+    token_ids: list[int] | None  # None: no token could be sampled (values were not finite, or no token was allowed)
+    logprobs: tuple[TokenLogprob, ...] = ()  # of these tokens, if `logprobs` is set
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of prompt tokens, in prompt order
+
+
 @dataclass(eq=False)
 class Sequence:
     """One sample of a request; most requests have only one.
@@ -126,20 +134,39 @@ class Sequence:
     def _note(self, message: str) -> None:
         self.error = RequestError(message, "structured_outputs")
 
-    def fail(self) -> None:
-        """End with finish_reason "error", because no next token could be sampled.
-
-        If `allowed_tokens` has not set `error`, the reason is that values computed by the model were not finite.
-        """
-        self.finish_reason = "error"
-        self.error = self.error or RequestError("the model computed values that are not finite (NaN or infinite)")
-
-    def append(self, token_id: int) -> None:
-        """Append a sampled token, and set `finish_reason` if it is the last token."""
+    def append(self, token_id: int, logprob: TokenLogprob | None = None) -> None:
+        """Append a sampled token, and set `finish_reason` if it is the last one. Only here an output ends by itself."""
         self.token_ids.append(token_id)
+        if logprob is not None:
+            self.logprobs.append(logprob)
         if token_id in self.eos_token_ids:
             self.finish_reason = "stop"
         elif token_id in (self.params.stop_token_ids or ()):
             self.finish_reason, self.stop_reason = "stop", token_id
         elif self.num_tokens >= self.max_total_tokens:
             self.finish_reason = "length"
+        self._detokenize()
+
+    def fail(self) -> None:
+        """End with finish_reason "error", because no next token could be sampled.
+
+        If `allowed_tokens` has not set `error`, the reason is that values computed by the model were not finite.
+        """
+        self.error = self.error or RequestError("the model computed values that are not finite (NaN or infinite)")
+        self.abort("error")
+
+    def abort(self, reason: str) -> None:
+        """End the output after the tokens so far."""
+        self.finish_reason = reason
+        self._detokenize()
+
+    def _detokenize(self) -> None:
+        """Decode the new tokens if there is a `Detokenizer`. A stop string ends the output, and so does an error."""
+        if self.text is None:
+            return
+        try:
+            if self.text.update(self.token_ids, self.finish_reason is not None, self.num_prompt_tokens):
+                self.finish_reason, self.stop_reason = "stop", self.text.stop_reason
+        except Exception:
+            logger.exception("request %s: the text cannot be decoded", self.request_id)
+            self.finish_reason, self.error = "error", RequestError("the text cannot be decoded")

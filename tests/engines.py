@@ -19,6 +19,7 @@ from flex_nano_vllm import SamplingParams
 from flex_nano_vllm.masks import layer_mask
 from flex_nano_vllm.random_models import BYTE_VOCABULARY
 from flex_nano_vllm.sampler import NOT_FINITE
+from flex_nano_vllm.sequence import Sample
 from flex_nano_vllm.step import TileLayout
 
 # Settings of both state machines, whose steps take long
@@ -60,6 +61,11 @@ def byte_model():
 def own_model(name):
     """Return a copy of the tiny Gemma-2 that only the engines of tests with this `name` patch."""
     return copy.deepcopy(tiny_model("gemma2"))
+
+
+def samples_of(token_ids):
+    """Return a `Sample` of one token for each of the tokens; -1: no token could be sampled."""
+    return [Sample(None if token_id == -1 else [token_id]) for token_id in token_ids]
 
 
 def tokens_of(outputs):

@@ -4,7 +4,7 @@ import itertools
 import random
 
 import pytest
-from engines import SIZES, drain, greedy, own_model, prompt_of
+from engines import SIZES, drain, greedy, own_model, prompt_of, samples_of
 from tiny_models import WINDOW
 
 from flex_nano_vllm import Inference
@@ -58,7 +58,7 @@ def test_secondary_pools_never_run_out_and_no_row_holds_more_pages_than_predicte
             held = scheduler.kv.num_pages(sequence.row)
             assert held <= sizes.most_pages(sequence.num_tokens)
             most = max(most, held)
-        scheduler.commit(chunks, [rng.randrange(3) for _ in chunks])
+        scheduler.commit(chunks, samples_of(rng.randrange(3) for _ in chunks))
         scheduler.check_invariants()
         for window, sequence in itertools.product(sizes.layer_windows, scheduler.running):
             table = scheduler.kv.table(window)

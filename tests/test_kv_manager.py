@@ -13,7 +13,7 @@ from functools import partial
 from random import Random
 
 import pytest
-from engines import MACHINE, layout_of, visible_slots, windows_of
+from engines import MACHINE, layout_of, samples_of, visible_slots, windows_of
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -232,7 +232,7 @@ class Texts(RuleBasedStateMachine):
             key, text = key_of(chunk.sequence), tuple(chunk.sequence.token_ids)
             token = next_token(text, sample=key[1]) if chunk.needs_sample else NEVER
             said[key] = NOT_FINITE if key in broken else token
-        finished = self.scheduler.commit(chunks, list(said.values()))
+        finished = self.scheduler.commit(chunks, samples_of(said.values()))
         for sequence in finished:
             key = key_of(sequence)
             _, prompt, _ = self.live.pop(key)

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from engines import SIZES, TIGHT, drain, greedy, own_model, prompt_of, raise_at_call, tokens_of
+from engines import SIZES, TIGHT, drain, greedy, own_model, prompt_of, raise_at_call, samples_of, tokens_of
 from tiny_models import WINDOW, hf_generate, tiny_model
 
 from flex_nano_vllm import Inference, SamplingParams, prefix_cache
@@ -96,7 +96,7 @@ def starts(chunks):
 
 
 def commit(scheduler, chunks, tokens=None):
-    scheduler.commit(chunks, tokens or [100 + chunk.start for chunk in chunks])
+    scheduler.commit(chunks, samples_of(tokens or [100 + chunk.start for chunk in chunks]))
     scheduler.check_invariants()
 
 
@@ -253,7 +253,7 @@ def test_a_common_prefix_stays_cached_while_other_requests_run(every):
         scheduler.add(sequences[-1])
     while scheduler.has_unfinished_requests():
         chunks = scheduler.schedule()
-        scheduler.commit(chunks, [rng.randrange(1000) for _ in chunks])
+        scheduler.commit(chunks, samples_of(rng.randrange(1000) for _ in chunks))
     assert sum(geometry.pools.values()) < 1.5 * geometry.n_pages
     assert [sequence.num_cached_tokens for sequence in sequences[::every]][2:] == [256] * 6
 

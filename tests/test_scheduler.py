@@ -7,12 +7,13 @@ not depend on the other requests, as with greedy sampling. `check_invariants` ru
 from collections.abc import Iterator
 
 import pytest
+from engines import samples_of
 
 from flex_nano_vllm.geometry import Geometry
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.sampling_params import SamplingParams
 from flex_nano_vllm.scheduler import Chunk, Scheduler
-from flex_nano_vllm.sequence import Sequence
+from flex_nano_vllm.sequence import Sample, Sequence, TokenLogprob
 
 EOS = 0
 
@@ -63,7 +64,7 @@ def reply(chunk: Chunk, replies: dict[int, int]) -> int:
 
 def commit(scheduler: Scheduler, chunks: list[Chunk], replies: dict[int, int] | None = None) -> list[Sequence]:
     """Commit the tokens of the fake model, or of `replies` for the request ids in it."""
-    finished = scheduler.commit(chunks, [reply(chunk, replies or {}) for chunk in chunks])
+    finished = scheduler.commit(chunks, samples_of(reply(chunk, replies or {}) for chunk in chunks))
     scheduler.check_invariants()
     return finished
 
@@ -492,6 +493,36 @@ def test_a_request_that_finishes_does_not_affect_later_requests_of_the_step():
         assert_complete(sequence)
 
 
+def test_a_step_may_give_a_sequence_several_tokens_and_the_next_step_computes_them():
+    scheduler = make_scheduler(page_size=2, budget=10)
+    several, one, none = (submit(scheduler, i, prompt_len, max_tokens=9) for i, prompt_len in enumerate((3, 3, 9)))
+    chunks = schedule(scheduler)
+    scheduler.commit(chunks, [Sample([5, 6, 7]), Sample([8]), Sample([])])
+    scheduler.check_invariants()
+    assert [s.output_token_ids for s in (several, one, none)] == [[5, 6, 7], [8], []]
+    assert [s.num_computed_tokens for s in (several, one, none)] == [3, 3, 4]
+    assert scheduler.num_generated_tokens == 4
+    expected = [(3, 3, True), (3, 1, True), (4, 5, True)]
+    assert [(chunk.start, chunk.length, chunk.needs_sample) for chunk in schedule(scheduler)] == expected
+
+
+@pytest.mark.parametrize(
+    ("tokens", "max_tokens", "output", "reason"),
+    [([5, EOS, 6], 9, [5, EOS], "stop"), ([5, 6, 7], 2, [5, 6], "length"), ([5, 44, 6], 9, [5, 44], "stop")],
+)
+def test_a_sequence_that_ends_within_the_tokens_of_a_step_ignores_the_rest(tokens, max_tokens, output, reason):
+    scheduler = make_scheduler()
+    sequence = submit(scheduler, 0, prompt_len=3, max_tokens=max_tokens)
+    sequence.params = SamplingParams(stop_token_ids=[44], logprobs=0)
+    logprobs = tuple(TokenLogprob(-1.0 - i, 1, []) for i in range(3))
+    assert scheduler.commit(schedule(scheduler), [Sample(tokens, logprobs)]) == [sequence]
+    assert (sequence.output_token_ids, sequence.finish_reason) == (output, reason)
+    assert sequence.stop_reason == (44 if 44 in output else None)
+    assert sequence.logprobs == list(logprobs[:2])
+    assert scheduler.num_generated_tokens == 2
+    assert_empty(scheduler)
+
+
 # ---- abort ----
 
 
@@ -653,7 +684,7 @@ def test_reset_cleans_up_after_an_interrupt_in_a_method_of_the_page_table(monkey
     with pytest.raises(Interrupted):
         for _ in until_done(scheduler):
             chunks = scheduler.schedule()
-            scheduler.commit(chunks, [reply(chunk, {}) for chunk in chunks])
+            scheduler.commit(chunks, samples_of(reply(chunk, {}) for chunk in chunks))
     monkeypatch.undo()
     scheduler.reset()
     scheduler.check_invariants()

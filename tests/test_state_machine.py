@@ -16,7 +16,7 @@ from random import Random
 
 import pytest
 import torch
-from engines import MACHINE, layout_of, visible_slots, windows_of
+from engines import MACHINE, layout_of, samples_of, visible_slots, windows_of
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -365,7 +365,7 @@ class Engine(RuleBasedStateMachine):
                     expected.append((request, "stop"))
                 elif len(request.token_ids) == request.max_total_tokens:
                     expected.append((request, "length"))
-        finished = self.scheduler.commit(chunks, replies)
+        finished = self.scheduler.commit(chunks, samples_of(replies))
         assert finished == [request.sequence for request, _ in expected]
         for request, reason in expected:
             del self.live[request.id]
