@@ -25,7 +25,7 @@ from flex_nano_vllm.metrics import EngineStats, StepMetrics
 from flex_nano_vllm.output_processor import OutputReader, request_output
 from flex_nano_vllm.outputs import CompletionDelta, RequestOutput
 from flex_nano_vllm.page_table import PageTable
-from flex_nano_vllm.patching import check_supported, layer_masks, max_positions, num_logits, unpatch_model
+from flex_nano_vllm.patching import model_spec, unpatch_model
 from flex_nano_vllm.planner import Plan, make_plan
 from flex_nano_vllm.runner import ModelRunner, why_not_compiled
 from flex_nano_vllm.sampling import take_samples
@@ -89,10 +89,9 @@ class Inference:
         compile: bool | None = None,
         record_steps: bool = False,
     ):
-        check_supported(model)
-        model_max = max_positions(model)
-        max_seq_length = model_max if max_seq_length is None else max_seq_length
-        on_cpu = model.device.type == "cpu"
+        spec = model_spec(model)
+        max_seq_length = spec.max_positions if max_seq_length is None else max_seq_length
+        on_cpu = spec.device.type == "cpu"
         if page_size is None:
             page_size = 64 if on_cpu else 128
         if max_num_batched_tokens is None:
@@ -104,9 +103,11 @@ class Inference:
         _check_size("watermark", watermark, 0)
         if n_pages is not None:
             _check_size("n_pages", n_pages, 2, "page 0 is reserved")
-        if max_seq_length > model_max:
-            raise ValueError(f"max_seq_length={max_seq_length} is more than the {model_max} positions of the model")
-        obstacle = why_not_compiled(model.device, model.dtype, page_size)
+        if max_seq_length > spec.max_positions:
+            raise ValueError(
+                f"max_seq_length={max_seq_length} is more than the {spec.max_positions} positions of the model"
+            )
+        obstacle = why_not_compiled(spec.device, spec.dtype, page_size)
         if compile and obstacle:
             raise ValueError(f"compile=True, but {obstacle}")
         if compile is None and obstacle:
@@ -118,25 +119,25 @@ class Inference:
             max_batch_size,
             max_seq_length,
             max_num_batched_tokens,
-            tuple(mask.window for mask in layer_masks(model)),
+            tuple(mask.window for mask in spec.masks),
             enable_window_release,
         )
         if n_pages is None:
-            n_pages = pool_size(model, geometry)
+            n_pages = pool_size(spec, geometry)
         # Every running sequence holds a page.
         geometry = replace(geometry, n_pages=n_pages, max_batch_size=min(max_batch_size, n_pages - 1))
-        check_pool_fits(model, geometry)
+        check_pool_fits(spec, geometry)
 
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.spec, self.tokenizer = model, spec, tokenizer
         with torch.inference_mode(False):  # buffers made in that mode cannot be written outside of it
-            self.kv = KVManager(geometry, model.device, enable_prefix_caching)
+            self.kv = KVManager(geometry, spec.device, enable_prefix_caching)
         self.max_seq_length, self.max_request_tokens = max_seq_length, geometry.max_request_tokens
         if self.max_request_tokens < 2:
             raise ValueError(
                 f"n_pages={n_pages} of page_size={page_size} cannot hold a prompt token and a generated token"
             )
         self.scheduler = Scheduler(self.kv, max_num_batched_tokens, watermark)
-        self.input_processor = InputProcessor(model, tokenizer, geometry, num_logits(model))
+        self.input_processor = InputProcessor(spec, tokenizer, geometry)
         self.warns_of_defaults = bool(not_applied(model.generation_config, SamplingParams()))  # until the first warning
         self.steps: list[StepMetrics] = []
         self._record_steps = record_steps
@@ -150,7 +151,7 @@ class Inference:
         self.owner: threading.Thread | None = None  # set by `AsyncInference`: the only thread that may call
         compiled = obstacle is None if compile is None else compile
         with torch.inference_mode(False):
-            self.runner = ModelRunner(model, self.kv, compiled, enable_cascade)
+            self.runner = ModelRunner(model, spec, self.kv, compiled, enable_cascade)
         self._weights = WeightsWatch(model)  # of the patched model
         self._give_back = weakref.finalize(self, unpatch_model, model)
         logger.info("KV memory for %s", self.plan(self.max_request_tokens - 1, 1))
@@ -439,7 +440,7 @@ class Inference:
         """
         _check_size("prompt_len", prompt_len, 1)
         _check_size("max_tokens", max_tokens, 1)
-        return make_plan(self.model, self.kv.geometry, prompt_len, max_tokens)
+        return make_plan(self.spec, self.kv.geometry, prompt_len, max_tokens)
 
     def stats(self) -> EngineStats:
         """Return the current state and the counters of the engine."""

@@ -9,11 +9,11 @@ from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from flex_nano_vllm.chat import chat_token_ids
 from flex_nano_vllm.detokenizer import Detokenizer, special_token_names
-from flex_nano_vllm.geometry import Geometry, cdiv
+from flex_nano_vllm.geometry import Geometry, ModelSpec, cdiv
 from flex_nano_vllm.grammar import Grammar, GrammarCompiler, string_limit
 from flex_nano_vllm.metrics import RequestMetrics
 from flex_nano_vllm.sampling_params import MAX_SEED, InvalidRequestError, SamplingParams, is_int, shortened
@@ -28,16 +28,15 @@ class InputProcessor:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        spec: ModelSpec,
         tokenizer: PreTrainedTokenizerBase | None,
         geometry: Geometry,
-        num_logits: int,
     ):
         self.tokenizer, self.geometry = tokenizer, geometry
-        self.num_embeddings = model.get_input_embeddings().num_embeddings
-        self.num_logits = num_logits
+        self.num_embeddings, self.num_logits = spec.num_embeddings, spec.num_logits
         # A tokenizer may have more tokens than the model, and a config may name an EOS token that does not exist.
-        self.eos_token_ids = _eos_token_ids(model, tokenizer).intersection(range(self.num_logits))
+        eos_token_ids = spec.eos_token_ids | {getattr(tokenizer, "eos_token_id", None)}
+        self.eos_token_ids = eos_token_ids.intersection(range(self.num_logits))
         self._request_ids = itertools.count()
         self._grammars: GrammarCompiler | None = None
         # A tokenizer may raise an error if two threads call it at once. The grammar compiler does not need the lock.
@@ -283,10 +282,3 @@ def _draw_seed(params: SamplingParams) -> int:
     if params.seed is None:
         return 0 if params.greedy else int(torch.randint(MAX_SEED, ()))
     return int(params.seed)  # a numpy integer would overflow
-
-
-def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
-    """Return all EOS token ids of the model's configs and the tokenizer. Chat models have more than one."""
-    sources = [model.generation_config, model.config, tokenizer]
-    ids = [getattr(source, "eos_token_id", None) for source in sources]
-    return frozenset(i for entry in ids if entry is not None for i in ([entry] if is_int(entry) else entry))

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import psutil
 import torch
-from transformers import PreTrainedModel
 
-from flex_nano_vllm.geometry import Geometry
-from flex_nano_vllm.patching import kv_shape
+from flex_nano_vllm.geometry import Geometry, ModelSpec
 
 # Share of the free memory that the default pool takes. On a CPU, other processes need memory too.
 DEFAULT_SHARE = {"cuda": 0.9}
@@ -33,7 +31,7 @@ def free_bytes(device: torch.device) -> int:
     return free
 
 
-def step_bytes(model: PreTrainedModel, geometry: Geometry) -> int:
+def step_bytes(spec: ModelSpec, geometry: Geometry) -> int:
     """Return the bytes of the largest temporaries of a step.
 
     For sampling: logits, probabilities and their cumulative sums in float64. For prompt logprobs: the logits of all
@@ -41,46 +39,45 @@ def step_bytes(model: PreTrainedModel, geometry: Geometry) -> int:
     """
     of_samples = geometry.max_batch_size * 3 * 8
     num_tokens = min(geometry.max_num_batched_tokens, geometry.max_batch_size * geometry.max_seq_length)
-    of_prompts = num_tokens * 2 * model.dtype.itemsize
-    return max(of_samples, of_prompts) * model.get_input_embeddings().num_embeddings
+    of_prompts = num_tokens * 2 * spec.dtype.itemsize
+    return max(of_samples, of_prompts) * spec.num_embeddings
 
 
-def token_bytes(model: PreTrainedModel) -> int:
+def token_bytes(spec: ModelSpec) -> int:
     """Return the bytes of keys and values of one token in one layer."""
-    num_kv_heads, head_dim = kv_shape(model)
-    return 2 * num_kv_heads * head_dim * model.dtype.itemsize
+    return 2 * spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize
 
 
-def kv_bytes(model: PreTrainedModel, geometry: Geometry) -> int:
+def kv_bytes(spec: ModelSpec, geometry: Geometry) -> int:
     """Return the bytes of all pools: keys and values of their layers, and one inverse page table column per page."""
     num_layers = Counter(map(geometry.pool_of, geometry.layer_windows))
-    page_of_layer = geometry.page_size * token_bytes(model)
+    page_of_layer = geometry.page_size * token_bytes(spec)
     column = 4 * (geometry.max_batch_size + 1)
     return sum(n_pages * (num_layers[window] * page_of_layer + column) for window, n_pages in geometry.pools.items())
 
 
-def largest_pool(model: PreTrainedModel, geometry: Geometry, num_bytes: int) -> int:
+def largest_pool(spec: ModelSpec, geometry: Geometry, num_bytes: int) -> int:
     """Return the largest `n_pages`, at most that of `geometry`, with which all pools fit into `num_bytes`.
 
     Returns 1 if two pages do not fit.
     """
     sizes = range(2, geometry.n_pages + 1)
-    return 1 + bisect.bisect_right(sizes, num_bytes, key=lambda n: kv_bytes(model, replace(geometry, n_pages=n)))
+    return 1 + bisect.bisect_right(sizes, num_bytes, key=lambda n: kv_bytes(spec, replace(geometry, n_pages=n)))
 
 
-def pool_size(model: PreTrainedModel, geometry: Geometry) -> int:
+def pool_size(spec: ModelSpec, geometry: Geometry) -> int:
     """Return the default number of pages: enough for `max_batch_size` sequences of `max_seq_length`, if memory allows.
 
     Raises ValueError if not even two pages fit.
     """
-    device = model.device
+    device = spec.device
     enough = 1 + geometry.max_batch_size * geometry.most_pages(geometry.max_seq_length)
     geometry = replace(geometry, n_pages=enough)
     share = DEFAULT_SHARE.get(device.type, DEFAULT_SHARE_ELSEWHERE)
-    free = max(0, free_bytes(device) - step_bytes(model, geometry))
-    affordable = largest_pool(model, geometry, int(share * free))
+    free = max(0, free_bytes(device) - step_bytes(spec, geometry))
+    affordable = largest_pool(spec, geometry, int(share * free))
     if affordable < 2:
-        per_page = kv_bytes(model, replace(geometry, n_pages=2)) / 2
+        per_page = kv_bytes(spec, replace(geometry, n_pages=2)) / 2
         raise ValueError(
             f"not enough memory for a KV pool on {device}: a page of {geometry.page_size} tokens takes "
             f"{per_page / 1e9:,.3f} GB, {free / 1e9:,.3f} GB are free besides the logits of "
@@ -90,13 +87,13 @@ def pool_size(model: PreTrainedModel, geometry: Geometry) -> int:
     return affordable
 
 
-def check_pool_fits(model: PreTrainedModel, geometry: Geometry) -> None:
+def check_pool_fits(spec: ModelSpec, geometry: Geometry) -> None:
     """Check that the pools fit into free memory. Raises ValueError with the sizes and the largest n_pages that fits."""
-    needed = kv_bytes(model, geometry)
-    free = max(0, free_bytes(model.device) - step_bytes(model, geometry))
+    needed = kv_bytes(spec, geometry)
+    free = max(0, free_bytes(spec.device) - step_bytes(spec, geometry))
     if needed > free:
         raise ValueError(
             f"a KV pool of {geometry.n_pages:,} pages of {geometry.page_size} tokens needs {needed / 1e9:,.1f} GB, but "
-            f"only {free / 1e9:,.1f} GB are free for it on {model.device}: at most "
-            f"n_pages={largest_pool(model, geometry, free):,} fits"
+            f"only {free / 1e9:,.1f} GB are free for it on {spec.device}: at most "
+            f"n_pages={largest_pool(spec, geometry, free):,} fits"
         )

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from flex_nano_vllm.attention import ATTN_IMPLEMENTATION, PagedKVCache, paged_flex_attention
-from flex_nano_vllm.geometry import Geometry
+from flex_nano_vllm.geometry import Geometry, ModelSpec
 from flex_nano_vllm.masks import LayerMask, layer_mask
+from flex_nano_vllm.sampling_params import is_int
 
 # tests/test_exactness.py compares the tokens of each of these types with Hugging Face's `generate`.
 SUPPORTED_MODEL_TYPES = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
@@ -64,13 +65,6 @@ def max_positions(model: PreTrainedModel) -> int:
     return max(stated, int((original or stated) * rope["factor"]))
 
 
-def num_logits(model: PreTrainedModel) -> int:
-    """Return the number of logits per token. A quantised head may not have its weight as a tensor."""
-    head = model.get_output_embeddings()
-    weight = getattr(head, "weight", None)
-    return len(weight) if isinstance(weight, Tensor) else head.out_features
-
-
 def attention_layers(model: PreTrainedModel) -> list[nn.Module]:
     return [layer.self_attn for layer in model.get_decoder().layers]
 
@@ -85,11 +79,29 @@ def layer_windows(model: PreTrainedModel) -> list[int | None]:
     return [getattr(attention, "sliding_window", default) for attention in attention_layers(model)]
 
 
-def kv_shape(model: PreTrainedModel) -> tuple[int, int]:
-    """Return (kv heads, head dim), the same for every layer."""
-    config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_key_value_heads, head_dim
+def model_spec(model: PreTrainedModel) -> ModelSpec:
+    """Read the properties of a model. Raises ValueError with the reason if `check_supported` rejects the model."""
+    check_supported(model)
+    config, head = model.config, model.get_output_embeddings()
+    weight = getattr(head, "weight", None)  # a quantised head may not have it as a tensor
+    return ModelSpec(
+        masks=tuple(layer_masks(model)),
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        num_embeddings=model.get_input_embeddings().num_embeddings,
+        num_logits=len(weight) if isinstance(weight, Tensor) else head.out_features,
+        max_positions=max_positions(model),
+        eos_token_ids=_eos_token_ids(model.generation_config, config),
+        dtype=model.dtype,
+        device=model.device,
+    )
+
+
+def _eos_token_ids(*configs: object) -> frozenset[int]:
+    """Return all EOS token ids of the configs. Chat models have more than one."""
+    ids = [getattr(config, "eos_token_id", None) for config in configs]
+    return frozenset(i for entry in ids if entry is not None for i in ([entry] if is_int(entry) else entry))
 
 
 def layer_masks(model: PreTrainedModel) -> list[LayerMask]:
@@ -97,14 +109,14 @@ def layer_masks(model: PreTrainedModel) -> list[LayerMask]:
     return [layer_mask(window) for window in layer_windows(model)]
 
 
-def distinct_masks(model: PreTrainedModel, geometry: Geometry) -> tuple[tuple[LayerMask, ...], list[int]]:
+def distinct_masks(spec: ModelSpec, geometry: Geometry) -> tuple[tuple[LayerMask, ...], list[int]]:
     """Return the distinct masks of the layers, as simple as the longest row permits, and for each layer its index."""
-    masks = [mask.within(geometry.max_row_tokens) for mask in layer_masks(model)]
+    masks = [mask.within(geometry.max_row_tokens) for mask in spec.masks]
     distinct = tuple(dict.fromkeys(masks))
     return distinct, [distinct.index(mask) for mask in masks]
 
 
-def patch_model(model: PreTrainedModel, geometry: Geometry) -> None:
+def patch_model(model: PreTrainedModel, spec: ModelSpec, geometry: Geometry) -> None:
     """Give every attention layer a `PagedKVCache` with the slots of its pool, and route attention through it.
 
     `unpatch_model` reverts this. Raises ValueError if the model is patched already.
@@ -112,13 +124,13 @@ def patch_model(model: PreTrainedModel, geometry: Geometry) -> None:
     if is_patched(model):
         raise ValueError(f"{type(model).__name__} is patched already: call unpatch_model(model) first")
     AttentionInterface.register(ATTN_IMPLEMENTATION, paged_flex_attention)  # no mask function: masks are ours
-    num_kv_heads, head_dim = kv_shape(model)
+    sizes = spec.num_kv_heads, spec.head_dim, spec.dtype, spec.device
     try:
-        masks, indices = distinct_masks(model, geometry)
+        masks, indices = distinct_masks(spec, geometry)
         for attention, mask in zip(attention_layers(model), indices, strict=True):
             num_slots = geometry.pools[geometry.pool_of(masks[mask].window)] * geometry.page_size
             attention.unpatched_implementation = model.config._attn_implementation  # set first: marks it as patched
-            attention.kv_cache = PagedKVCache(mask, num_slots, num_kv_heads, head_dim, model.dtype, model.device)
+            attention.kv_cache = PagedKVCache(mask, num_slots, *sizes)
         last = model.get_decoder().layers[-1]
         last.unpatched_forward = vars(last).get("forward")  # set if a library such as accelerate wraps the layer
         last.forward = pruned_forward(last)

@@ -3,9 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from transformers import PreTrainedModel
-
-from flex_nano_vllm.geometry import Geometry
+from flex_nano_vllm.geometry import Geometry, ModelSpec
 from flex_nano_vllm.memory import token_bytes
 
 
@@ -49,7 +47,7 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(model: PreTrainedModel, geometry: Geometry, prompt_len: int, max_tokens: int) -> Plan:
+def make_plan(spec: ModelSpec, geometry: Geometry, prompt_len: int, max_tokens: int) -> Plan:
     """Compute the plan for requests of these lengths."""
     refusal = geometry.refusal(prompt_len)
     num_tokens = min(prompt_len + max_tokens, geometry.max_request_tokens)
@@ -57,7 +55,7 @@ def make_plan(model: PreTrainedModel, geometry: Geometry, prompt_len: int, max_t
     kinds = []
     for window, layers in num_layers.items():
         pages = geometry.pages_held(window, num_tokens)
-        per_token = layers * token_bytes(model)
+        per_token = layers * token_bytes(spec)
         usable = geometry.pools[geometry.pool_of(window)] - 1
         kinds.append(LayerKind(window, layers, per_token, usable, pages, pages * geometry.page_size * per_token))
     rows = min(geometry.max_batch_size, geometry.max_num_batched_tokens)  # each needs a token per step

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from flex_nano_vllm.inference import Inference
 from flex_nano_vllm.overhead import decoding_together
-from flex_nano_vllm.patching import kv_shape, layer_windows, num_logits
+from flex_nano_vllm.patching import model_spec
 
 
 @dataclass(frozen=True)
@@ -69,24 +69,23 @@ def step_cost(model: PreTrainedModel, chunks: list[tuple[int, int]]) -> StepCost
     writes the chunk's own keys and values, and computes the logits of the last token. For the other tokens, the last
     layer computes only keys and values (see `patching.pruned_forward`).
     """
-    layers = model.get_decoder().layers
+    spec, layers = model_spec(model), model.get_decoder().layers
     in_layers, in_last = num_weights(layers), num_weights(layers[-1])
     keys_in_last = num_weights(layers[-1].self_attn.k_proj) + num_weights(layers[-1].self_attn.v_proj)
-    head = num_logits(model) * model.config.hidden_size
-    num_kv_heads, head_dim = kv_shape(model)
+    head = spec.num_logits * model.config.hidden_size
     num_tokens, num_ends = sum(length for _, length in chunks), len(chunks)
-    num_bytes = (in_layers + head) * model.dtype.itemsize
+    num_bytes = (in_layers + head) * spec.dtype.itemsize
     num_operations = 2 * (in_layers - in_last + keys_in_last) * num_tokens
     num_operations += 2 * (in_last - keys_in_last + head) * num_ends
-    *windows, last_window = layer_windows(model)
+    *windows, last_window = (mask.window for mask in spec.masks)
     layer_chunks = [(window, chunk, chunk) for window in windows for chunk in chunks]
     layer_chunks += [(last_window, (start, length), (start + length - 1, 1)) for start, length in chunks]
     for window, (_, num_written), (start, length) in layer_chunks:
         seen = start + length if window is None else min(start + length, window - 1 + length)
-        num_bytes += 2 * (seen + num_written) * num_kv_heads * head_dim * model.dtype.itemsize
+        num_bytes += 2 * (seen + num_written) * spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize
         positions = range(start + 1, start + length + 1)
         scores = sum(position if window is None else min(position, window) for position in positions)
-        num_operations += 4 * scores * model.config.num_attention_heads * head_dim
+        num_operations += 4 * scores * spec.num_heads * spec.head_dim
     return StepCost(num_bytes, num_operations)
 
 

@@ -23,10 +23,10 @@ from transformers import PreTrainedModel
 
 from flex_nano_vllm.attention import ATTN_IMPLEMENTATION, step_in_progress
 from flex_nano_vllm.cascade import CascadeRule, PackedDecodes
-from flex_nano_vllm.geometry import Geometry, cdiv
+from flex_nano_vllm.geometry import Geometry, ModelSpec, cdiv
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.page_table import PageTable
-from flex_nano_vllm.patching import attention_layers, distinct_masks, num_logits, patch_model
+from flex_nano_vllm.patching import attention_layers, distinct_masks, patch_model
 from flex_nano_vllm.sampler import ARGMAX, Draw, choose, sample
 from flex_nano_vllm.sampling_params import SamplingParams
 from flex_nano_vllm.scheduler import Chunk
@@ -102,17 +102,17 @@ class ModelRunner:
     compiler.
     """
 
-    def __init__(self, model: PreTrainedModel, kv: KVManager, compiled: bool, cascade: bool):
-        self.model, self.kv, self.compiled = model, kv, compiled
-        config, geometry = model.config, kv.geometry
+    def __init__(self, model: PreTrainedModel, spec: ModelSpec, kv: KVManager, compiled: bool, cascade: bool):
+        self.model, self.spec, self.kv, self.compiled = model, spec, kv, compiled
+        geometry = kv.geometry
         max_batch_size, budget = geometry.max_batch_size, geometry.max_num_batched_tokens
-        num_kv_heads = config.num_key_value_heads
-        group_size = config.num_attention_heads // num_kv_heads
+        num_kv_heads = spec.num_kv_heads
+        group_size = spec.num_heads // num_kv_heads
         if compiled:
             kinds = tile_kinds(group_size, max_batch_size, budget, model.device.type)
         else:
             kinds = (TileKind(tile_len=1, buckets=None),)
-        masks, indices = distinct_masks(model, geometry)
+        masks, indices = distinct_masks(spec, geometry)
         most = min(max_batch_size, budget)
         rule = cascade_rule(kinds, num_kv_heads, group_size, geometry, model.device) if cascade else None
         self.layout = TileLayout(kinds, num_kv_heads, group_size, masks, indices[-1], compiled, rule)
@@ -131,7 +131,7 @@ class ModelRunner:
             decode = decode_function(model, self._tables, self.decode_layout)
             self.model_of_decodes = make(decode, dynamic=False, options=UNGUARDED | cuda_graphs)
             self.choose = make(choose, dynamic=True, options=dict(UNGUARDED))
-        patch_model(model, geometry)  # last, because nothing here would undo it
+        patch_model(model, spec, geometry)  # last, because nothing here would undo it
 
     @property
     def max_graphs(self) -> int:
@@ -272,7 +272,7 @@ class ModelRunner:
         self._run([padding_chunk(2)])
         shortest = self.layout.kinds[0].tile_len + 1  # shortest chunk that is cut into large tiles
         # The last layer uses large tiles for prompt logprobs only. Another layer of the same mask always uses them.
-        *others, last = distinct_masks(self.model, geometry)[1]
+        *others, last = distinct_masks(self.spec, geometry)[1]
         in_large_tiles = last not in others
         for kind in self.layout.kinds[1:] if shortest <= longest else ():
             num_tiles_reached = 0
@@ -283,8 +283,8 @@ class ModelRunner:
                 if num_chunks * cdiv(length, kind.tile_len) > num_tiles_reached:
                     self._run([padding_chunk(length, in_large_tiles)] * num_chunks)
                 num_tiles_reached = bucket
-        logits = torch.zeros(2, num_logits(self.model), device=self.model.device)
-        self.sample(logits.to(self.model.dtype), [Draw(temperature=1.0)] * 2)
+        logits = torch.zeros(2, self.spec.num_logits, dtype=self.spec.dtype, device=self.spec.device)
+        self.sample(logits, [Draw(temperature=1.0)] * 2)
         gc.collect()  # else garbage from compiling would soon pause a step for 0.3 s
 
 

@@ -124,7 +124,7 @@ def long_contexts(engines: Engines) -> list[dict]:
     with engines.of_size(sizes.num_requests)() as engine:
         geometry = engine.kv.geometry
         layers = Counter(geometry.pool_of(window) for window in geometry.layer_windows)
-        megabytes = geometry.page_size * token_bytes(engine.model) / 1e6  # of one page in one layer
+        megabytes = geometry.page_size * token_bytes(engine.spec) / 1e6  # of one page in one layer
 
         def watch(num_requests: int) -> list[dict]:
             """Record the pages in use in each step, after pages are reserved and before pages are released."""

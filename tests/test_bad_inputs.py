@@ -20,7 +20,6 @@ from flex_nano_vllm import (
     SamplingParams,
     StructuredOutputsParams,
     inference,
-    input_processor,
     memory,
     patching,
     runner,
@@ -628,7 +627,8 @@ def raise_at_call(monkeypatch, owner, name, number):
         (patching.AttentionInterface, "register", 1),
         (patching, "pruned_forward", 1),  # all layers have their caches, but the last one has its old forward
         (runner, "patch_model", 1),
-        (input_processor, "_eos_token_ids", 1),
+        (patching, "_eos_token_ids", 1),
+        (inference.InputProcessor, "__init__", 1),
     ],
 )
 def test_a_constructor_that_fails_leaves_the_model_unchanged(bare_model, monkeypatch, owner, name, number):

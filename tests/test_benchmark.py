@@ -56,7 +56,7 @@ def test_the_report_adds_up_and_the_csv_has_a_line_per_step(run, monkeypatch, tm
 @pytest.mark.parametrize("model", ["tiny-gemma2", "gemma2-tiny"])
 def test_a_wrong_mask_gives_a_mismatch_and_exit_status_1(model, run, monkeypatch):
     """The mask is that of Gemma-2 without its sliding window, as in the original engine."""
-    monkeypatch.setattr("flex_nano_vllm.inference.layer_windows", lambda model: [None] * len(model.model.layers))
+    monkeypatch.setattr("flex_nano_vllm.patching.layer_windows", lambda model: [None] * len(model.model.layers))
     status, record = run("--model", model)
     assert status == 1
     assert record["exactness"]["mismatches"] > 0
