@@ -67,7 +67,7 @@ def greedy_under_preemption(engine: Inference, prompts: list[list[int]], max_tok
             for output in engine.run_one_step() + engine.run_one_step():
                 tokens[output.request_id] = output.outputs[0].token_ids
             if len(engine.scheduler.running) > 1:  # the oldest request must make progress
-                engine.scheduler.preempt_newest()
+                engine.scheduler.preempt_last()
     finally:
         for request_id in request_ids:  # frees the pages of unfinished requests after an exception
             engine.abort(request_id)

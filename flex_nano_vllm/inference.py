@@ -30,7 +30,7 @@ from flex_nano_vllm.planner import Plan, make_plan
 from flex_nano_vllm.runner import ModelRunner, why_not_compiled
 from flex_nano_vllm.sampling import take_samples
 from flex_nano_vllm.sampling_params import SamplingParams, is_int, shortened
-from flex_nano_vllm.scheduler import Chunk, Scheduler
+from flex_nano_vllm.scheduler import Chunk, Policy, Scheduler, queue_key
 from flex_nano_vllm.sequence import Sequence
 from flex_nano_vllm.weights import WeightsWatch
 
@@ -61,6 +61,8 @@ class Inference:
         page_size: tokens per page. Default: 64 on a CPU, 128 on a GPU.
         max_num_batched_tokens: token budget of a step. Default: 1,024 on a CPU, 2,048 on a GPU.
         watermark: tokens by which every running sequence must still be able to grow when another one is admitted.
+        policy: which request is admitted first and preempted last: "fcfs", "priority", "sjf", or a key function of
+            `Sequence`, see `scheduler.py`.
         enable_prefix_caching: share cached pages of a common prefix instead of computing them again.
         enable_window_release: release pages that are out of a layer's sliding window.
         enable_cascade: put decodes that share many pages into packed tiles, which read each page once.
@@ -83,6 +85,7 @@ class Inference:
         *,
         max_num_batched_tokens: int | None = None,
         watermark: int = 32,
+        policy: Policy = "fcfs",
         enable_prefix_caching: bool = True,
         enable_window_release: bool = True,
         enable_cascade: bool = True,
@@ -101,6 +104,7 @@ class Inference:
         _check_size("page_size", page_size, 1)
         _check_size("max_num_batched_tokens", max_num_batched_tokens, 1)
         _check_size("watermark", watermark, 0)
+        key = queue_key(policy)
         if n_pages is not None:
             _check_size("n_pages", n_pages, 2, "page 0 is reserved")
         if max_seq_length > spec.max_positions:
@@ -137,7 +141,7 @@ class Inference:
                 f"n_pages={n_pages} of page_size={page_size} cannot hold a prompt token and a generated token"
             )
         self.scheduler = Scheduler(self.kv, max_num_batched_tokens, watermark)
-        self.input_processor = InputProcessor(spec, tokenizer, geometry)
+        self.input_processor = InputProcessor(spec, tokenizer, geometry, key)
         self.warns_of_defaults = bool(not_applied(model.generation_config, SamplingParams()))  # until the first warning
         self.steps: list[StepMetrics] = []
         self._record_steps = record_steps

@@ -5,6 +5,7 @@ An invalid request raises ValueError with the numbers and the remedy, before any
 
 import itertools
 import threading
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
 import numpy as np
@@ -31,8 +32,9 @@ class InputProcessor:
         spec: ModelSpec,
         tokenizer: PreTrainedTokenizerBase | None,
         geometry: Geometry,
+        queue_key: Callable[[Sequence], tuple[float, ...]],
     ):
-        self.tokenizer, self.geometry = tokenizer, geometry
+        self.tokenizer, self.geometry, self.queue_key = tokenizer, geometry, queue_key
         self.num_embeddings, self.num_logits = spec.num_embeddings, spec.num_logits
         # A tokenizer may have more tokens than the model, and a config may name an EOS token that does not exist.
         eos_token_ids = spec.eos_token_ids | {getattr(tokenizer, "eos_token_id", None)}
@@ -140,6 +142,9 @@ class InputProcessor:
                     params.min_tokens,
                     has_own_start=grammar is not None,
                 )
+        key = self.queue_key(group[0])
+        for sequence in group:
+            sequence.queue_key = key
         return group
 
     def tokenize(self, text: str) -> list[int]:

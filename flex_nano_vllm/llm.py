@@ -12,6 +12,7 @@ RENAMED = {
     "max_num_seqs": "max_batch_size",
     "num_gpu_blocks_override": "n_pages",
     "block_size": "page_size",
+    "scheduling_policy": "policy",
 }
 
 
@@ -29,7 +30,7 @@ class LLM(Inference):
         tensor_parallel_size: must be 1, because an engine runs on one device.
         trust_remote_code: must be False; code that comes with a model is never run.
         options: options of `Inference`, under its names or vLLM's: max_model_len, max_num_seqs, block_size,
-            num_gpu_blocks_override, max_num_batched_tokens, enable_prefix_caching.
+            num_gpu_blocks_override, max_num_batched_tokens, scheduling_policy, enable_prefix_caching.
     Raises:
         ValueError: `Inference` or `from_pretrained` rejects an argument, `tensor_parallel_size` is not 1, or
             `trust_remote_code` is set.

@@ -173,6 +173,7 @@ class GenerationRequest(Strict):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     cache_salt: Annotated[str, Field(min_length=1)] | None = None
+    priority: Annotated[int, Field(ge=MIN_SEED, le=MAX_SEED)] | None = None
     structured_outputs: unsupported({}) = None  # use `response_format`
     guided_json: unsupported() = None
     guided_regex: unsupported() = None
@@ -190,7 +191,7 @@ class GenerationRequest(Strict):
     SAME: ClassVar[tuple[str, ...]] = (  # fields with the same name in `SamplingParams`
         *("n", "temperature", "top_p", "seed", "stop", "presence_penalty", "frequency_penalty", "top_k", "min_p"),
         *("repetition_penalty", "min_tokens", "stop_token_ids", "allowed_token_ids", "ignore_eos"),
-        *("skip_special_tokens", "include_stop_str_in_output"),
+        *("skip_special_tokens", "include_stop_str_in_output", "priority"),
     )
 
     @model_validator(mode="after")

@@ -110,6 +110,7 @@ class SamplingParams:
             by it, negative ones are multiplied (Keskar et al., https://arxiv.org/abs/1909.05858).
         logit_bias: values in [-100, 100] that are added to the logits of at most 1,024 tokens, by token id.
         allowed_token_ids: generate only these tokens.
+        priority: an int; requests with a smaller one come first, in an engine with `policy="priority"`.
         skip_special_tokens: leave special tokens out of the text.
         include_stop_str_in_output: keep the stop string, or the text of the stop token, at the end of the text.
         structured_outputs: the required structure of the text. Needs llguidance (the extra `structured`).
@@ -133,6 +134,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: SequenceOf[int] | None = None
+    priority: int = 0
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     structured_outputs: StructuredOutputsParams | None = None
@@ -149,6 +151,7 @@ class SamplingParams:
         self._check_int("min_tokens", 0)
         self._check_int("max_tokens", 1, none="as many as fit")
         self._check_int("seed", MIN_SEED, MAX_SEED, none="a seed from torch's generator")
+        self._check_int("priority", MIN_SEED, MAX_SEED)
         self._check_int("logprobs", 0, MAX_LOGPROBS, none="no log-probabilities")
         self._check_int("prompt_logprobs", 0, MAX_LOGPROBS, none="no log-probabilities")
         self._check_ids("stop_token_ids")

@@ -4,22 +4,68 @@ Like vLLM V1, the scheduler has no prefill phase and no decode phase. Each step 
 running sequences towards the length of their `token_ids`, within a token budget. This rule covers chunked prefill,
 steps that mix prefills with decodes, and recomputation after preemption.
 
-    waiting: [oldest … newest]  ──admit──►  running: [oldest … newest]  ──finish──►
+    waiting: [first … last]  ──admit the first──►  running: [first … last]  ──finish──►
                   ▲                                              │
-                  └───────────── preempt the newest ─────────────┘
+                  └────────────── preempt the last ──────────────┘
 
-Both queues are in order of arrival, and every running sequence is older than every waiting one. Hence:
-- Every step makes progress, because the oldest running sequence is always scheduled.
-- A long prompt never starves a decode. Older sequences are scheduled before the prompt, and newer sequences are not
-  admitted while the prompt uses the whole budget.
+Both queues are in the order of the policy: by a key that each request gets on arrival, then by arrival. Hence:
+- Every step makes progress. The first running sequence is never preempted, and if no sequence runs, the first waiting
+  one is admitted.
+- A long prompt never starves a decode, because a step computes at least one token of every running sequence.
+- While a sequence is the first waiting one, no other is admitted. So it starts at the latest when all running sequences
+  have ended.
+
+The policies differ in which requests come before a request, and so in whether it can starve:
+- "fcfs": older requests. No request starves.
+- "priority": requests with a smaller `SamplingParams.priority`, and older ones with an equal priority. A request can
+  starve while requests with a smaller priority keep arriving.
+- "sjf": requests with fewer tokens (those of the prompt and `max_tokens` together), and older ones with equally many. A
+  long request can starve while shorter ones keep arriving.
+- A function that returns a number, or a tuple of numbers, for a `Sequence`: requests with a smaller result, and older
+  ones with an equal result. It is called once for each request, so that keys never change.
 """
 
-from collections import deque
+import bisect
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import repeat
+from numbers import Real
+from operator import attrgetter
 
 from flex_nano_vllm.kv_manager import KVManager
+from flex_nano_vllm.sampling_params import InvalidRequestError, shortened
 from flex_nano_vllm.sequence import Sample, Sequence
+
+Policy = str | Callable[[Sequence], float | tuple[float, ...]]
+POLICIES: dict[str, Callable[[Sequence], float]] = {
+    "fcfs": lambda sequence: 0,
+    "priority": lambda sequence: sequence.params.priority,
+    "sjf": lambda sequence: sequence.max_total_tokens,
+}
+_place = attrgetter("place")
+
+
+def queue_key(policy: Policy) -> Callable[[Sequence], tuple[float, ...]]:
+    """Return the function that computes the `queue_key` of a sequence. All of its results can be compared.
+
+    Raises ValueError for an unknown policy. The function raises ValueError if a policy function returns anything but
+    numbers, and for a `priority` that the policy would ignore.
+    """
+    if not callable(policy) and not (isinstance(policy, str) and policy in POLICIES):
+        names = ", ".join(map(repr, POLICIES))
+        raise ValueError(f"policy must be one of {names}, or a function of a sequence, got {shortened(policy)}")
+
+    def key_of(sequence: Sequence) -> tuple[float, ...]:
+        if sequence.params.priority and policy in ("fcfs", "sjf"):
+            message = f"priority={sequence.params.priority} needs policy='priority', but the engine has {policy!r}"
+            raise InvalidRequestError(message, "priority")
+        key = policy(sequence) if callable(policy) else POLICIES[policy](sequence)
+        numbers = key if isinstance(key, tuple) else (key,)
+        if not all(isinstance(number, Real) and number == number for number in numbers):  # NaN cannot be ordered
+            raise ValueError(f"the policy function must return a number or a tuple of numbers, got {shortened(key)}")
+        return numbers
+
+    return key_of
 
 
 @dataclass(frozen=True)
@@ -65,7 +111,7 @@ class Scheduler:
         self.kv = kv
         self.max_num_batched_tokens = max_num_batched_tokens
         self.watermark = watermark
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self.num_prompt_tokens = self.num_cached_tokens = 0  # totals of requests that have computed a chunk
@@ -75,7 +121,7 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        bisect.insort(self.waiting, sequence, key=_place)
 
     def schedule(self) -> list[Chunk]:
         """Choose the chunks of the next step and reserve their pages.
@@ -84,23 +130,22 @@ class Scheduler:
         only `commit` advances the sequences.
         """
         chunks: list[Chunk] = []
-        budget = self.max_num_batched_tokens
+        budget = self.max_num_batched_tokens - len(self.running)  # besides the one token of every running sequence
         for sequence in tuple(self.running):
-            if sequence.row is None:  # preempted to free pages for an older sequence
+            if sequence.row is None:  # preempted to free pages for a sequence before it
                 break
-            chunk = self._chunk(sequence, budget)
+            chunk = self._chunk(sequence, 1 + budget)
             if not self._reserve(chunk):  # the sequence itself was preempted
                 break
             chunks.append(chunk)
-            budget -= chunk.length
-
-        # A sequence preempted in this step is not admitted again in it: fewer pages are free than it released.
-        while self.waiting and budget and self._admit(self.waiting[0]):
-            chunk = self._chunk(self.running[-1], budget)
-            reserved = self._reserve(chunk)
-            assert reserved, "too few pages are free for the chunk of an admitted sequence"
-            chunks.append(chunk)
-            budget -= chunk.length
+            budget -= chunk.length - 1
+        else:  # nothing was preempted
+            while self.waiting and budget and self._admit(sequence := self.waiting[0]):
+                chunk = self._chunk(sequence, budget)
+                reserved = self._reserve(chunk)
+                assert reserved, "too few pages are free for the chunk of an admitted sequence"
+                chunks.append(chunk)
+                budget -= chunk.length
 
         assert chunks or not self.has_unfinished_requests(), f"no chunk was scheduled: {self.waiting=}, {self.running=}"
         return chunks
@@ -139,7 +184,7 @@ class Scheduler:
             self.kv.erase(sequence.row)
             sequence.row = None
             return False
-        self.running.append(self.waiting.popleft())
+        bisect.insort(self.running, self.waiting.pop(0), key=_place)
         return True
 
     def _growth(self, sequence: Sequence) -> int:
@@ -148,29 +193,29 @@ class Scheduler:
         return self.kv.geometry.most_pages(grown) - self.kv.num_pages(sequence.row)
 
     def _reserve(self, chunk: Chunk) -> bool:
-        """Reserve the pages of a chunk; preempt the newest running sequence while too few pages are free.
+        """Reserve the pages of a chunk; preempt the last running sequence while too few pages are free.
 
         Returns False if the sequence of the chunk itself was preempted.
         """
         end = chunk.start + chunk.length
         while not self.kv.reserve(chunk.sequence.row, end):
-            if self.preempt_newest() is chunk.sequence:
+            if self.preempt_last() is chunk.sequence:
                 return False
         return True
 
-    def preempt_newest(self) -> Sequence:
-        """Preempt the newest running sequence, and return it.
+    def preempt_last(self) -> Sequence:
+        """Preempt the last running sequence, and return it.
 
-        It moves to the head of the waiting queue, and its row and pages are released. It keeps its tokens, which are
-        computed again later.
+        It moves to the waiting queue, and its row and pages are released. It keeps its tokens, which are computed again
+        later.
         """
-        newest = self.running[-1]
-        self._release(newest)
-        self.waiting.appendleft(newest)
-        newest.num_computed_tokens = 0
-        newest.metrics.num_preemptions += 1
+        last = self.running[-1]
+        self._release(last)
+        self.add(last)
+        last.num_computed_tokens = 0
+        last.metrics.num_preemptions += 1
         self.num_preemptions += 1
-        return newest
+        return last
 
     def _release(self, sequence: Sequence) -> None:
         self.kv.erase(sequence.row)
@@ -232,8 +277,9 @@ class Scheduler:
         """Raise AssertionError if a sequence is queued twice, out of order, or has a wrong row or wrong pages."""
         assert len(self.running) <= self.max_num_batched_tokens, "more sequences run than the token budget allows"
         sequences = [*self.running, *self.waiting]
-        ids = [(sequence.request_id, sequence.index) for sequence in sequences]
-        assert ids == sorted(set(ids)), f"sequences are duplicated or not in order of arrival: {ids}"
+        assert len(set(map(id, sequences))) == len(sequences), "a sequence is queued twice"
+        for places in (list(map(_place, queue)) for queue in (self.running, self.waiting)):
+            assert places == sorted(places), f"a queue is not in the order of the policy: {places}"
         assert all(sequence.finish_reason is None for sequence in sequences), "a finished sequence is still queued"
         assert all(s.row is None and s.num_computed_tokens == 0 for s in self.waiting), (
             "a waiting sequence has a row or computed tokens"

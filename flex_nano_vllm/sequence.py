@@ -51,6 +51,7 @@ class Sequence:
     eos_token_ids: frozenset[int]  # empty with ignore_eos
     max_total_tokens: int  # limit of prompt + output, given by max_tokens, the model and the pool
     stop_string_ids: frozenset[int] = frozenset()  # special tokens whose text is a stop string
+    queue_key: tuple[float, ...] = ()  # of the policy, equal for all samples of a request; smaller keys come first
     cache_salt: str | None = None  # pages are shared only between sequences with equal salts
     text: Detokenizer | None = None  # decodes the output token by token, for streams and stop strings
     allowed: np.ndarray | None = None  # bit mask of the allowed tokens, see `sampler.Draw`
@@ -72,6 +73,11 @@ class Sequence:
     def __post_init__(self):
         self.index = len(self.group)
         self.group.append(self)
+
+    @property
+    def place(self) -> tuple:
+        """What the queues are sorted by: the key of the policy, then the order of arrival."""
+        return self.queue_key, self.request_id, self.index
 
     @property
     def num_tokens(self) -> int:

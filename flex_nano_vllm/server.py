@@ -404,6 +404,7 @@ def serve(
     n_pages: Annotated[int | None, typer.Option(help="Pages of the KV pool.")] = None,
     page_size: Annotated[int | None, typer.Option(help="Tokens per page.")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Token budget of a step.")] = None,
+    policy: Annotated[str, typer.Option(help="Which requests come first: fcfs, priority or sjf.")] = "fcfs",
     compile: Annotated[bool, typer.Option(help="Compile the model before the first request.")] = True,
     generation_config: Annotated[
         GenerationConfigSource, typer.Option(help="Sampling defaults: from the model, or none.")
@@ -432,6 +433,7 @@ def serve(
             n_pages=n_pages,
             page_size=page_size,
             max_num_batched_tokens=max_num_batched_tokens,
+            policy=policy,
             compile=None if compile else False,
         )
     except (ValueError, OSError) as error:

@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from flex_nano_vllm.geometry import Geometry
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.sampling_params import SamplingParams
-from flex_nano_vllm.scheduler import Scheduler
+from flex_nano_vllm.scheduler import POLICIES, Scheduler, queue_key
 from flex_nano_vllm.sequence import Sequence
 from flex_nano_vllm.step import StepBatch, TileKind
 
@@ -68,8 +68,10 @@ class Texts(RuleBasedStateMachine):
         windows=st.sampled_from([(None,), (None, 3), (2,), (5, 2, None), (4, 1)]),
         caching=st.sampled_from([True, True, True, False]),
         release=st.sampled_from([True, True, True, False]),
+        policy=st.sampled_from([*POLICIES]),
     )
-    def build(self, n_pages, page_size, rows, budget, watermark, max_seq_length, windows, caching, release):
+    def build(self, n_pages, page_size, rows, budget, watermark, max_seq_length, windows, caching, release, policy):
+        self.policy, self.queue_key = policy, queue_key(policy)
         self.geometry = Geometry(n_pages, page_size, rows, max_seq_length, budget, windows, release)
         self.kv = KVManager(self.geometry, prefix_caching=caching)
         self.scheduler = Scheduler(self.kv, budget, watermark)
@@ -100,8 +102,9 @@ class Texts(RuleBasedStateMachine):
         salt=st.sampled_from([None, None, None, "a", "b"]),
         times=st.sampled_from([1, 1, 2, 3]),
         samples=st.sampled_from([1, 1, 2, 4]),
+        priority=st.integers(-1, 1),
     )
-    def submit(self, which, cut, more, max_tokens, salt, times, samples):
+    def submit(self, which, cut, more, max_tokens, salt, times, samples, priority=0):
         """Add `times` equal requests, with `samples` samples each."""
         text = self.texts[which % len(self.texts)]
         prompt = (text[: cut % (len(text) + 1)] + tuple(more) or (1,))[: self.geometry.max_request_tokens - 1]
@@ -115,13 +118,14 @@ class Texts(RuleBasedStateMachine):
                     prompt=None,
                     token_ids=list(prompt),
                     num_prompt_tokens=len(prompt),
-                    params=SamplingParams(),
+                    params=SamplingParams(priority=priority if self.policy == "priority" else 0),
                     seed=0,
                     eos_token_ids=frozenset({EOS}),
                     max_total_tokens=min(self.geometry.max_request_tokens, len(prompt) + max_tokens),
                     cache_salt=salt,
                     group=group,
                 )
+                sequence.queue_key = self.queue_key(sequence)
                 self.live[key_of(sequence)] = (sequence, prompt, salt)
                 self.scheduler.add(sequence)
             self.num_submitted += 1
@@ -156,9 +160,9 @@ class Texts(RuleBasedStateMachine):
             self.faulty.add(list(self.live)[pick % len(self.live)])
 
     @rule()
-    def preempt_newest(self):
+    def preempt_last(self):
         if self.scheduler.running:
-            self.scheduler.preempt_newest()
+            self.scheduler.preempt_last()
 
     @rule()
     def reset(self):
@@ -249,7 +253,8 @@ class Texts(RuleBasedStateMachine):
         if hasattr(self, "scheduler"):
             copied = copy.deepcopy(self.scheduler)  # on a copy, because it syncs
             copied.check_invariants()
-            assert list(self.live) == list(map(key_of, (*self.scheduler.running, *self.scheduler.waiting)))
+            queued = list(map(key_of, (*self.scheduler.running, *self.scheduler.waiting)))
+            assert list(self.live) == (queued if self.policy == "fcfs" else sorted(queued))
             assert all(NEVER not in sequence.token_ids for sequence, _, _ in self.live.values())
 
     def teardown(self):
@@ -257,6 +262,7 @@ class Texts(RuleBasedStateMachine):
             return
         self.faulty.clear()
         steps_left = 10 + 2 * sum(sequence.max_total_tokens for sequence, _, _ in self.live.values())
+        steps_left *= 1 if self.policy == "fcfs" else max(1, len(self.live))
         while self.live:
             assert steps_left > 0, "requests do not end"
             steps_left -= 1
@@ -283,6 +289,7 @@ def test_random_operations_keep_shared_pages_correct(seed):
         windows=random.choice([(None,), (None, 3), (2,), (5, 2, None), (4, 1)]),
         caching=random.random() < 0.9,
         release=random.random() < 0.8,
+        policy=[*POLICIES][seed % len(POLICIES)],
     )
     for _ in range(60):
         move = random.randrange(20)
@@ -291,7 +298,7 @@ def test_random_operations_keep_shared_pages_correct(seed):
             salt = random.choice([None, None, None, "a"])
             samples = random.choice([1, 1, 2, 4])
             which, cut, max_tokens = random.randint(0, 50), random.randint(0, 20), random.randint(1, 12)
-            texts.submit(which, cut, more, max_tokens, salt, 1 + move % 3, samples)
+            texts.submit(which, cut, more, max_tokens, salt, 1 + move % 3, samples, random.randint(-1, 1))
         elif move < 15:
             texts.steps(random.randint(1, 3))
         elif move < 16:
@@ -301,7 +308,7 @@ def test_random_operations_keep_shared_pages_correct(seed):
         elif move < 18:
             texts.break_the_next_chunk_of_one(random.randint(0, 30))
         elif move < 19:
-            texts.preempt_newest()
+            texts.preempt_last()
         elif random.random() < 0.1:
             texts.reset()
         texts.holds()

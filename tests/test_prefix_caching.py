@@ -138,7 +138,7 @@ def test_a_request_computes_the_pages_itself_if_the_request_that_it_waits_for_en
     aborted.abort(0)
     assert starts(aborted.schedule()) == {1: 0}
     preempted.schedule()
-    preempted.preempt_newest()
+    preempted.preempt_last()
     assert starts(preempted.schedule()) == {0: 0}
 
 

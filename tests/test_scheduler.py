@@ -568,12 +568,12 @@ def test_abort_of_a_running_request_keeps_its_output_and_does_not_affect_others(
     assert_complete(sequences[2])
 
 
-def test_preempt_newest_between_two_steps_changes_no_output():
+def test_preempt_last_between_two_steps_changes_no_output():
     """A caller may preempt the newest request although enough pages are free."""
     scheduler = make_scheduler()
     sequences = [submit(scheduler, i, prompt_len=3, max_tokens=4) for i in range(3)]
     step(scheduler)
-    assert scheduler.preempt_newest() is sequences[2]
+    assert scheduler.preempt_last() is sequences[2]
     scheduler.check_invariants()
     assert (ids(scheduler.running), ids(scheduler.waiting)) == ([0, 1], [2])
     assert (sequences[2].row, sequences[2].num_computed_tokens, len(sequences[2].output_token_ids)) == (None, 0, 1)

@@ -25,7 +25,7 @@ from flex_nano_vllm.geometry import Geometry
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.page_table import PageTable
 from flex_nano_vllm.sampling_params import SamplingParams
-from flex_nano_vllm.scheduler import Scheduler
+from flex_nano_vllm.scheduler import Scheduler, queue_key
 from flex_nano_vllm.sequence import Sequence
 from flex_nano_vllm.step import StepBatch, TileKind
 
@@ -39,6 +39,20 @@ PROMPTS = st.tuples(
     st.one_of(st.none(), st.none(), st.integers(-4, 9)),  # output index of the ending (negative: in the prompt), if any
     st.sampled_from([EOS, NOT_FINITE]),  # the ending
 )
+
+
+def key_of_a_user(sequence: Sequence) -> tuple[int, int]:
+    """Put prompts of even lengths first, and among them those with a larger priority."""
+    return sequence.num_prompt_tokens % 2, -sequence.params.priority
+
+
+# By policy: what a request with this priority, number of prompt tokens and limit of tokens is sorted by
+POLICIES = {
+    "fcfs": lambda priority, num_prompt_tokens, max_total_tokens: 0,
+    "priority": lambda priority, num_prompt_tokens, max_total_tokens: priority,
+    "sjf": lambda priority, num_prompt_tokens, max_total_tokens: max_total_tokens,
+    key_of_a_user: lambda priority, num_prompt_tokens, max_total_tokens: (num_prompt_tokens % 2, -priority),
+}
 
 
 def pages_for(num_tokens: int, page_size: int) -> int:
@@ -102,8 +116,10 @@ class Engine(RuleBasedStateMachine):
         watermark=st.sampled_from([0, 0, 0, 1, 2, 4, 8]),  # mostly small, because a large one prevents preemptions
         max_seq_length=st.sampled_from([1000, 1000, 2, 7, 12, 20]),
         prompts=st.lists(PROMPTS, min_size=2, max_size=8),
+        policy=st.sampled_from([*POLICIES]),
     )
-    def build(self, n_pages, page_size, rows, budget, watermark, max_seq_length, prompts):
+    def build(self, n_pages, page_size, rows, budget, watermark, max_seq_length, prompts, policy):
+        self.policy = policy
         self.page_size, self.rows, self.budget, self.watermark = page_size, rows, budget, watermark
         self.usable_pages = n_pages - 1
         self.limit = min(max_seq_length, self.usable_pages * page_size)
@@ -112,6 +128,7 @@ class Engine(RuleBasedStateMachine):
         self.table = self.kv.primary
         self.scheduler = Scheduler(self.kv, budget, watermark)
         self.num_submitted = self.num_preemptions = 0
+        self.keys: dict[int, object] = {}  # request id -> key of the policy
         self.live: dict[int, Request] = {}  # in order of arrival
         self.ended: dict[int, tuple[Request, str, tuple[int, ...]]] = {}  # with final finish reason and output
         self.kv_pool: dict[int, object] = {}  # slot -> (request, life, position, token) of the last write
@@ -126,22 +143,25 @@ class Engine(RuleBasedStateMachine):
             if prompt_len + 1 > self.limit:
                 continue  # I13: the engine rejects this prompt; only the scheduler is tested here
             room = self.limit - prompt_len
+            priority = 0 if self.policy in ("fcfs", "sjf") else pick % 3 - 1
             sequence = Sequence(
                 request_id=self.num_submitted,
                 prompt=None,
                 token_ids=[],
                 num_prompt_tokens=prompt_len,
-                params=SamplingParams(),
+                params=SamplingParams(priority=priority),
                 seed=0,
                 eos_token_ids=frozenset({EOS}),
                 max_total_tokens=prompt_len + (room if max_tokens is None else min(room, max_tokens)),
             )
+            sequence.queue_key = queue_key(self.policy)(sequence)
             ends_at = None if ends_after is None else max(1, prompt_len + ends_after)
             request = Request(sequence, prompt_len, sequence.max_total_tokens, ends_at, ending)
             request.token_ids = [1 + (31 * request.id + 7 * position) % 97 for position in range(prompt_len)]
             sequence.token_ids = list(request.token_ids)
             self.num_submitted += 1
             self.live[request.id] = request
+            self.keys[request.id] = POLICIES[self.policy](priority, prompt_len, sequence.max_total_tokens)
             self.scheduler.add(sequence)
 
     # Hypothesis disables rules for whole runs. Steps are in two rules, and requests in three, so that some remain.
@@ -215,11 +235,11 @@ class Engine(RuleBasedStateMachine):
         assert self.state_of_table() == before
 
     @rule()
-    def preempt_newest(self):
+    def preempt_last(self):
         """The scheduler decides to preempt, but a caller may also preempt between two steps."""
         if self.scheduler.running:
             request = self.live[self.scheduler.running[-1].request_id]
-            assert self.scheduler.preempt_newest() is request.sequence
+            assert self.scheduler.preempt_last() is request.sequence
             request.num_computed = request.num_held = 0
             request.life += 1
             self.num_preemptions += 1
@@ -271,13 +291,13 @@ class Engine(RuleBasedStateMachine):
         waiting = [self.live[sequence.request_id] for sequence in scheduler.waiting]
 
         assert bool(chunks) == bool(self.live), "I11: a step computes tokens exactly if there are unfinished requests"
-        assert running + waiting == list(self.live.values()), "I10: requests are in order of arrival, and none is lost"
+        self.requests_are_in_order(running, waiting)
         stayed = [request for request in running_before if request in running]
         preempted = [request for request in running_before if request not in running]
         admitted = [request for request in running if request not in running_before]
-        assert stayed + preempted == running_before, "I11: the newest requests are preempted first"
-        assert stayed[:1] == running_before[:1], "I11: the oldest request is never preempted"
-        assert admitted == waiting_before[: len(admitted)], "I10: requests are admitted strictly in order of arrival"
+        assert stayed + preempted == running_before, "I11: the last requests are preempted first"
+        assert stayed[:1] == running_before[:1], "I11: the first request is never preempted"
+        assert admitted == waiting_before[: len(admitted)], "I10: requests are admitted strictly in order"
         assert not (preempted and admitted), "a step both preempted and admitted requests"
         self.num_preemptions += len(preempted)
         preempted_had = [(request.num_computed, request.num_held) for request in preempted]
@@ -286,10 +306,14 @@ class Engine(RuleBasedStateMachine):
             request.life += 1
 
         left = self.budget
-        assert [chunk.sequence for chunk in chunks] == [request.sequence for request in running]
-        for chunk, request in zip(chunks, running):
+        scheduled = stayed + admitted
+        assert [chunk.sequence for chunk in chunks] == [request.sequence for request in scheduled]
+        for i, (chunk, request) in enumerate(zip(chunks, scheduled)):
             assert chunk.start == request.num_computed, "I8: no position is skipped or computed twice"
-            assert chunk.length == min(len(request.token_ids) - request.num_computed, left) >= 1
+            # Each request that ran before the step has a token of the budget, which only matters if several have a
+            # part of their prompt left: not in order of arrival.
+            kept = 0 if self.policy == "fcfs" else max(0, len(running_before) - i - 1)
+            assert chunk.length == min(len(request.token_ids) - request.num_computed, left - kept) >= 1
             assert chunk.needs_sample == (chunk.start + chunk.length == len(request.token_ids))
             left -= chunk.length
             request.num_held = max(request.num_held, chunk.start + chunk.length)
@@ -301,14 +325,14 @@ class Engine(RuleBasedStateMachine):
             )
 
         for request in admitted:
-            beside = running[: running.index(request) + 1]
+            beside = scheduled[: scheduled.index(request) + 1]
             assert len(beside) == 1 or pages_when_grown(beside) <= self.usable_pages, (
                 "admitted without room to grow by the watermark"
             )
         if waiting and not preempted and left and len(running) < self.rows:
             assert pages_when_grown([*running, waiting[0]]) > self.usable_pages, "not admitted although there is room"
         if preempted:
-            num_computed, num_held = preempted_had[0]  # the oldest of the preempted requests, which was preempted last
+            num_computed, num_held = preempted_had[0]  # the first of the preempted requests, which was preempted last
             end = num_computed + min(len(preempted[0].token_ids) - num_computed, left)
             staying = sum(pages_for(request.num_held, page_size) for request in stayed)
             assert staying + pages_for(max(num_held, end), page_size) > self.usable_pages, (
@@ -403,7 +427,8 @@ class Engine(RuleBasedStateMachine):
     def requests_are_where_they_belong(self):
         """Check I9, I10, I14 and I15."""
         scheduler = self.scheduler
-        assert [*scheduler.running, *scheduler.waiting] == [request.sequence for request in self.live.values()]
+        queues = scheduler.running, scheduler.waiting
+        self.requests_are_in_order(*([self.live[sequence.request_id] for sequence in queue] for queue in queues))
         assert scheduler.has_unfinished_requests() == bool(self.live)
         assert len(scheduler.running) <= self.rows
         assert scheduler.num_preemptions == self.num_preemptions
@@ -424,6 +449,14 @@ class Engine(RuleBasedStateMachine):
                 "an ended request has changed"
             )
             assert sequence.row is None
+
+    def requests_are_in_order(self, running: list[Request], waiting: list[Request]) -> None:
+        """Check I10: the queues hold every request once, each in the order of the policy and of arrival."""
+        everything = sorted(self.live.values(), key=lambda request: self.keys[request.id])  # stable: by arrival
+        assert [request for request in everything if request in running] == running
+        assert [request for request in everything if request not in running] == waiting
+        if self.policy == "fcfs":
+            assert running + waiting == list(self.live.values()), "a newer request runs while an older one waits"
 
     def pages_are_where_they_belong(self, synced: PageTable):
         """Check I1 to I6 on the device tables."""
@@ -447,11 +480,13 @@ class Engine(RuleBasedStateMachine):
     def teardown(self):
         """Check I12 and I17: without new requests all requests end, and then all rows and pages are free.
 
-        The oldest request computes at least one token in every step, so there are at most as many steps as tokens.
+        The first running request computes at least one token in every step. A request that runs again after a
+        preemption computes its tokens again, so the number of steps is bounded by the tokens of all prefixes.
         """
         if not hasattr(self, "scheduler"):
             return  # Hypothesis stopped before `build`
         steps_left = sum(request.max_total_tokens for request in self.live.values())
+        steps_left *= 1 if self.policy == "fcfs" else len(self.live)
         while self.live:
             assert steps_left > 0, "I12: requests do not end"
             steps_left -= 1
@@ -466,8 +501,12 @@ TestEngine = Engine.TestCase
 TestEngine.settings = settings(max_examples=100, **MACHINE)
 
 
-@pytest.mark.parametrize("seed", range(100))
-def test_random_operations_keep_all_invariants(seed):
+@pytest.mark.parametrize(
+    ("policy", "seed"),
+    [(policy, seed) for policy in POLICIES for seed in range(100 if policy == "fcfs" else 30)],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_random_operations_keep_all_invariants(policy, seed):
     """Run the same machine without Hypothesis. Each seed has another pool, with more requests than the pool can hold.
 
     Hypothesis varies a pool that it has found instead of trying another pool.
@@ -494,6 +533,7 @@ def test_random_operations_keep_all_invariants(seed):
         watermark=random.choice([0, 0, 1, 3, 8]),
         max_seq_length=random.choice([1000, 1000, 20, 7]),
         prompts=prompts(8),
+        policy=policy,
     )
     for _ in range(60):
         move = random.randrange(20)
@@ -504,7 +544,7 @@ def test_random_operations_keep_all_invariants(seed):
         elif move < 18:
             engine.abort(random.randint(0, 30))
         elif move < 19:
-            random.choice([engine.preempt_newest, lambda: engine.erase_twice(random.randint(0, 30))])()
+            random.choice([engine.preempt_last, lambda: engine.erase_twice(random.randint(0, 30))])()
         elif random.random() < 0.3:
             engine.interrupt_schedule_and_reset(
                 random.choice(["allocate", "reserve", "erase", "_map"]), random.randint(1, 4), random.random() < 0.5
