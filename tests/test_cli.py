@@ -63,7 +63,7 @@ def test_serve_has_the_servers_options(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main()
     shown = capsys.readouterr().out
-    assert "--api-key" in shown and "--drain-timeout" in shown
+    assert "--api-key" in shown and "--policy" in shown and "--drain-timeout" in shown
 
 
 def test_serve_and_bench_name_the_missing_extra(monkeypatch, capsys):

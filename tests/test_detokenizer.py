@@ -12,6 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from flex_nano_vllm.detokenizer import Detokenizer, StopMatcher
 from flex_nano_vllm.loading import EMBEDDED_MODELS
 from flex_nano_vllm.random_models import byte_tokenizer
+from flex_nano_vllm.sampling_params import SamplingParams
+from flex_nano_vllm.sequence import Sequence
 from flex_nano_vllm.vocabulary import decode
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -296,3 +298,16 @@ def test_a_matcher_tracks_the_longest_prefix_of_the_stop_string_that_ends_the_te
         longest = max(n for n in range(len(stop) + 1) if text[:end].endswith(stop[:n]))
         assert matcher.feed(char) == (longest == len(stop))
         assert matcher.num_matched == longest
+
+
+@pytest.mark.parametrize("end", [lambda sequence: sequence.abort("abort"), lambda sequence: sequence.fail()])
+def test_a_sequence_that_is_aborted_or_fails_shows_the_text_that_was_held_back(end):
+    tokenizer = byte_tokenizer()
+    sequence = Sequence(0, None, [], 0, SamplingParams(), 0, frozenset(), 100)
+    sequence.text = Detokenizer(tokenizer, stops=("bc",))
+    for token_id in tokenizer("ab").input_ids:
+        sequence.append(token_id)
+    assert sequence.text.text[: sequence.text.num_shown] == "a"
+    end(sequence)
+    assert sequence.text.text[: sequence.text.num_shown] == "ab"
+    assert sequence.finish_reason in ("abort", "error") and sequence.stop_reason is None
