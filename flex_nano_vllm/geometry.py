@@ -20,7 +20,7 @@ class ModelSpec:
     masks: tuple[LayerMask, ...]  # of each layer
     num_heads: int
     num_kv_heads: int
-    head_dim: int
+    head_dim: int  # the same in every layer, as are the numbers of heads
     num_embeddings: int  # number of token ids that a prompt may contain
     num_logits: int  # number of token ids that can be generated
     max_positions: int  # most tokens of a sequence

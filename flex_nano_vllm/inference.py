@@ -331,8 +331,8 @@ class Inference:
             group = self._abort(request_id)
             return None if group is None else request_output(group, self.tokenizer)
 
-    def _abort(self, request_id: int) -> list[Sequence] | None:
-        aborted = self.scheduler.abort(request_id)
+    def _abort(self, request_id: int, reason: str = "abort") -> list[Sequence] | None:
+        aborted = self.scheduler.abort(request_id, reason)
         if not aborted:
             return None
         self._close(aborted[0].group)
@@ -346,15 +346,14 @@ class Inference:
         """
         with self._exclusively():
             if self._unreported:
-                request_ids = sorted(self._unreported)
+                failed = set(self._unreported)
                 self._unreported.clear()
-                return request_ids
-            queue = self.scheduler.running or self.scheduler.waiting  # waiting: nothing was admitted yet
-            groups = {sequence.request_id: sequence.group for sequence in queue}
-            for request_id, group in groups.items():
-                self.scheduler.abort(request_id, "error")
-                self._count(group)
-            return sorted(groups)
+            else:
+                queue = self.scheduler.running or self.scheduler.waiting  # waiting: nothing was admitted yet
+                failed = {sequence.request_id for sequence in queue}
+                for request_id in failed:
+                    self._abort(request_id, "error")
+            return sorted(failed)
 
     def run_one_step(self) -> list[RequestOutput]:
         """Compute one step and return the requests that finished in it.

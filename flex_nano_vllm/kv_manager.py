@@ -40,21 +40,10 @@ class KVManager:
     def __init__(self, geometry: Geometry, device: torch.device | str = "cpu", prefix_caching: bool = True):
         self.geometry, self.prefix_caching = geometry, prefix_caching
         self.device = torch.device(device)
-        self.pools = {
-            window: PageTable(
-                n_pages,
-                geometry.page_size,
-                geometry.max_batch_size,
-                geometry.max_pages_per_row,
-                device,
-                window,
-                on_evict=lambda entry, window=window: entry.pages.pop(window),
-                keep_hint=lambda entry: entry.keep_hint,
-            )
-            for window, n_pages in geometry.pools.items()
-        }
+        sizes = geometry.page_size, geometry.max_batch_size, geometry.max_pages_per_row
+        self.pools = {window: PageTable(n_pages, *sizes, device, window) for window, n_pages in geometry.pools.items()}
         self.primary = next(iter(self.pools.values()))
-        self._forget()
+        self.reset()
 
     def table(self, window: int | None) -> PageTable:
         """Return the page table of the layers with this window."""
@@ -64,9 +53,6 @@ class KVManager:
         """Free all rows and pages, and empty the prefix cache."""
         for table in self.pools.values():
             table.reset()
-        self._forget()
-
-    def _forget(self) -> None:
         self.prefix_cache = PrefixCache(self.geometry.page_size)
         self._rows: dict[int, RowState] = {}
         # Pages to copy before the next step, by row: (page table, source page, target page)
@@ -200,11 +186,10 @@ class KVManager:
             return
         # The page is new, or a pool has evicted its copy of it. Remove the other copies from the cache too: a page is
         # shared in every pool or in none, otherwise a secondary pool could run out before the primary pool.
-        for window, page in entry.pages.items():
+        for window, page in list(entry.pages.items()):
             self.pools[window].uncache_page(page)
-        for window, table in self.pools.items():
-            entry.pages[window] = table.page(row, logical)
-            table.cache_page(entry.pages[window], entry)
+        for table in self.pools.values():
+            table.cache_page(table.page(row, logical), entry)
 
     def sync(self) -> None:
         """Upload all changes to the device tables."""

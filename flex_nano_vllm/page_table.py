@@ -40,6 +40,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flex_nano_vllm.geometry import cdiv
 from flex_nano_vllm.masks import MaskMod, ScoreMod
+from flex_nano_vllm.prefix_cache import CachedPage
 from flex_nano_vllm.transfer import upload
 
 RowOf = Callable[[Tensor, Tensor], Tensor]  # (tile, q_idx) -> page-table row of a query
@@ -63,9 +64,6 @@ class PageTable:
         max_batch_size: rows, not counting row 0: the number of sequences that can hold pages at once.
         max_pages_per_row: length of the longest sequence, in pages.
         window: tokens that a query sees, including its own; None: all tokens before it.
-        on_evict: called with the owner of a cached page (see `cache_page`) when the page is evicted.
-        keep_hint: called with the owner of a page that becomes evictable because it is out of the window. If it returns
-            False, the page is evicted before all others.
     """
 
     def __init__(
@@ -76,11 +74,8 @@ class PageTable:
         max_pages_per_row: int,
         device: torch.device | str = "cpu",
         window: int | None = None,
-        on_evict: Callable[[object], None] | None = None,
-        keep_hint: Callable[[object], bool] | None = None,
     ):
         self.n_pages, self.page_size, self.window = n_pages, page_size, window
-        self.on_evict, self.keep_hint = on_evict, keep_hint
         self.max_batch_size, self.max_pages_per_row = max_batch_size, max_pages_per_row
         rows = max_batch_size + 1
         # [rows, N] physical page of each logical page, 0 where unmapped; and its mirror on the host
@@ -96,7 +91,7 @@ class PageTable:
         self._free_rows = list(range(1, self.max_batch_size + 1))
         self._free_pages = list(range(1, self.n_pages))
         self._num_users = [0] * self.n_pages
-        self.cached: dict[int, object] = {}  # cached page -> owner
+        self.cached: dict[int, CachedPage] = {}  # page -> its entry in the prefix cache
         self._evictable: OrderedDict[int, None] = OrderedDict()  # cached pages without users, next to evict first
         self._pages: dict[int, dict[int, int]] = {}  # row -> logical page -> physical page, ascending
         self._num_tokens: dict[int, int] = {}  # row -> number of tokens that pages were reserved for
@@ -199,13 +194,13 @@ class PageTable:
 
         Pages that become evictable are evicted before all others, because a request that shares the whole sequence
         needs only its last window. Pages in the last window of a shorter prefix that a request has found before are
-        the exception: `keep_hint` returns True for them.
+        the exception: their entries have the `keep_hint`.
         """
         pages, first_page = self._pages[row], self.first_page(position)
         while pages and (logical := next(iter(pages))) < first_page:
             page = pages.pop(logical)
             self._unmap(row, logical, page)
-            if page in self._evictable and not self.keep_hint(self.cached[page]):
+            if page in self._evictable and not self.cached[page].keep_hint:
                 self._evictable.move_to_end(page, last=False)
 
     def erase(self, row: int) -> None:
@@ -233,13 +228,14 @@ class PageTable:
         holders[0] = -2
         return holders
 
-    def cache_page(self, page: int, owner: object) -> None:
-        """Cache a page in use: without users it becomes evictable, not free. Eviction calls `on_evict(owner)`."""
-        self.cached[page] = owner
+    def cache_page(self, page: int, entry: CachedPage) -> None:
+        """Cache a page in use: without users it becomes evictable, not free. `entry.pages` has it until eviction."""
+        self.cached[page] = entry
+        entry.pages[self.window] = page
 
     def uncache_page(self, page: int) -> None:
         """Undo `cache_page`: an evictable page becomes free."""
-        del self.cached[page]
+        del self.cached.pop(page).pages[self.window]
         if page in self._evictable:
             del self._evictable[page]
             heapq.heappush(self._free_pages, page)
@@ -251,9 +247,8 @@ class PageTable:
     def _take_page(self) -> int:
         if self._free_pages:
             return heapq.heappop(self._free_pages)
-        page, _ = self._evictable.popitem(last=False)
-        self.on_evict(self.cached.pop(page))
-        return page
+        self.uncache_page(next(iter(self._evictable)))
+        return heapq.heappop(self._free_pages)
 
     def _map(self, row: int, logical: int, page: int) -> None:
         self._pages[row][logical] = page

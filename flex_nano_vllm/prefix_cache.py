@@ -50,15 +50,14 @@ class PrefixCache:
 
     def find(self, token_ids: list[int], root: CachedPage) -> list[CachedPage]:
         """Return the entries of the known full pages that `token_ids` begins with."""
-        found, parent = [], root
+        chain = [root]
         for start in range(0, len(token_ids) - self.page_size + 1, self.page_size):
             tokens = token_ids[start : start + self.page_size]
-            entry = self._child(parent, tokens, chained_key(parent.key, tokens))
+            entry = self._child(chain[-1], tokens, chained_key(chain[-1].key, tokens))
             if entry is None:
                 break
-            found.append(entry)
-            parent = entry
-        return found
+            chain.append(entry)
+        return chain[1:]
 
     def add(self, parent: CachedPage, token_ids: list[int]) -> CachedPage:
         """Return the entry of the full page `token_ids` after `parent`; create it if it does not exist."""

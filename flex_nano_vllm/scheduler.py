@@ -51,7 +51,7 @@ def queue_key(policy: Policy) -> Callable[[Sequence], tuple[float, ...]]:
     Raises ValueError for an unknown policy. The function raises ValueError if a policy function returns anything but
     numbers, and for a `priority` that the policy would ignore.
     """
-    if not callable(policy) and not (isinstance(policy, str) and policy in POLICIES):
+    if not callable(policy) and policy not in [*POLICIES]:
         names = ", ".join(map(repr, POLICIES))
         raise ValueError(f"policy must be one of {names}, or a function of a sequence, got {shortened(policy)}")
 
@@ -174,9 +174,7 @@ class Scheduler:
             sequence.row = self.kv.fork(nearest.row, sequence.num_prompt_tokens - 1, sequence.token_ids)
         if sequence.row is None:
             # Cached tokens have no logits, so a prompt whose logprobs are still missing is computed.
-            may_hit = (
-                not sequence.wants_prompt_logprobs or len(sequence.prompt_logprobs) == sequence.num_prompt_tokens - 1
-            )
+            may_hit = not Chunk(sequence, 0, sequence.num_tokens).logprob_positions
             sequence.row = self.kv.allocate(sequence.token_ids, sequence.cache_salt, find=may_hit)
             if sequence.row is None:
                 return False  # wait until the current step has computed pages that the sequence can share

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flex_nano_vllm.page_table import PageTable
+from flex_nano_vllm.prefix_cache import CachedPage
 
 
 class CheckedPageTable(PageTable):
@@ -350,13 +351,17 @@ def test_a_shared_page_is_free_after_its_last_row_has_released_it():
     assert table.num_used_pages == 0
 
 
+def entry() -> CachedPage:
+    return CachedPage(b"", [], None)
+
+
 def test_a_cached_page_without_users_is_evictable_and_can_be_shared_again():
-    evicted = []
-    table = make(on_evict=evicted.append)
+    table = make()
     row = table.allocate()
     assert table.reserve(row, 12)  # pages 1, 2, 3
-    table.cache_page(1, "first")
-    table.cache_page(2, "second")
+    first, second = entry(), entry()
+    table.cache_page(1, first)
+    table.cache_page(2, second)
     table.erase(row)
     assert (table.num_evictable_pages, table.num_free_pages, table.num_used_pages) == (2, 7, 0)
     row = table.allocate()
@@ -364,36 +369,41 @@ def test_a_cached_page_without_users_is_evictable_and_can_be_shared_again():
     assert (table.num_evictable_pages, table.num_free_pages, table.num_used_pages) == (0, 5, 2)
     assert table.reserve(row, 28)
     assert pages_of(table, row) == [1, 2, 3, 4, 5, 6, 7]
-    assert evicted == []
+    assert (first.pages, second.pages) == ({None: 1}, {None: 2}), "no page was evicted"
 
 
 def test_pages_are_evicted_only_if_none_is_free_oldest_row_first_and_last_page_first():
-    evicted = []
-    table = make(n_pages=6, max_pages_per_row=5, on_evict=evicted.append)
+    table = make(n_pages=6, max_pages_per_row=5)
     old, young = table.allocate(), table.allocate()
     assert table.reserve(old, 8) and table.reserve(young, 8)  # pages 1, 2 and 3, 4; page 5 is free
+    entries = {page: entry() for page in range(1, 5)}
     for page in range(1, 5):
-        table.cache_page(page, f"owner of {page}")
+        table.cache_page(page, entries[page])
     table.erase(old)
     table.erase(young)
     row = table.allocate()
-    for num_tokens, expected in ((4, []), (8, [2]), (12, [2, 1]), (16, [2, 1, 4]), (20, [2, 1, 4, 3])):
+    for num_tokens, evicted in ((4, []), (8, [2]), (12, [2, 1]), (16, [2, 1, 4]), (20, [2, 1, 4, 3])):
         assert table.reserve(row, num_tokens)
-        assert evicted == [f"owner of {page}" for page in expected]
+        assert {page: entries[page].pages for page in entries} == {
+            page: {} if page in evicted else {None: page} for page in entries
+        }
+        assert pages_of(table, row) == [5, *evicted]
     assert not table.reserve(table.allocate(), 1)
 
 
 def test_an_uncached_page_is_free_when_no_row_uses_it():
     table = make()
-    row = table.allocate()
+    row, first, second = table.allocate(), entry(), entry()
     table.reserve(row, 8)
-    table.cache_page(1, "owner")
+    table.cache_page(1, first)
     table.uncache_page(1)
-    table.cache_page(2, "owner")
+    table.cache_page(2, second)
+    assert (first.pages, second.pages) == ({}, {None: 2})
     table.erase(row)
     assert (table.num_evictable_pages, table.num_free_pages) == (1, 7)
     table.uncache_page(2)
     assert (table.num_evictable_pages, table.num_free_pages) == (0, 7)
+    assert second.pages == {}
 
 
 @pytest.mark.parametrize("page_size", [1, 2, 3, 4])

@@ -1227,12 +1227,12 @@ def test_the_command_passes_its_options_to_the_engine_and_the_server(monkeypatch
     monkeypatch.setattr(server.Inference, "from_pretrained", from_pretrained)
     monkeypatch.setattr(server.uvicorn, "run", lambda app, **options: served.update(options, app=app))
     names = "--model m --host 127.0.0.9 --port 81 --served-model-name s --dtype float64 --max-batch-size 3"
-    sizes = "--max-seq-length 32 --n-pages 9 --page-size 4 --max-num-batched-tokens 64 --no-compile"
+    sizes = "--max-seq-length 32 --n-pages 9 --page-size 4 --max-num-batched-tokens 64 --policy sjf --no-compile"
     limits = f"--max-waiting 2 --request-timeout 7 --drain-timeout 9 --api-key {KEY}"
     result = run_serve(*f"{names} {sizes} {limits}".split())
     assert result.exit_code == 0, result.output
     numbers = dict(max_batch_size=3, max_seq_length=32, n_pages=9, page_size=4, max_num_batched_tokens=64)
-    assert loaded == dict(model="m", dtype="float64", compile=False) | numbers
+    assert loaded == dict(model="m", dtype="float64", compile=False, policy="sjf") | numbers
     app = served.pop("app")
     assert served.pop("http") is guard.HeaderTimeoutH11 and served["limit_concurrency"] < 10_000
     assert served.items() >= dict(host="127.0.0.9", port=81, timeout_graceful_shutdown=9, access_log=False).items()
