@@ -19,7 +19,7 @@ from flex_nano_vllm.page_table import PageTable
 from flex_nano_vllm.random_models import byte_tokenizer
 from flex_nano_vllm.runner import ModelRunner
 from flex_nano_vllm.scheduler import Scheduler
-from flex_nano_vllm.step import StepBatch
+from flex_nano_vllm.step import StepVectors
 
 PARAMS = [
     greedy(9),
@@ -607,8 +607,8 @@ SEAMS = [
     (Scheduler, "schedule", 1),
     (Scheduler, "schedule", 3),
     (PageTable, "reserve", 2),
-    (StepBatch, "build", 1),
-    (StepBatch, "build", 3),
+    (StepVectors, "build", 1),
+    (StepVectors, "build", 3),
     (ModelRunner, "forward", 1),
     (ModelRunner, "forward", 3),
     (inference, "take_samples", 1),

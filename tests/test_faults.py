@@ -28,7 +28,7 @@ from flex_nano_vllm.page_table import PageTable
 from flex_nano_vllm.random_models import byte_tokenizer
 from flex_nano_vllm.runner import ModelRunner
 from flex_nano_vllm.scheduler import Scheduler
-from flex_nano_vllm.step import StepBatch
+from flex_nano_vllm.step import StepVectors
 
 # --- exceptions and interrupts -----------------------------------------------------------------------------------
 
@@ -73,8 +73,8 @@ SEAMS = [
     (PageTable, "_map", 6),
     (PageTable, "erase", 1),
     (PageTable, "sync", 2),
-    (StepBatch, "build", 1),
-    (StepBatch, "build", 3),
+    (StepVectors, "build", 1),
+    (StepVectors, "build", 3),
     (ModelRunner, "forward", 2),
     (PagedKVCache, "update", 4),  # second layer of the second step, after the first layer has written keys and values
     (PagedKVCache, "attend", 4),
@@ -124,8 +124,8 @@ def progress(engine):
         (PageTable, "reserve", 1),
         (PageTable, "reserve", 5),
         (PageTable, "sync", 2),
-        (StepBatch, "build", 1),
-        (StepBatch, "build", 4),
+        (StepVectors, "build", 1),
+        (StepVectors, "build", 4),
         (PagedKVCache, "update", 4),
         (PagedKVCache, "attend", 1),
         (PagedKVCache, "attend", 4),

@@ -10,8 +10,9 @@ import flex_nano_vllm
 PACKAGE = Path(flex_nano_vllm.__file__).parent
 # Levels of modules. A module may import only modules of earlier levels.
 ORDER = [
-    ["metrics", "masks", "workload", "tasks", "random_models", "sampling_params", "plots", "geometry", "prefix_cache"],
+    ["metrics", "masks", "workload", "tasks", "random_models", "sampling_params", "plots", "prefix_cache"],
     [
+        "geometry",
         "transfer",
         "vocabulary",
         "generation_defaults",

@@ -102,6 +102,8 @@ def test_methods_in_the_documents_exist():
         for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ClassDef):
                 members[node.name] = {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
+                fields = [item.target for item in node.body if isinstance(item, ast.AnnAssign)]
+                members[node.name].update(field.id for field in fields)
     named = re.findall(r"`([A-Z]\w+)\.(\w+)", "".join(TEXTS[path] for path in DOCUMENTS if path.stem not in HISTORY))
     ours = [(owner, name) for owner, name in named if owner != "BlockMask"]
     assert len(ours) > 20
