@@ -199,7 +199,7 @@ def run_engine(
     warmup_seconds = time.perf_counter() - started
     num_compiled = num_graphs() - graphs_before
     mode = (
-        f"compiled {num_compiled} of at most {engine.runner.max_graphs} graphs"
+        f"compiled {num_compiled} of at most {engine.runner.max_graphs + engine.sampler.max_graphs} graphs"
         if engine.runner.compiled
         else "uncompiled"
     )

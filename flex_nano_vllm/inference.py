@@ -28,7 +28,7 @@ from flex_nano_vllm.page_table import PageTable
 from flex_nano_vllm.patching import model_spec, unpatch_model
 from flex_nano_vllm.planner import Plan, make_plan
 from flex_nano_vllm.runner import ModelRunner, why_not_compiled
-from flex_nano_vllm.sampling import take_samples
+from flex_nano_vllm.sampler import Sampler
 from flex_nano_vllm.sampling_params import SamplingParams, is_int, shortened
 from flex_nano_vllm.scheduler import Chunk, Policy, Scheduler, queue_key
 from flex_nano_vllm.sequence import Sequence
@@ -156,6 +156,7 @@ class Inference:
         compiled = obstacle is None if compile is None else compile
         with torch.inference_mode(False):
             self.runner = ModelRunner(model, spec, self.kv, compiled, enable_cascade)
+        self.sampler = Sampler(compiled, spec.device.type)
         self._weights = WeightsWatch(model)  # of the patched model
         self._give_back = weakref.finalize(self, unpatch_model, model)
         logger.info("KV memory for %s", self.plan(self.max_request_tokens - 1, 1))
@@ -395,7 +396,7 @@ class Inference:
         started = time.perf_counter()
         chunks = self.scheduler.schedule()
         if chunks:
-            samples = take_samples(self.runner.forward(chunks), chunks, self.runner.sample)
+            samples = self.sampler(self.runner.forward(chunks), chunks)
             for sequence in self.scheduler.commit(chunks, samples):
                 self._close(sequence.group)
             self._measure(chunks, started)
@@ -421,6 +422,7 @@ class Inference:
     def warmup(self) -> None:
         """Compile all graphs that serving can need, so that requests do not wait for the compiler."""
         with self._exclusively():
+            self.sampler.warmup(num_logits(self.model), self.model.device)
             self.runner.warmup()
 
     def reset_prefix_cache(self) -> None:

@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
@@ -23,11 +22,11 @@ from transformers import PreTrainedModel
 
 from flex_nano_vllm.attention import ATTN_IMPLEMENTATION, step_in_progress
 from flex_nano_vllm.cascade import CascadeRule, PackedDecodes
+from flex_nano_vllm.compiling import UNGUARDED, compile_settings, inductor
 from flex_nano_vllm.geometry import Geometry, ModelSpec, cdiv
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.page_table import PageTable
 from flex_nano_vllm.patching import attention_layers, distinct_masks, patch_model
-from flex_nano_vllm.sampler import ARGMAX, Draw, choose, sample
 from flex_nano_vllm.sampling_params import SamplingParams
 from flex_nano_vllm.scheduler import Chunk
 from flex_nano_vllm.sequence import Sequence
@@ -47,18 +46,6 @@ from flex_nano_vllm.transfer import upload
 # fastest. (With 64 and more query rows, torch's bfloat16 kernel first transposes the whole pool on CPUs that multiply
 # bfloat16 in hardware.)
 LARGE_TILE_ROWS = {"cuda": 128, "cpu": 16}
-NUM_SAMPLER_GRAPHS = 2  # with and without top_k or top_p
-DYNAMO_CONFIG = {
-    # All engines of a process share one table of graphs. Torch's default limit of 8 is meant for one model.
-    "recompile_limit": 4096,
-    "accumulated_recompile_limit": 4096,
-    # Otherwise a second softcap in the process becomes a symbolic float, which FlexAttention does not accept.
-    "specialize_float": True,
-}
-
-# Skip guards on module globals: the code of torch and transformers does not change while the engine serves, and the
-# guards take a fifth of the time of a cache lookup.
-UNGUARDED = {"guard_filter_fn": torch.compiler.skip_guard_on_globals_unsafe}
 
 logger = logging.getLogger(__name__)
 
@@ -120,8 +107,7 @@ class ModelRunner:
         decodes = TileKind(kinds[0].tile_len, decode_buckets(most))
         self.decode_layout = replace(self.layout, kinds=(decodes,)) if compiled else None
         self.flex = compile_flex_attention(model.device.type, compiled)
-        self.model_of_any_length, self.model_of_decodes, self.choose = model, None, choose
-        self._sampler_is_ready = not compiled
+        self.model_of_any_length, self.model_of_decodes = model, None
         self._compiled_shapes: set[tuple] = set()  # what identifies the graphs of the steps so far
         self.on_compile: Callable[[], None] | None = None  # called before a step that compiles
         if compiled:
@@ -130,17 +116,16 @@ class ModelRunner:
             cuda_graphs = {"triton.cudagraphs": True} if model.device.type == "cuda" else {}
             decode = decode_function(model, self._tables, self.decode_layout)
             self.model_of_decodes = make(decode, dynamic=False, options=UNGUARDED | cuda_graphs)
-            self.choose = make(choose, dynamic=True, options=dict(UNGUARDED))
         patch_model(model, spec, geometry)  # last, because nothing here would undo it
 
     @property
     def max_graphs(self) -> int:
-        """The largest number of graphs that serving can compile."""
+        """The largest number of graphs that serving can compile for the model."""
         if not self.compiled:
             return 0
         of_attention = len(self.layout.masks) * sum(len(kind.buckets) for kind in self.layout.kinds)
         packed = self.layout.cascade is not None
-        return len(self.decode_layout.kinds[0].buckets) + packed + 1 + of_attention + NUM_SAMPLER_GRAPHS
+        return len(self.decode_layout.kinds[0].buckets) + packed + 1 + of_attention
 
     def forward(self, chunks: list[Chunk]) -> Tensor:
         """Compute the chunks, and return the logits [W, V] of the last `num_logits` tokens of each chunk.
@@ -150,40 +135,10 @@ class ModelRunner:
         """
         if self.model.config._attn_implementation != ATTN_IMPLEMENTATION:
             raise RuntimeError("set_attn_implementation was called on the engine's model: close the engine first")
-        with self._without_autocast():
+        with compile_settings(self.model.device.type):
             self._copy_pages()
             return self._run(chunks, pack_decodes(chunks, self.kv, self.layout))
 
-    def _without_autocast(self) -> torch.autocast:
-        """Disable the caller's autocast: the engine computes in the model's dtype, which the KV pools have too."""
-        return torch.autocast(self.model.device.type, enabled=False)
-
-    def sample(self, logits: Tensor, draws: list[Draw]) -> Tensor:
-        """Run `sampler.sample`, compiled for any number of logits rows, logit edits and ranks."""
-        with self._without_autocast():
-            if all(draw is ARGMAX for draw in draws):
-                return sample(logits, draws)  # runs no compiled code: compiler settings stay unchanged
-            return self._sample_compiled(logits, draws)
-
-    @torch._dynamo.config.patch(DYNAMO_CONFIG)
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _sample_compiled(self, logits: Tensor, draws: list[Draw]) -> Tensor:
-        if not self._sampler_is_ready:
-            # Dynamo would treat sizes that are equal in the first call as one size: here they differ.
-            some = logits.new_zeros(3, logits.shape[1])
-            sample(some, [Draw(temperature=1.0, top_k=4)] * 3, self.choose)
-            sample(some, [Draw(temperature=1.0)] * 3, self.choose)
-            self._sampler_is_ready = True
-        return sample(logits, draws, self.choose)
-
-    # Set for this call only, because user code shares the setting. Each thread has its own.
-    @torch._dynamo.config.patch(DYNAMO_CONFIG)
-    # The check runs the first call of a graph under other dispatch keys, which would compile attention once more.
-    @torch._functorch.config.patch(check_custom_op_aliasing=False)
-    # The caller may be in inference mode, but kernel guards distinguish tensors that are made in that mode.
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def _run(self, chunks: list[Chunk], packed: PackedDecodes | None = None) -> Tensor:
         num_chunks = len(chunks)
         as_decodes = self.compiled and all(chunk.length == 1 for chunk in chunks)
@@ -221,8 +176,6 @@ class ModelRunner:
         if self.on_compile is not None:
             self.on_compile()
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def _copy_pages(self) -> None:
         """Copy pages for forked sequences, in every layer, before the step writes to the pages."""
         copies = [copy for of_row in self.kv.copies.values() for copy in of_row]
@@ -255,7 +208,7 @@ class ModelRunner:
         """
         if not self.compiled:
             return
-        with self._without_autocast():
+        with compile_settings(self.model.device.type):
             self._warmup()
 
     def _warmup(self) -> None:
@@ -283,8 +236,6 @@ class ModelRunner:
                 if num_chunks * cdiv(length, kind.tile_len) > num_tiles_reached:
                     self._run([padding_chunk(length, in_large_tiles)] * num_chunks)
                 num_tiles_reached = bucket
-        logits = torch.zeros(2, self.spec.num_logits, dtype=self.spec.dtype, device=self.spec.device)
-        self.sample(logits, [Draw(temperature=1.0)] * 2)
         gc.collect()  # else garbage from compiling would soon pause a step for 0.3 s
 
 
@@ -364,54 +315,6 @@ def compile_flex_attention(device_type: str, compiled: bool) -> Callable[..., Te
         backend=inductor(device_type) if compiled else "eager",
         options=dict(UNGUARDED) if compiled else None,
     )
-
-
-def inductor(device_type: str) -> str | Callable[..., object]:
-    """Return the backend of torch.compile for the device."""
-    return inductor_on_cpu if device_type == "cpu" else "inductor"
-
-
-# The declarations that the FlexAttention kernel needs from two headers. g++ takes nine seconds to compile a kernel, and
-# four of them are for these headers. (Torch 2.11 includes the first header only.)
-DECLARATIONS = {
-    "#include <ATen/Context.h>": """
-#include <c10/core/CPUAllocator.h>
-namespace at { c10::Allocator* getCPUAllocator(); }""",
-    "#include <ATen/cpu/Utils.h>": "namespace at::cpu { bool init_amx(); }",
-}
-
-
-def inductor_on_cpu(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
-    """Inductor with changes that make it faster on a CPU, and with the fix of a crash.
-
-    - The backend name "inductor" also starts processes that compile Triton kernels, even on a CPU. These processes
-      slow down the first seconds of serving. This function does not start them.
-    - In torch 2.11 to 2.15 the FlexAttention kernel multiplies with register tiles of 1 x 16. Every sum waits for the
-      previous one, and keys are read again for each query. With tiles of 8 x 16, attention of a prompt takes three
-      fifths of the time in float32, and nine tenths in bfloat16. If a later torch does not set the size here, nothing
-      is changed.
-    - The kernel includes two headers, and reading them takes as long as compiling the kernel. `DECLARATIONS` replace
-      the headers before torch 2.16. Later versions may need more declarations.
-    - A kernel has buffers for a fixed number of threads, but torch 2.11 reuses a cached kernel that was compiled for
-      fewer threads, which crashes. Hence the number of threads is part of the cache key, as is the register tile.
-    """
-    # Import order matters: the template cannot be imported first.
-    import torch._inductor.lowering
-    from torch._inductor.codegen import cpp_flex_attention_template as template
-    from torch._inductor.compile_fx import compile_fx
-
-    tag, changed = f"{torch.compiler.config.cache_key_tag} {torch.get_num_threads()} threads", {}
-    if hasattr(template, "GemmBlocking"):
-        tile = template.GemmBlocking(8, 16, 1)
-        tag, changed["GemmBlocking"] = f"{tag}, register tile 8 x 16", lambda *_: tile
-    if torch.__version__ < "2.16.dev0":
-        for name, text in vars(template).items():
-            if isinstance(text, str) and "#include" in text:
-                for header, declaration in DECLARATIONS.items():
-                    text = text.replace(header, declaration)
-                changed[name] = text
-    with mock.patch.dict(vars(template), changed), torch.compiler.config.patch(cache_key_tag=tag):
-        return compile_fx(graph, inputs)
 
 
 def tile_kinds(

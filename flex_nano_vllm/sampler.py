@@ -1,17 +1,33 @@
-"""Turns logits into token ids and log-probabilities. Independent of sequences and stop conditions."""
+"""Samples tokens from the logits of a step, and computes log-probabilities. Independent of pages and of the model.
+
+logits [W, V]: for each chunk the logits for the logprobs of its prompt tokens, then the logits of its last token
+    ─► draws, one for each chunk ─► weights [S, V] ─► tokens
+    ─► logprobs: of sampled tokens if `logprobs` is set, and of prompt tokens if `prompt_logprobs` is set
+All results are copied to the host in one transfer, the only one from the device in a step.
+"""
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flex_nano_vllm.compiling import UNGUARDED, compile_settings, inductor
+from flex_nano_vllm.geometry import cdiv
 from flex_nano_vllm.penalties import LogitEdits
+from flex_nano_vllm.scheduler import Chunk
+from flex_nano_vllm.sequence import Sample, Sequence, TokenLogprob
 from flex_nano_vllm.transfer import upload
 
 NOT_FINITE = -1
+# Weights are summed in float32 in blocks of this size, and the sums of blocks are added in float64. The rounding of
+# a float32 sum over 256,000 tokens would change the probabilities of rare tokens.
+BLOCK = 512
+BYTES_PER_LOGIT = 16  # most temporaries at once, for each logit of the rows that are sampled
+# Logits rows for each call of `logprobs_of`, which bounds its float32 copies.
+LOGPROB_ROWS_AT_ONCE = 64
+MAX_TOP_K = 2**31  # larger than any vocabulary; an unlimited int could overflow a float
 
 
 def uniform(seed: int, position: int) -> float:
@@ -36,127 +52,228 @@ class Draw:
     edits: LogitEdits | None = None
     allowed: np.ndarray | None = None  # [ceil(V / 32)] int32: bit t % 32 of word t // 32 is set if token t is allowed
 
-    @property
-    def cuts(self) -> bool:
-        """Whether `top_k` or `top_p` removes tokens by their rank."""
-        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
-
 
 ARGMAX = Draw()
 
 
-def choose(
-    logits: Tensor,
-    rows: Tensor,
-    token_ids: Tensor,
-    bias: Tensor,
-    divisor: Tensor,
-    penalty: Tensor,
-    temperature: Tensor,
-    u: Tensor,
-    min_p: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    width: int,
-) -> Tensor:
-    """Choose tokens for S logits rows. `ModelRunner` compiles this function.
+def draw_of(sequence: Sequence) -> Draw:
+    """Return the draw for the next token of a sequence."""
+    params, allowed = sequence.params, sequence.allowed_tokens()
+    edits = None
+    if sequence.penalties is not None:
+        sequence.penalties.take(sequence.token_ids, sequence.num_prompt_tokens)
+        may_end = sequence.output_len >= params.min_tokens or _has_to_end(sequence, allowed)
+        edits = sequence.penalties.edits(may_end)
+    if params.greedy:
+        return ARGMAX if edits is None and allowed is None else Draw(edits=edits, allowed=allowed)
+    return Draw(
+        temperature=params.temperature,
+        u=uniform(sequence.seed, sequence.num_tokens),
+        top_k=min(max(0, params.top_k), MAX_TOP_K),
+        top_p=params.top_p,
+        min_p=params.min_p,
+        edits=edits,
+        allowed=allowed,
+    )
+
+
+def _has_to_end(sequence: Sequence, allowed: np.ndarray | None) -> bool:
+    """Return whether the grammar allows stop tokens only, so that the output must end, even before `min_tokens`."""
+    if sequence.grammar is None:
+        return False
+    others = np.unpackbits(allowed.view(np.uint8), bitorder="little")
+    others[list(sequence.stop_token_ids)] = 0
+    return not others.any()
+
+
+class Sampler:
+    """Gives each chunk of a step its sample.
+
+    The search for the thresholds of `top_k` and `top_p` can be compiled: one graph for any number of logits rows. All
+    else runs operator by operator.
+    """
+
+    def __init__(self, compiled: bool, device_type: str):
+        self.max_graphs = int(compiled)
+        self._threshold = threshold
+        if compiled:
+            options, backend = dict(UNGUARDED), inductor(device_type)
+            self._threshold = torch.compile(threshold, fullgraph=True, dynamic=True, backend=backend, options=options)
+
+    def __call__(self, logits: Tensor, chunks: list[Chunk]) -> list[Sample]:
+        """Return a `Sample` for each chunk, given the logits [W, V] of the step."""
+        draws = [draw_of(chunk.sequence) if chunk.needs_sample else ARGMAX for chunk in chunks]
+        asked = [chunk.sequence.params for chunk in chunks]
+        rated = [i for i, chunk in enumerate(chunks) if chunk.needs_sample and asked[i].logprobs is not None]
+        if not rated and not any(chunk.logprob_positions for chunk in chunks):
+            return [Sample(_tokens(token_id)) for token_id in self.choose(logits, draws).tolist()]
+
+        num_logits = np.array([chunk.num_logits for chunk in chunks])
+        ends = np.cumsum(num_logits) - 1
+        firsts = ends + 1 - num_logits
+        prompt_rows = [firsts[i] + j for i, chunk in enumerate(chunks) for j in range(len(chunk.logprob_positions))]
+        prompt_tokens = [chunk.sequence.token_ids[i + 1] for chunk in chunks for i in chunk.logprob_positions]
+        num_top = max(max(params.logprobs or 0, params.prompt_logprobs or 0) for params in asked)
+        arrays = [
+            np.array(numbers, dtype=np.int64) for numbers in (ends, ends[rated], rated, prompt_rows, prompt_tokens)
+        ]
+        ends, rated_rows, rated_chunks, prompt_rows, prompt_tokens = upload(arrays, logits.device)
+        tokens = self.choose(logits[ends], draws)
+        rows = torch.cat([rated_rows, prompt_rows])
+        logprobs = _rate(logits, rows, torch.cat([tokens[rated_chunks].clamp(min=0), prompt_tokens]), num_top)
+        numbers = torch.cat([tokens.double(), logprobs.flatten()]).cpu().numpy()  # here the host waits for the step
+        token_ids, logprobs = (
+            numbers[: len(chunks)].astype(int).tolist(),
+            numbers[len(chunks) :].reshape(-1, 2 + 2 * num_top),
+        )
+        of_tokens, of_prompts = iter(logprobs[: len(rated)].tolist()), iter(logprobs[len(rated) :].tolist())
+        samples = []
+        for i, (chunk, params) in enumerate(zip(chunks, asked)):
+            of_sampled = (_token_logprob(next(of_tokens), params.logprobs),) if i in rated else ()
+            of_prompt = (_token_logprob(next(of_prompts), params.prompt_logprobs) for _ in chunk.logprob_positions)
+            samples.append(Sample(_tokens(token_ids[i]), of_sampled, tuple(of_prompt)))
+        return samples
+
+    def choose(self, logits: Tensor, draws: list[Draw]) -> Tensor:
+        """Choose a token for each logits row.
+
+        With temperature 0 it is the argmax (the lowest id among equals). Otherwise it is the first token at which the
+        cumulative probability exceeds the row's `u` (inverse transform sampling).
+
+        Args:
+            logits: [S, V].
+            draws: one for each logits row.
+        Returns:
+            [S] token ids, NOT_FINITE where a logits row has a NaN or an infinite maximum, or no allowed token. Only the
+            requests of such rows fail.
+        """
+        if all(draw is ARGMAX for draw in draws):
+            highest, tokens = logits.max(dim=-1)
+            return torch.where(highest.isfinite(), tokens, NOT_FINITE)
+        with compile_settings(logits.device.type):
+            return self._draw(logits, draws)
+
+    def _draw(self, logits: Tensor, draws: list[Draw]) -> Tensor:
+        num_rows, vocabulary = logits.shape
+        # At least two rows: a size of 1 would need another graph. The tokens that fill the last block have no weight.
+        shape = max(2, num_rows), cdiv(vocabulary, BLOCK) * BLOCK
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        weights = logits.new_full(shape, -torch.inf, dtype=dtype)
+        weights[:num_rows, :vocabulary] = logits
+        _forbid(weights, draws)
+        _edit(weights, draws)
+        draws = [*draws, ARGMAX][: shape[0]]
+        names = ("temperature", "u", "min_p", "top_k", "top_p")
+        arrays = [np.array([getattr(draw, name) for draw in draws]) for name in names]
+        temperature, u, min_p, top_k, top_p = upload(arrays, logits.device, np.float64)
+
+        # From here on in place: the likeliest tokens have a weight of 1, and the others are in proportion to it.
+        highest, likeliest = weights.max(dim=-1)
+        divisor = torch.where(temperature > 0, temperature, 1.0).to(dtype)
+        weights.sub_(highest[:, None]).div_(divisor[:, None]).exp_()
+        if any(draw.min_p for draw in draws):
+            _drop_below(weights, min_p.to(dtype))
+        if any(draw.top_k for draw in draws):
+            quota = torch.where(top_k > 0, top_k, torch.inf)
+            _drop_below(weights, self._threshold(weights, quota, torch.full((), True, device=logits.device)))
+        if any(draw.top_p < 1 for draw in draws):
+            quota = torch.where(top_p < 1, top_p, torch.inf) * block_sums(weights).sum(dim=-1)
+            _drop_below(weights, self._threshold(weights, quota, torch.full((), False, device=logits.device)))
+        tokens = torch.where(temperature > 0, inverse_cdf(weights, u), likeliest)
+        return torch.where(highest.isfinite(), tokens, NOT_FINITE)[:num_rows]
+
+    def warmup(self, num_logits: int, device: torch.device) -> None:
+        """Compile the graph for logits rows of `num_logits` tokens."""
+        self.choose(torch.zeros(2, num_logits, device=device), [Draw(temperature=1.0, top_k=1)] * 2)
+
+
+def _tokens(token_id: int) -> list[int] | None:
+    """Return the tokens of a `Sample`, given a result of `Sampler.choose`."""
+    return None if token_id == NOT_FINITE else [token_id]
+
+
+def block_sums(weights: Tensor) -> Tensor:
+    """Return the sums [..., blocks], in float64, of blocks of `BLOCK` weights."""
+    return weights.unflatten(-1, (-1, BLOCK)).sum(dim=-1).double()
+
+
+def threshold(weights: Tensor, quota: Tensor, by_count: Tensor) -> Tensor:
+    """Return [S], the lowest weight that is kept if the likeliest tokens are kept until they fill a quota.
+
+    It is the smallest number x for which the tokens of weights above x do not fill the quota. So tokens of equal
+    weights are kept together. Floats from 0 to 1 are in the order of their bits, and the search finds the bits of x,
+    the highest first. Unlike sorting, it takes little memory.
 
     Args:
-        logits: [S, V].
-        rows: [M], the logits row of each edit. `token_ids`, `bias`, `divisor` and `penalty` are [M] too.
-        temperature: [S]. `u`, `min_p`, `top_k` and `top_p` are [S] too, see `Draw`.
-        width: how many of the most likely tokens `top_k` and `top_p` consider; 0 if no row uses them.
-    Returns:
-        [S] token ids, NOT_FINITE where the maximum of the edited logits is not finite.
+        weights: [S, blocks * BLOCK], from 0 to 1.
+        quota: [S] float64, of the number of tokens (`by_count`), or of their weights.
+        by_count: [] bool.
     """
-    edited = logits[rows, token_ids] + bias
-    edited = torch.where(edited > 0, edited / divisor, edited * divisor) - penalty
-    logits = logits.index_put((rows, token_ids), edited.to(logits.dtype))
-    highest, likeliest = logits.max(dim=-1)
-    # float64, because rounding in a sum over 256,000 tokens would change the probabilities of rare tokens.
-    scaled = logits.double() / torch.where(temperature > 0, temperature, 1.0)[:, None]
-    least = scaled.amax(dim=-1, keepdim=True) + min_p.log()[:, None]
-    scaled = torch.where(scaled < least, -torch.inf, scaled)
-    # Ties with the last kept token are kept, here and below.
-    if width > 0:
-        ranked = scaled.topk(width).values  # [S, width]
-        least = ranked.gather(1, top_k.clamp(1, width).long()[:, None] - 1)
-        scaled = torch.where((top_k > 0)[:, None] & (scaled < least), -torch.inf, scaled)
-    weight = (scaled - scaled.amax(dim=-1, keepdim=True)).exp()  # [S, V]
-    if width > 0:
-        probability = (ranked - ranked[:, :1]).exp() / weight.sum(dim=-1, keepdim=True)  # among tokens kept by top_k
-        before = probability.cumsum(dim=-1) - probability
-        least = torch.where(before < top_p[:, None], ranked, torch.inf).amin(dim=-1, keepdim=True)
-        weight = torch.where((top_p < 1)[:, None] & (scaled < least), 0, weight)
-    cumulative = weight.cumsum(dim=-1)  # [S, V]
-    exceeded = u[:, None] * cumulative[:, -1:]
-    drawn = torch.searchsorted(cumulative, exceeded, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
-    return torch.where(highest.isfinite(), torch.where(temperature > 0, drawn, likeliest), NOT_FINITE)
+    num_bits = 8 * weights.itemsize - 2
+    as_int = torch.int32 if weights.itemsize == 4 else torch.int64
+    # A compiled pass compares with three numbers in the time of one. Uncompiled, it would take their memory, too.
+    bits_per_pass = 2 if torch.compiler.is_compiling() else 1
+    digits = torch.arange(1, 1 << bits_per_pass, dtype=as_int, device=weights.device)
+    amounts = torch.where(by_count, 1, weights)[:, None]
+    low = torch.zeros(len(weights), 1, dtype=as_int, device=weights.device)  # all numbers below are too small to be x
+    for shift in range(num_bits - bits_per_pass, -1, -bits_per_pass):
+        bounds = (low + (digits << shift) - 1).view(weights.dtype)  # [S, digits]
+        above = block_sums(torch.where(weights[:, None] > bounds[:, :, None], amounts, 0)).sum(dim=-1)
+        low = low + ((above >= quota[:, None]).sum(dim=1, keepdim=True, dtype=as_int) << shift)
+    return low.view(weights.dtype).squeeze(1)
 
 
-def sample(logits: Tensor, draws: list[Draw], choose: Callable[..., Tensor] = choose) -> Tensor:
-    """Choose a token for each logits row.
+def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
+    """Return [S], the first token at which the cumulative weight [S, blocks * BLOCK] exceeds the share u [S] of all.
 
-    With temperature 0 it is the argmax (the lowest id among equals). Otherwise it is the first token at which the
-    cumulative probability exceeds the row's `u` (inverse transform sampling).
-
-    Args:
-        logits: [S, V].
-        draws: one for each logits row.
-        choose: the function `choose`, or its compiled form.
-    Returns:
-        [S] token ids, NOT_FINITE where a logits row has a NaN or an infinite maximum, or no allowed token. Only the
-        requests of such rows fail.
+    The block is found first, then the token in it. A token without weight is never returned.
     """
-    if all(draw is ARGMAX for draw in draws):
-        highest, tokens = logits.max(dim=-1)
-        return torch.where(highest.isfinite(), tokens, NOT_FINITE)
-    num_rows, vocabulary = logits.shape
-    # Always a copy: a view, or a dimension of size 1, would need another graph.
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
-    if num_rows == 1:
-        logits, draws = logits.repeat(2, 1), draws * 2
-    logits = _only_allowed(logits, draws)
-    width = 0
-    if any(draw.cuts for draw in draws):
-        width = min(vocabulary, max(2, *(draw.top_k or vocabulary for draw in draws if draw.cuts)))
-    names = ("temperature", "u", "min_p", "top_k", "top_p")
-    per_row = [np.array([getattr(draw, name) for draw in draws], dtype=np.float64) for name in names]
-    arrays = upload([*_edits(draws), *per_row], logits.device, np.float64)
-    rows, token_ids = (array.long() for array in arrays[:2])
-    return choose(logits, rows, token_ids, *arrays[2:], width)[:num_rows]
+    sums = block_sums(weights).cumsum(dim=-1)
+    exceeded = u[:, None] * sums[:, -1:]
+    block = torch.searchsorted(sums, exceeded, right=True).clamp(max=sums.shape[1] - 1)  # [S, 1]
+    exceeded -= torch.nn.functional.pad(sums, (1, 0)).gather(1, block)
+    inner = weights.unflatten(1, (-1, BLOCK)).take_along_dim(block[:, :, None], 1).squeeze(1).double().cumsum(dim=-1)
+    # The float32 sum of the block may be larger than the sum here, which must exceed the bound.
+    exceeded = torch.minimum(exceeded, inner[:, -1:] * (1 - 2**-52))
+    return (block * BLOCK + torch.searchsorted(inner, exceeded, right=True)).squeeze(1)
 
 
-def _only_allowed(logits: Tensor, draws: list[Draw]) -> Tensor:
+def _drop_below(weights: Tensor, least: Tensor) -> None:
+    """Set the weights of tokens that weigh less than `least` [S] to 0."""
+    weights.masked_fill_(weights < least[:, None], 0)
+
+
+def _forbid(logits: Tensor, draws: list[Draw]) -> None:
     """Set the logits of tokens that are not allowed to -inf.
 
     Among these logits rows, one whose maximum is not finite becomes NaN, so that it still fails.
     """
     rows = np.array([row for row, draw in enumerate(draws) if draw.allowed is not None], dtype=np.int64)
     if not len(rows):
-        return logits
-    words = np.stack([draws[row].allowed for row in rows])
-    rows, words = upload([rows, words], logits.device)
+        return
+    octets = np.stack([draws[row].allowed.view(np.uint8) for row in rows])
+    (rows,), (octets,) = upload([rows], logits.device), upload([octets], logits.device, np.uint8)
     restricted = logits[rows]
-    bits = words[:, :, None] >> torch.arange(32, device=logits.device) & 1  # [rows, words, 32]
-    allowed = bits.flatten(1)[:, : logits.shape[1]] > 0
     is_sound = restricted.amax(dim=-1, keepdim=True).isfinite()
-    restricted = torch.where(is_sound, torch.where(allowed, restricted, -torch.inf), torch.nan)
-    return logits.index_put((rows,), restricted)
+    bits = octets[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=logits.device) & 1
+    is_forbidden = bits.flatten(1) == 0  # [rows, ceil(V / 32) * 32]
+    restricted[:, : is_forbidden.shape[1]].masked_fill_(is_forbidden, -torch.inf)
+    logits[rows] = restricted.masked_fill_(~is_sound, torch.nan)
 
 
-def _edits(draws: list[Draw]) -> list[np.ndarray]:
-    """Return logits rows, token ids, biases, divisors and penalties of all edits: [M] each, M >= 2."""
-    parts = [
-        (row, draw.edits) for row, draw in enumerate(draws) if draw.edits is not None and len(draw.edits.token_ids)
-    ]
-    if not parts:  # two edits that change nothing
-        zero = np.zeros(2)
-        return [zero, zero, zero, zero + 1, zero]
+def _edit(logits: Tensor, draws: list[Draw]) -> None:
+    """Apply the logit edits of all rows."""
+    parts = [(row, draw.edits) for row, draw in enumerate(draws) if draw.edits is not None]
+    if not parts:
+        return
     rows = np.repeat([row for row, _ in parts], [len(edits.token_ids) for _, edits in parts])
     names = ("token_ids", "bias", "divisor", "penalty")
     arrays = [rows, *(np.concatenate([getattr(edits, name) for _, edits in parts]) for name in names)]
-    return arrays if len(rows) > 1 else [np.repeat(array, 2) for array in arrays]
+    rows, token_ids, bias, divisor, penalty = upload(arrays, logits.device, np.float64)
+    place = rows.long(), token_ids.long()
+    edited = logits[place] + bias
+    edited = torch.where(edited > 0, edited / divisor, edited * divisor) - penalty
+    logits[place] = edited.to(logits.dtype)
 
 
 def logprobs_of(logits: Tensor, token_ids: Tensor, num_top: int) -> Tensor:
@@ -171,6 +288,20 @@ def logprobs_of(logits: Tensor, token_ids: Tensor, num_top: int) -> Tensor:
     """
     logprobs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
     own = logprobs.gather(1, token_ids[:, None])
-    rank = (logprobs > own).sum(dim=-1, keepdim=True) + 1
+    rank = (logprobs > own).sum(dim=-1, keepdim=True, dtype=torch.int32) + 1
     top = logprobs.topk(num_top)
     return torch.cat([own.double(), rank.double(), top.indices.double(), top.values.double()], dim=1)
+
+
+def _rate(logits: Tensor, rows: Tensor, token_ids: Tensor, num_top: int) -> Tensor:
+    """Apply `logprobs_of` to the given logits rows, `LOGPROB_ROWS_AT_ONCE` rows at a time."""
+    parts = zip(rows.split(LOGPROB_ROWS_AT_ONCE), token_ids.split(LOGPROB_ROWS_AT_ONCE))
+    return torch.cat([logprobs_of(logits[some], tokens, num_top) for some, tokens in parts])
+
+
+def _token_logprob(numbers: list[float], num_top: int) -> TokenLogprob:
+    logprob, rank, *top = numbers
+    half = len(top) // 2
+    return TokenLogprob(
+        logprob, int(rank), [(int(i), value) for i, value in zip(top[:num_top], top[half : half + num_top])]
+    )

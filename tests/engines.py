@@ -153,6 +153,7 @@ def token_of(logits, draw, changes, allowed, is_double, margin=1e-9):
     weights = {i: weight for i, weight in weights.items() if weight >= draw.min_p}
     if draw.top_k > 0:
         last = sorted((scaled[i] for i in weights), reverse=True)[: draw.top_k][-1]
+        margins += [last - scaled[i] for i in weights if scaled[i] < last]
         weights = {i: weight for i, weight in weights.items() if scaled[i] >= last}
     if draw.top_p < 1:
         before, total, last = 0.0, math.fsum(weights.values()), math.inf
@@ -163,6 +164,7 @@ def token_of(logits, draw, changes, allowed, is_double, margin=1e-9):
                     break
             last = scaled[i]
             before += weights[i]
+        margins += [last - scaled[i] for i in weights if scaled[i] < last]
         weights = {i: weight for i, weight in weights.items() if scaled[i] >= last}
     sums = list(itertools.accumulate(weights.values()))
     margins += [abs(s / sums[-1] - draw.u) for s in sums[:-1]]

@@ -18,6 +18,7 @@ from flex_nano_vllm.detokenizer import Detokenizer
 from flex_nano_vllm.page_table import PageTable
 from flex_nano_vllm.random_models import byte_tokenizer
 from flex_nano_vllm.runner import ModelRunner
+from flex_nano_vllm.sampler import Sampler
 from flex_nano_vllm.scheduler import Scheduler
 from flex_nano_vllm.step import StepVectors
 
@@ -611,8 +612,8 @@ SEAMS = [
     (StepVectors, "build", 3),
     (ModelRunner, "forward", 1),
     (ModelRunner, "forward", 3),
-    (inference, "take_samples", 1),
-    (ModelRunner, "sample", 4),  # in the last step
+    (Sampler, "__call__", 1),
+    (Sampler, "choose", 4),  # in the last step
     (Scheduler, "commit", 1),
     (Scheduler, "commit", 4),
     (Scheduler, "_release", 1),

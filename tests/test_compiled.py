@@ -16,13 +16,12 @@ from tqdm import tqdm
 
 from flex_nano_vllm import Inference, SamplingParams, inference
 from flex_nano_vllm.attention import PagedKVCache, kernel_options, step_in_progress
+from flex_nano_vllm.compiling import DYNAMO_CONFIG, inductor
 from flex_nano_vllm.geometry import Geometry
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.runner import (
-    DYNAMO_CONFIG,
     compile_flex_attention,
     decode_buckets,
-    inductor,
     tile_kinds,
     why_not_compiled,
 )
@@ -58,9 +57,10 @@ def test_compiled_engine_equals_generate_and_never_compiles_after_warmup():
         before = num_graphs()
         engine.warmup()
         # 3 buckets of decodes; the model for any length; attention with 2 masks in tiles of one token; attention with 2
-        # masks in larger tiles, which have 2 buckets; the sampler with and without ranks. (The last layer uses larger
+        # masks in larger tiles, which have 2 buckets; the search of the sampler. (The last layer uses larger
         # tiles only for prompt logprobs.)
-        assert num_graphs() - before == engine.runner.max_graphs == 3 + 1 + 2 + 4 + 2
+        max_graphs = engine.runner.max_graphs + engine.sampler.max_graphs
+        assert num_graphs() - before == max_graphs == 3 + 1 + 2 + 4 + 1
         after_warmup = num_graphs()
         outputs = engine.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
         assert [output.outputs[0].token_ids for output in outputs] == expected
@@ -83,7 +83,8 @@ def test_packed_decodes_need_one_more_graph(num_packed):
         before = num_graphs()
         engine.warmup()
         after_warmup = num_graphs()
-        assert after_warmup - before == engine.runner.max_graphs == 3 + 1 + 1 + 2 + 4 + 2, "packing adds one graph"
+        max_graphs = engine.runner.max_graphs + engine.sampler.max_graphs
+        assert after_warmup - before == max_graphs == 3 + 1 + 1 + 2 + 4 + 1, "packing adds one graph"
         assert tokens_of(engine.generate(prompts, greedy(12), use_tqdm=False)) == expected
         assert num_packed[0] > 5
         counted = num_packed[0]
@@ -102,7 +103,7 @@ def test_layers_of_different_windows_have_their_own_masks_in_one_graph_at_batch_
         for prompt, tokens in zip(PROMPTS, expected):
             (output,) = engine.generate([prompt], SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)
             assert output.outputs[0].token_ids == tokens
-        assert engine.runner.max_graphs == 1 + 1 + 2 + 4 + 2
+        assert engine.runner.max_graphs == 1 + 1 + 2 + 4
 
 
 @pytest.mark.compiled
@@ -366,7 +367,7 @@ def test_a_window_of_at_least_max_seq_length_needs_no_kernel_of_its_own(max_seq_
         runner = engine.runner
         runner.compiled, runner.layout = True, replace(runner.layout, kinds=kinds)
         runner.decode_layout = replace(runner.layout, kinds=(TileKind(1, (1, 2)),))
-        assert runner.max_graphs == 2 + 1 + num_masks * (len(small.buckets) + len(large.buckets)) + 2
+        assert runner.max_graphs == 2 + 1 + num_masks * (len(small.buckets) + len(large.buckets))
     num_tokens = max_seq_length - len(prompt)
     assert output.outputs[0].token_ids == hf_generate(model, prompt, num_tokens)
 

@@ -21,12 +21,13 @@ from engines import (
 )
 from tiny_models import hf_generate, tiny_model
 
-from flex_nano_vllm import Inference, SamplingParams, inference, output_processor, sampling
+from flex_nano_vllm import Inference, SamplingParams, inference, output_processor, sampler
 from flex_nano_vllm.attention import PagedKVCache
 from flex_nano_vllm.exactness import greedy_under_preemption
 from flex_nano_vllm.page_table import PageTable
 from flex_nano_vllm.random_models import byte_tokenizer
 from flex_nano_vllm.runner import ModelRunner
+from flex_nano_vllm.sampler import Sampler
 from flex_nano_vllm.scheduler import Scheduler
 from flex_nano_vllm.step import StepVectors
 
@@ -78,9 +79,9 @@ SEAMS = [
     (ModelRunner, "forward", 2),
     (PagedKVCache, "update", 4),  # second layer of the second step, after the first layer has written keys and values
     (PagedKVCache, "attend", 4),
-    (inference, "take_samples", 1),
-    (sampling, "draw_of", 3),
-    (ModelRunner, "sample", 3),
+    (Sampler, "__call__", 1),
+    (sampler, "draw_of", 3),
+    (Sampler, "choose", 3),
     (Scheduler, "commit", 1),
     (Scheduler, "commit", 4),
     (Scheduler, "_release", 1),  # a preemption
@@ -130,9 +131,9 @@ def progress(engine):
         (PagedKVCache, "attend", 1),
         (PagedKVCache, "attend", 4),
         (PagedKVCache, "attend", 9),
-        (inference, "take_samples", 1),
-        (ModelRunner, "sample", 5),
-        (sampling, "draw_of", 3),
+        (Sampler, "__call__", 1),
+        (Sampler, "choose", 5),
+        (sampler, "draw_of", 3),
         (Scheduler, "commit", 3),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)).rpartition(".")[2],

@@ -1,5 +1,6 @@
 """Sampling of tokens from logits, compared with sums in plain Python."""
 
+import itertools
 import math
 import random
 from collections import Counter
@@ -10,11 +11,13 @@ import torch
 from engines import byte_model, inverse_cdf, token_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
 
-from flex_nano_vllm import Inference
+from flex_nano_vllm import Inference, sampler
 from flex_nano_vllm.penalties import LogitEdits
-from flex_nano_vllm.sampler import ARGMAX, NOT_FINITE, Draw, logprobs_of, uniform
-from flex_nano_vllm.sampler import sample as sample_tokens
+from flex_nano_vllm.sampler import ARGMAX, BYTES_PER_LOGIT, NOT_FINITE, Draw, Sampler, logprobs_of, uniform
+
+sample_tokens = Sampler(compiled=False, device_type="cpu").choose
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 
@@ -65,8 +68,8 @@ def test_sample_is_the_inverse_of_the_cumulative_distribution(dtype, vocabulary)
     levels = [row / num_rows for row in range(num_rows - 1)] + [1 - 2**-53]
     tokens = sample(logits, temperatures, levels)
     oracle = [inverse_cdf(*arguments) for arguments in zip(logits.double().tolist(), temperatures, levels)]
-    clear = [row for row, (_, distance) in enumerate(oracle) if distance > 1e-12]
-    assert len(clear) >= num_rows - 2  # the levels next to 0 and 1 may be too close to a boundary
+    clear = [row for row, (_, distance) in enumerate(oracle) if distance > (1e-12 if dtype == torch.float64 else 1e-6)]
+    assert len(clear) >= num_rows - 4  # the levels next to 0 and 1, and few others, may be too close to a boundary
     assert [tokens[row] for row in clear] == [oracle[row][0] for row in clear]
 
 
@@ -174,7 +177,9 @@ def sampled(rows, dtype, beyond=0, sample_tokens=sample_tokens):
         draws.append(Draw(**{**vars(draw), "edits": edits, "allowed": bits}))
     tokens = sample_tokens(logits, draws).tolist()
     rounded = logits.double().tolist()
-    return tokens, [token_of(numbers, *row[1:], dtype == torch.float64) for numbers, row in zip(rounded, rows)]
+    is_double = dtype == torch.float64
+    margin = 1e-9 if is_double else 1e-6
+    return tokens, [token_of(numbers, *row[1:], is_double, margin) for numbers, row in zip(rounded, rows)]
 
 
 @DTYPES
@@ -201,7 +206,7 @@ def test_compiled_sampling_matches_the_oracle(dtype):
         for num_rows in (1, 2, 9):
             for vocabulary in (33, 1000):
                 rows = [random_row(rng, vocabulary) for _ in range(num_rows)]
-                tokens, wanted = sampled(rows, dtype, sample_tokens=engine.runner.sample)
+                tokens, wanted = sampled(rows, dtype, sample_tokens=engine.sampler.choose)
                 assert [t for t, w in zip(tokens, wanted) if w is not None] == [w for w in wanted if w is not None]
 
 
@@ -259,7 +264,7 @@ def test_frequencies_match_the_probabilities_with_all_parameters_in_their_order(
     """
     changes, allowed, num_draws = {5: (math.log(4), 1.0, 0.0)}, bits_of({1, 2, 3, 4, 5}, 6), 20_000
     options = dict(temperature=0.5, min_p=0.1, top_k=2, top_p=0.6, edits=edits_of(changes), allowed=allowed)
-    logits = torch.tensor([LOG], dtype=torch.float64).expand(num_draws, -1)
+    logits = torch.tensor([LOG], dtype=torch.float32).expand(num_draws, -1)
     draws = [Draw(u=uniform(i, 4), **options) for i in range(num_draws)]
     counts = Counter(sample_tokens(logits, draws).tolist())
     assert counts.keys() == {1, 2, 3, 5}
@@ -323,6 +328,108 @@ def test_sampling_does_not_change_the_logits():
     logits = torch.zeros(2, 8)
     sample_tokens(logits, [Draw(edits=edits_of({2: (9.0, 1.0, 0.0)})), Draw(allowed=bits_of({5}, 8))])
     assert torch.equal(logits, torch.zeros(2, 8))
+
+
+# --- the distribution in blocks, and its memory ------------------------------------------------------------------
+
+
+def cdf_of(logits, draw):
+    """Return the cumulative probabilities [V] of a draw, in float64 and with a sorted vocabulary."""
+    scaled = logits.astype(np.float64) / draw.temperature
+    weights = np.exp(scaled - scaled.max())
+    weights[weights < draw.min_p] = 0
+    if draw.top_k:
+        weights[weights < np.sort(weights)[-min(draw.top_k, len(weights))]] = 0
+    ranked = np.sort(weights)[::-1]
+    before = np.cumsum(ranked) - ranked
+    if draw.top_p < 1:
+        weights[weights < ranked[before < draw.top_p * ranked.sum()].min()] = 0
+    return np.cumsum(weights) / weights.sum()
+
+
+def is_drawn(token, u, cdf):
+    """Return whether a token has a probability, and `u` is in its part of the distribution up to 1e-6."""
+    before = cdf[token - 1] if token else 0.0
+    return before < cdf[token] and before - 1e-6 <= u <= cdf[token] + 1e-6
+
+
+@settings(max_examples=100, deadline=None, database=None)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([2, 511, 512, 513, 1023, 1025, 1300]),
+    st.sampled_from([0.02, 0.7, 1.0, 2.0]),
+    st.sampled_from([0, 1, 2, 50, 510, 5000]),
+    st.sampled_from([1.0, 0.999, 0.9, 0.5, 1e-9]),
+    st.sampled_from([0.0, 1e-4, 0.03, 1.0]),
+)
+def test_tokens_follow_the_cumulative_distribution_within_a_millionth(
+    seed, vocabulary, temperature, top_k, top_p, min_p
+):
+    """The logits have ties and values of minus infinity. Many draws are at a boundary between two tokens."""
+    rng = np.random.default_rng(seed)
+    grid = rng.choice([1, 8, 512])
+    logits = (np.round(rng.normal(0, rng.choice([0.01, 1, 4]), vocabulary) * grid) / grid).astype(np.float32)
+    logits[rng.random(vocabulary) < rng.choice([0, 0.1, 0.9])] = -np.inf
+    logits[rng.integers(vocabulary)] = 1.0
+    options = dict(temperature=temperature, top_k=top_k, min_p=min_p)
+    # A limit that is within rounding of another set of tokens may give either set.
+    nearby = [Draw(**{**options, "min_p": low}, top_p=p) for p in near(top_p, 1.0) for low in near(min_p, 0.0)]
+    cdfs = [cdf_of(logits, draw) for draw in nearby]
+    levels = [0.0, 1 - 2**-53, *rng.random(20), *rng.choice(cdfs[0][cdfs[0] < 1], 20)] if cdfs[0][0] < 1 else [0.0, 0.5]
+    rows = torch.from_numpy(logits).expand(len(levels), -1)
+    tokens = sample_tokens(rows, [Draw(u=u, top_p=top_p, **options) for u in levels]).tolist()
+    for token, u in zip(tokens, levels):
+        assert any(is_drawn(token, u, cdf) for cdf in cdfs)
+
+
+def near(limit, off):
+    """Return numbers around a limit, unless it is `off`."""
+    return [limit] if limit == off else [limit, limit * (1 - 1e-6), min(1.0, limit * (1 + 1e-6))]
+
+
+@pytest.mark.parametrize("position", [0, 1, 511, 512, 700, 1023, 1024, 1299])
+def test_the_only_token_with_a_weight_is_drawn_for_every_u(position):
+    weights = torch.zeros(5, 1536)
+    weights[:, position] = torch.tensor([1.0, 1e-38, 0.3, 1.0, 0.7])
+    u = torch.tensor([0.0, 0.0, 0.5, 1 - 2**-53, 1 - 2**-53], dtype=torch.float64)
+    assert sampler.inverse_cdf(weights, u).tolist() == [position] * 5
+
+
+def test_a_token_without_a_weight_is_never_drawn_where_sums_are_rounded():
+    """The sums of blocks are rounded to float32. The last tokens of every block have no weight."""
+    weights = torch.rand(400, 8, 512, generator=torch.Generator().manual_seed(0))
+    weights[:, :, 300:] = 0
+    weights = weights.flatten(1)
+    ends = weights.unflatten(1, (8, 512)).sum(dim=-1).double().cumsum(dim=-1)
+    for block in range(8):
+        for ulps in (-1, 0, 1):
+            u = (ends[:, block] / ends[:, -1] * (1 + ulps * 2**-52)).clamp(max=1 - 2**-53)
+            assert (weights.gather(1, sampler.inverse_cdf(weights, u)[:, None]) > 0).all()
+
+
+def peak_bytes(call):
+    """Return how many bytes a call allocates at most at one time."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(sizes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(), dict(top_p=0.9), dict(top_k=9, top_p=0.9, min_p=0.1), dict(top_p=0.9, allowed=True)], ids=str
+)
+def test_sampling_takes_at_most_the_counted_bytes_of_memory(dtype, options):
+    vocabulary, num_rows = 20_000, 8
+    logits = torch.randn(num_rows, vocabulary).to(dtype)
+    if "allowed" in options:
+        options = options | dict(allowed=bits_of(range(vocabulary), vocabulary))
+    draws = [Draw(temperature=1.0, u=0.3, **options)] * num_rows
+    assert BYTES_PER_LOGIT <= 24
+    assert 4 < peak_bytes(lambda: sample_tokens(logits, draws)) / logits.numel() <= BYTES_PER_LOGIT
+    token_ids = torch.arange(num_rows)
+    assert peak_bytes(lambda: logprobs_of(logits[token_ids], token_ids, 20)) / logits.numel() <= BYTES_PER_LOGIT
 
 
 # --- log-probabilities -------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from engines import (
 )
 from tiny_models import VOCABULARY, tiny_model
 
-from flex_nano_vllm import Inference, SamplingParams, sampling
+from flex_nano_vllm import Inference, SamplingParams, sampler
 from flex_nano_vllm.sampler import Draw, uniform
 
 EOS = 1
@@ -223,7 +223,7 @@ def test_penalties_count_output_tokens_and_repetition_penalty_also_prompt_tokens
 
 
 def test_prompt_logprobs_of_a_long_prompt_are_computed_in_parts(engine, monkeypatch):
-    monkeypatch.setattr(sampling, "LOGPROB_ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(sampler, "LOGPROB_ROWS_AT_ONCE", 4)
     prompt, params = prompt_of(21), SamplingParams(temperature=0, prompt_logprobs=3, logprobs=2, max_tokens=3)
     check(engine.generate(prompt, params, use_tqdm=False)[0], prompt, params)
 
@@ -322,15 +322,15 @@ def test_only_the_request_without_a_possible_token_ends_in_error(engine):
 # --- cost --------------------------------------------------------------------------------------------------------
 
 
-def test_a_step_of_greedy_requests_does_not_call_choose(engine, monkeypatch):
+def test_a_step_of_greedy_requests_computes_no_distribution(engine, monkeypatch):
     calls = []
-    choose = engine.runner.choose
-    monkeypatch.setattr(engine.runner, "choose", lambda *arguments: calls.append(1) or choose(*arguments))
+    inverse_cdf = sampler.inverse_cdf
+    monkeypatch.setattr(sampler, "inverse_cdf", lambda *arguments: calls.append(1) or inverse_cdf(*arguments))
     plain = SamplingParams(temperature=0, max_tokens=3, top_k=5, top_p=0.5, seed=3, logprobs=2, prompt_logprobs=1)
     engine.generate([prompt_of(5), prompt_of(2)], [plain, greedy(3)], use_tqdm=False)
     assert not calls
     engine.generate([prompt_of(5), prompt_of(2)], [SamplingParams(max_tokens=3), greedy(5)], use_tqdm=False)
-    assert len(calls) == 3, "the two steps after the end of the sampled request must not call choose"
+    assert len(calls) == 3, "the two steps after the end of the sampled request must not compute a distribution"
 
 
 TO_THE_HOST = ["tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero"]
