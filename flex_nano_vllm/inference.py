@@ -422,7 +422,7 @@ class Inference:
     def warmup(self) -> None:
         """Compile all graphs that serving can need, so that requests do not wait for the compiler."""
         with self._exclusively():
-            self.sampler.warmup(num_logits(self.model), self.model.device)
+            self.sampler.warmup(self.spec.num_logits, self.spec.device)
             self.runner.warmup()
 
     def reset_prefix_cache(self) -> None:

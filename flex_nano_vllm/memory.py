@@ -10,6 +10,8 @@ import psutil
 import torch
 
 from flex_nano_vllm.geometry import Geometry, ModelSpec
+from flex_nano_vllm.sampler import BYTES_PER_LOGIT, LOGPROB_ROWS_AT_ONCE
+from flex_nano_vllm.scheduler import MAX_PROMPT_LOGITS
 
 # Share of the free memory that the default pool takes. On a CPU, other processes need memory too.
 DEFAULT_SHARE = {"cuda": 0.9}
@@ -32,15 +34,11 @@ def free_bytes(device: torch.device) -> int:
 
 
 def step_bytes(spec: ModelSpec, geometry: Geometry) -> int:
-    """Return the bytes of the largest temporaries of a step.
-
-    For sampling: logits, probabilities and their cumulative sums in float64. For prompt logprobs: the logits of all
-    tokens of a step, and a copy. The larger of the two counts.
-    """
-    of_samples = geometry.max_batch_size * 3 * 8
-    num_tokens = min(geometry.max_num_batched_tokens, geometry.max_batch_size * geometry.max_seq_length)
-    of_prompts = num_tokens * 2 * spec.dtype.itemsize
-    return max(of_samples, of_prompts) * spec.num_embeddings
+    """Return the bytes of the largest temporaries of a step: the logits, a copy of them, and those of the sampler."""
+    num_rows = min(geometry.max_batch_size + MAX_PROMPT_LOGITS, geometry.max_num_batched_tokens)
+    of_logits = num_rows * 2 * spec.dtype.itemsize
+    of_sampler = max(geometry.max_batch_size, min(num_rows, LOGPROB_ROWS_AT_ONCE)) * BYTES_PER_LOGIT
+    return (of_logits + of_sampler) * spec.num_embeddings
 
 
 def token_bytes(spec: ModelSpec) -> int:

@@ -27,7 +27,7 @@ The policies differ in which requests come before a request, and so in whether i
 
 import bisect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from numbers import Real
 from operator import attrgetter
@@ -66,6 +66,11 @@ def queue_key(policy: Policy) -> Callable[[Sequence], tuple[float, ...]]:
         return numbers
 
     return key_of
+
+
+# Most logits rows of a step besides the last one of each chunk. Only prompt logprobs need them. Without this limit,
+# memory for the logits of `max_num_batched_tokens` tokens would have to stay free.
+MAX_PROMPT_LOGITS = 256
 
 
 @dataclass(frozen=True)
@@ -131,28 +136,31 @@ class Scheduler:
         """
         chunks: list[Chunk] = []
         budget = self.max_num_batched_tokens - len(self.running)  # besides the one token of every running sequence
+        num_logits = MAX_PROMPT_LOGITS
         for sequence in tuple(self.running):
             if sequence.row is None:  # preempted to free pages for a sequence before it
                 break
-            chunk = self._chunk(sequence, 1 + budget)
+            chunk = self._chunk(sequence, 1 + budget, num_logits)
             if not self._reserve(chunk):  # the sequence itself was preempted
                 break
             chunks.append(chunk)
-            budget -= chunk.length - 1
+            budget, num_logits = budget - (chunk.length - 1), num_logits - (chunk.num_logits - 1)
         else:  # nothing was preempted
             while self.waiting and budget and self._admit(sequence := self.waiting[0]):
-                chunk = self._chunk(sequence, budget)
+                chunk = self._chunk(sequence, budget, num_logits)
                 reserved = self._reserve(chunk)
                 assert reserved, "too few pages are free for the chunk of an admitted sequence"
                 chunks.append(chunk)
-                budget -= chunk.length
+                budget, num_logits = budget - chunk.length, num_logits - (chunk.num_logits - 1)
 
         assert chunks or not self.has_unfinished_requests(), f"no chunk was scheduled: {self.waiting=}, {self.running=}"
         return chunks
 
-    def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
+    def _chunk(self, sequence: Sequence, budget: int, num_logits: int) -> Chunk:
+        """Return the next chunk, with at most `budget` tokens, and `num_logits` logits rows besides the last one."""
         start = sequence.num_computed_tokens or self.kv.num_cached_tokens(sequence.row)
-        return Chunk(sequence, start, min(sequence.num_tokens - start, budget))
+        chunk = Chunk(sequence, start, min(sequence.num_tokens - start, budget))
+        return replace(chunk, length=chunk.length - max(0, chunk.num_logits - 1 - num_logits))
 
     def _admit(self, sequence: Sequence) -> bool:
         """Admit the first waiting sequence if a row is free and the pool has room for it. Returns whether it did.

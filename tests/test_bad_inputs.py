@@ -25,6 +25,7 @@ from flex_nano_vllm import (
     runner,
 )
 from flex_nano_vllm.attention import PagedKVCache
+from flex_nano_vllm.geometry import Geometry
 from flex_nano_vllm.patching import attention_layers, is_patched
 from flex_nano_vllm.random_models import BYTE_VOCABULARY, byte_tokenizer
 
@@ -593,6 +594,11 @@ def test_the_default_pool_leaves_half_of_the_memory_free(bare_model, monkeypatch
         assert engine.page_table.n_pages < 1 + 50 * 4, "memory must limit the pool, or this test checks nothing"
         assert free / 4 < pool_bytes(engine) <= free / 2
         assert completion(engine, GOOD_PROMPT).finish_reason == "length"
+
+
+def test_a_larger_token_budget_keeps_no_more_memory_free_for_logits(bare_model):
+    small, large = (Geometry(9, 4, 32, 16, budget, (None,)) for budget in (512, 65_536))
+    assert memory.step_bytes(bare_model, small) == memory.step_bytes(bare_model, large)
 
 
 def test_the_default_pool_holds_a_full_batch_if_memory_allows(bare_model):

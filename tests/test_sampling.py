@@ -23,7 +23,7 @@ from engines import (
 )
 from tiny_models import VOCABULARY, tiny_model
 
-from flex_nano_vllm import Inference, SamplingParams, sampler
+from flex_nano_vllm import Inference, SamplingParams, sampler, scheduler
 from flex_nano_vllm.sampler import Draw, uniform
 
 EOS = 1
@@ -226,6 +226,33 @@ def test_prompt_logprobs_of_a_long_prompt_are_computed_in_parts(engine, monkeypa
     monkeypatch.setattr(sampler, "LOGPROB_ROWS_AT_ONCE", 4)
     prompt, params = prompt_of(21), SamplingParams(temperature=0, prompt_logprobs=3, logprobs=2, max_tokens=3)
     check(engine.generate(prompt, params, use_tqdm=False)[0], prompt, params)
+
+
+@pytest.mark.parametrize("sizes", [dict(), TIGHT, dict(max_num_batched_tokens=9, n_pages=13)], ids=str)
+def test_a_step_computes_a_limited_number_of_logits_of_prompts(monkeypatch, sizes):
+    """Requests share the limit. All running sequences advance in each step, and prompt logprobs are complete."""
+    monkeypatch.setattr(scheduler, "MAX_PROMPT_LOGITS", 5)
+    rated = SamplingParams(temperature=0, prompt_logprobs=1, max_tokens=4)
+    lengths = [15, 9, 1, 14, 12, 2, 13, 7]
+    requests = [(prompt_of(n, seed=i), greedy(9) if i in (1, 4) else rated) for i, n in enumerate(lengths)]
+    counts = []
+    with Inference(own_model("limited logits"), None, **{**SIZES, **sizes}) as engine:
+        forward = engine.runner.forward
+
+        def watched(chunks):
+            assert all(chunk.length > 0 for chunk in chunks)
+            assert [chunk.sequence for chunk in chunks] == engine.scheduler.running
+            logits = forward(chunks)
+            assert len(logits) == sum(chunk.num_logits for chunk in chunks)
+            counts.append(len(logits) - len(chunks))
+            return logits
+
+        engine.runner.forward = watched
+        outputs = engine.generate(*zip(*requests), use_tqdm=False)
+        for output, request in zip(outputs, requests):
+            check(output, *request)
+        assert max(counts) == 5
+        assert_empty(engine)
 
 
 def test_a_prompt_with_prompt_logprobs_is_cached_but_has_no_cache_hit(engine):
