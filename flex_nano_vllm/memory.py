@@ -66,7 +66,9 @@ def largest_pool(spec: ModelSpec, geometry: Geometry, num_bytes: int) -> int:
 def pool_size(spec: ModelSpec, geometry: Geometry) -> int:
     """Return the default number of pages: enough for `max_batch_size` sequences of `max_seq_length`, if memory allows.
 
-    Raises ValueError if not even two pages fit.
+    A number that memory limits is rounded down, by less than a sixteenth. Two starts with slightly different free
+    memory then get pools of the same size. The size is a constant of compiled graphs, so the second start finds the
+    graphs in the cache on disk. Raises ValueError if not even two pages fit.
     """
     device = spec.device
     enough = 1 + geometry.max_batch_size * geometry.most_pages(geometry.max_seq_length)
@@ -82,6 +84,8 @@ def pool_size(spec: ModelSpec, geometry: Geometry) -> int:
             f"max_batch_size={geometry.max_batch_size} requests, and the default pool takes at most "
             f"{share:.0%} of the free memory: reduce page_size or max_batch_size"
         )
+    if affordable < enough:
+        affordable -= affordable % min(64, 1 << max(0, (affordable // 16).bit_length() - 1))
     return affordable
 
 

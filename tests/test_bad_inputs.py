@@ -596,6 +596,33 @@ def test_the_default_pool_leaves_half_of_the_memory_free(bare_model, monkeypatch
         assert completion(engine, GOOD_PROMPT).finish_reason == "length"
 
 
+def limited_pool(model, monkeypatch, free):
+    """Return the default number of pages, the largest that fits, and the number that requests can need."""
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    wanted = 1 + 5_000 * 4
+    geometry = Geometry(wanted, 4, 5_000, 16, 64, (None,))
+    usable = int(memory.DEFAULT_SHARE_ELSEWHERE * (free - memory.step_bytes(model, geometry)))
+    return memory.pool_size(model, geometry), memory.largest_pool(model, geometry, usable), wanted
+
+
+@pytest.mark.parametrize("num_pages", [2, 15, 16, 17, 40, 100, 1_000, 1_100, 19_000])
+def test_a_default_pool_that_memory_limits_is_rounded_down_by_less_than_a_sixteenth(bare_model, monkeypatch, num_pages):
+    geometry = Geometry(num_pages, 4, 5_000, 16, 64, (None,))
+    free = 2 * memory.kv_bytes(bare_model, geometry) + memory.step_bytes(bare_model, geometry)
+    n_pages, largest, _ = limited_pool(bare_model, monkeypatch, free)
+    assert largest == num_pages and 15 / 16 * largest < n_pages <= largest
+    multiple = {2: 1, 15: 1, 16: 1, 17: 1, 40: 2, 100: 4, 1_000: 32, 1_100: 64, 19_000: 64}[num_pages]
+    assert n_pages == largest - largest % multiple
+    # A slightly different amount of memory gives the same pool.
+    more = memory.kv_bytes(bare_model, geometry) / num_pages * (multiple - 1 - largest % multiple)
+    assert limited_pool(bare_model, monkeypatch, free + int(2 * more))[0] == n_pages
+
+
+def test_a_default_pool_that_memory_does_not_limit_is_not_rounded(bare_model, monkeypatch):
+    n_pages, _, wanted = limited_pool(bare_model, monkeypatch, 10**12)
+    assert n_pages == wanted == 20_001
+
+
 def test_a_larger_token_budget_keeps_no_more_memory_free_for_logits(bare_model):
     small, large = (Geometry(9, 4, 32, 16, budget, (None,)) for budget in (512, 65_536))
     assert memory.step_bytes(bare_model, small) == memory.step_bytes(bare_model, large)
