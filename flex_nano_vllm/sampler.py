@@ -7,6 +7,7 @@ All results are copied to the host in one transfer, the only one from the device
 """
 
 import hashlib
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -134,6 +135,8 @@ class Sampler:
             samples.append(Sample(_tokens(token_ids[i]), of_sampled, tuple(of_prompt)))
         return samples
 
+    @torch.inference_mode(False)  # graphs distinguish tensors that are made in that mode
+    @torch.no_grad()
     def choose(self, logits: Tensor, draws: list[Draw]) -> Tensor:
         """Choose a token for each logits row.
 
@@ -150,10 +153,6 @@ class Sampler:
         if all(draw is ARGMAX for draw in draws):
             highest, tokens = logits.max(dim=-1)
             return torch.where(highest.isfinite(), tokens, NOT_FINITE)
-        with compile_settings(logits.device.type):
-            return self._draw(logits, draws)
-
-    def _draw(self, logits: Tensor, draws: list[Draw]) -> Tensor:
         num_rows, vocabulary = logits.shape
         # At least two rows: a size of 1 would need another graph. The tokens that fill the last block have no weight.
         shape = max(2, num_rows), cdiv(vocabulary, BLOCK) * BLOCK
@@ -173,12 +172,14 @@ class Sampler:
         weights.sub_(highest[:, None]).div_(divisor[:, None]).exp_()
         if any(draw.min_p for draw in draws):
             _drop_below(weights, min_p.to(dtype))
-        if any(draw.top_k for draw in draws):
-            quota = torch.where(top_k > 0, top_k, torch.inf)
-            _drop_below(weights, self._threshold(weights, quota, torch.full((), True, device=logits.device)))
-        if any(draw.top_p < 1 for draw in draws):
-            quota = torch.where(top_p < 1, top_p, torch.inf) * block_sums(weights).sum(dim=-1)
-            _drop_below(weights, self._threshold(weights, quota, torch.full((), False, device=logits.device)))
+        has_k, has_p = any(draw.top_k for draw in draws), any(draw.top_p < 1 for draw in draws)
+        with compile_settings(logits.device.type) if has_k or has_p else nullcontext():
+            if has_k:
+                quota = torch.where(top_k > 0, top_k, torch.inf)
+                _drop_below(weights, self._threshold(weights, quota, torch.full((), True, device=logits.device)))
+            if has_p:
+                quota = torch.where(top_p < 1, top_p, torch.inf) * block_sums(weights).sum(dim=-1)
+                _drop_below(weights, self._threshold(weights, quota, torch.full((), False, device=logits.device)))
         tokens = torch.where(temperature > 0, inverse_cdf(weights, u), likeliest)
         return torch.where(highest.isfinite(), tokens, NOT_FINITE)[:num_rows]
 
@@ -232,7 +233,8 @@ def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
     exceeded = u[:, None] * sums[:, -1:]
     block = torch.searchsorted(sums, exceeded, right=True).clamp(max=sums.shape[1] - 1)  # [S, 1]
     exceeded -= torch.nn.functional.pad(sums, (1, 0)).gather(1, block)
-    inner = weights.unflatten(1, (-1, BLOCK)).take_along_dim(block[:, :, None], 1).squeeze(1).double().cumsum(dim=-1)
+    blocks = weights.unflatten(1, (-1, BLOCK))
+    inner = blocks[torch.arange(len(u), device=u.device), block.squeeze(1)].double().cumsum(dim=-1)  # [S, BLOCK]
     # The float32 sum of the block may be larger than the sum here, which must exceed the bound.
     exceeded = torch.minimum(exceeded, inner[:, -1:] * (1 - 2**-52))
     return (block * BLOCK + torch.searchsorted(inner, exceeded, right=True)).squeeze(1)

@@ -11,6 +11,7 @@ from tiny_models import CONFIGS, VOCABULARY, hf_generate, tiny_model
 from torch._dynamo.utils import counters
 
 from flex_nano_vllm import Inference, SamplingParams, cascade
+from flex_nano_vllm.sampler import BYTES_PER_LOGIT, Draw, Sampler, uniform
 
 pytestmark = [pytest.mark.gpu, pytest.mark.flex]
 
@@ -104,3 +105,21 @@ def test_nothing_compiles_after_warmup(on_gpu):
             engine.generate(PROMPTS[:size], GREEDY, use_tqdm=False)
         assert counters["stats"]["unique_graphs"] == before
         assert not counters["inductor"]["cudagraph_skips"], "decodes did not run as CUDA graphs"
+
+
+@pytest.mark.parametrize("vocabulary", [513, 50_000])
+def test_the_compiled_sampler_draws_the_tokens_of_the_uncompiled_one_in_the_counted_memory(vocabulary):
+    """A token may differ if `u` is within rounding of a boundary between two tokens."""
+    logits = 3 * torch.randn(64, vocabulary, generator=torch.Generator().manual_seed(0))
+    kinds = [dict(), dict(top_k=50), dict(top_p=0.9), dict(top_k=50, top_p=0.9), dict(min_p=0.1), dict(temperature=0.0)]
+    draws = [Draw(**{"temperature": 1.0, "u": uniform(i, 0), **kinds[i % len(kinds)]}) for i in range(64)]
+    expected = Sampler(compiled=False, device_type="cpu").choose(logits, draws)
+    compiled, logits = Sampler(compiled=True, device_type="cuda"), logits.cuda()
+    compiled.warmup(vocabulary, logits.device)
+    before, graphs = torch.cuda.memory_allocated(), counters["stats"]["unique_graphs"]
+    torch.cuda.reset_peak_memory_stats()
+    tokens = compiled.choose(logits, draws)
+    if vocabulary == 50_000:
+        assert torch.cuda.max_memory_allocated() - before <= BYTES_PER_LOGIT * logits.numel()
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert (tokens.cpu() == expected).sum() >= 63
