@@ -1,17 +1,24 @@
 """Skips tests that the machine cannot run, resets compiled graphs after every test file, and has common fixtures."""
 
+import os
 from dataclasses import replace
 
 import pytest
 import torch
 from engines import PROMPTS, SIZES, dense_flex, own_model
+from hypothesis import settings
 from parrots import new_parrot
 from serving import client_of, serving
 from tiny_models import hf_generate, tiny_model
 
 from flex_nano_vllm import Inference, cascade, runner, step
 from flex_nano_vllm.cascade import pack
-from flex_nano_vllm.runner import why_not_compiled
+from flex_nano_vllm.runner import compile_flex_attention, why_not_compiled
+
+# How many random cases a test runs: `HYPOTHESIS_PROFILE=deep uv run pytest` runs ten times as many as `uv run pytest`.
+settings.register_profile("ci", max_examples=100, deadline=None, database=None)
+settings.register_profile("deep", settings.get_profile("ci"), max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -26,6 +33,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
+@pytest.hookimpl(tryfirst=True)  # before the fixtures of the test are built
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Make uncompiled engines compute attention by `dense_flex`, except in tests marked `flex`."""
+    is_flex = item.get_closest_marker("flex") is not None
+    runner.compile_flex_attention = compile_flex_attention if is_flex else compiled_or_dense
+
+
+def compiled_or_dense(device_type, compiled):
+    return compile_flex_attention(device_type, compiled) if compiled else dense_flex
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_graphs():
     """Reset the compiler after each file.
@@ -35,20 +53,6 @@ def forget_graphs():
     """
     yield
     torch.compiler.reset()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def dense(request):
-    """Make uncompiled engines compute attention by `dense_flex`, except in files marked `flex`."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.node.get_closest_marker("flex") is None:
-            original = runner.compile_flex_attention
-            patch.setattr(
-                runner,
-                "compile_flex_attention",
-                lambda device_type, compiled: original(device_type, compiled) if compiled else dense_flex,
-            )
-        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -6,11 +6,15 @@ import functools
 import inspect
 import itertools
 import math
+import os
 import random
+import subprocess
+import sys
+from contextlib import contextmanager
 
 import numpy as np
 import torch
-from hypothesis import HealthCheck
+from hypothesis import HealthCheck, settings
 from tiny_models import CONFIGS, VOCABULARY, tiny_model
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
@@ -19,14 +23,12 @@ from flex_nano_vllm import SamplingParams
 from flex_nano_vllm.masks import layer_mask
 from flex_nano_vllm.random_models import BYTE_VOCABULARY
 from flex_nano_vllm.sampler import NOT_FINITE
-from flex_nano_vllm.sequence import Sample
+from flex_nano_vllm.sequence import Sample, Sequence
 from flex_nano_vllm.step import TileLayout
 
 # Settings of both state machines, whose steps take long
 MACHINE = dict(
     stateful_step_count=40,
-    deadline=None,
-    database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 SIZES = dict(max_batch_size=3, max_seq_length=32, n_pages=25, page_size=4, compile=False)
@@ -38,6 +40,23 @@ COMPILED = dict(max_batch_size=5, page_size=16, n_pages=11, max_num_batched_toke
 TEXTS = ["abcdefg", "hi", "xyz0123456"]
 LENGTHS = [6, 3, 5]  # tokens of the outputs for TEXTS
 MAX_STEPS = 200  # of any workload here; a workload with more steps hangs
+
+
+def num_cases(in_ci):
+    """Return how many random cases a test runs: `in_ci` in the profile `ci`, and more in others, see conftest.py."""
+    return in_ci * settings().max_examples // settings.get_profile("ci").max_examples
+
+
+def make_sequence(token_ids, request_id=0, max_total_tokens=None, **fields):
+    """Return a sequence whose prompt is `token_ids`. By default it has one output token, and no token ends it."""
+    return Sequence(
+        request_id=request_id,
+        prompt=None,
+        token_ids=list(token_ids),
+        num_prompt_tokens=len(token_ids),
+        max_total_tokens=len(token_ids) + 1 if max_total_tokens is None else max_total_tokens,
+        **dict(params=SamplingParams(), seed=0, eos_token_ids=frozenset()) | fields,
+    )
 
 
 def greedy(max_tokens):
@@ -90,6 +109,33 @@ def assert_empty(engine):
     assert (stats.num_running, stats.num_waiting, stats.num_used_pages) == (0, 0, 0)
     assert stats.num_free_pages == engine.page_table.num_usable_pages
     assert not engine.has_unfinished_requests()
+
+
+@contextmanager
+def device_tables_kept(kv):
+    """Let a check of the page tables upload their changes, and undo the uploads afterwards.
+
+    The device tables stay as outdated as they are in a run without checks. A deep copy for the check would take most
+    of the time of a state machine.
+    """
+    kept = [(table, dict(vars(table))) for table in kv.pools.values()]
+    for table, state in kept:
+        for name, value in state.items():
+            setattr(table, name, value.clone() if isinstance(value, torch.Tensor) else copy.copy(value))
+    try:
+        yield
+    finally:
+        for table, state in kept:
+            vars(table).update(state)
+
+
+def standard_python(module, program, **environment):
+    """Run a program in a process after the contents of a module, with nothing but the standard library. Returns stdout.
+
+    Importing the module from the package would also import torch and transformers, which takes seconds.
+    """
+    code = f"import runpy, sys; globals().update(runpy.run_path({module.__file__!r})); {program}"
+    return subprocess.check_output([sys.executable, "-S", "-c", code], env=os.environ | environment, text=True)
 
 
 def raise_at_call(monkeypatch, owner, name, number, exception, after=False):

@@ -12,6 +12,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from engines import greedy
 from tiny_models import CONFIGS, VOCABULARY, hf_generate, tiny_model
 from transformers import AutoModel, AutoModelForCausalLM, GPT2Config
 
@@ -30,7 +31,7 @@ from flex_nano_vllm.patching import attention_layers, is_patched
 from flex_nano_vllm.random_models import BYTE_VOCABULARY, byte_tokenizer
 
 GOOD_PROMPT = [5, 6, 7, 8, 9]
-GREEDY = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+GREEDY = greedy(3)
 SIZES = dict(max_batch_size=2, max_seq_length=16, n_pages=9, page_size=4, compile=False)
 NAN, INFINITY = math.nan, math.inf
 
@@ -240,7 +241,7 @@ def test_a_prompt_that_fits_max_seq_length_but_not_the_pool_is_rejected_with_the
 def test_a_request_that_would_exceed_the_pool_ends_at_the_limit_without_preempting_itself(
     small_pool_engine, max_tokens
 ):
-    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    params = greedy(max_tokens)
     answer = completion(small_pool_engine, [5] * 5, params)
     assert (len(answer.token_ids), answer.finish_reason) == (12 - 5, "length")
     assert small_pool_engine.stats().num_preemptions == 0
@@ -248,19 +249,19 @@ def test_a_request_that_would_exceed_the_pool_ends_at_the_limit_without_preempti
 
 @pytest.mark.parametrize("max_tokens", [12, 10**12, None])
 def test_a_request_that_would_exceed_max_seq_length_ends_at_the_limit(engine, max_tokens):
-    answer = completion(engine, [5] * 5, SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True))
+    answer = completion(engine, [5] * 5, greedy(max_tokens))
     assert (len(answer.token_ids), answer.finish_reason) == (16 - 5, "length")
     assert engine.stats().num_preemptions == 0
 
 
 def test_max_tokens_that_just_fit_are_all_generated(engine):
-    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    params = greedy(3)
     assert len(completion(engine, [5] * 13, params).token_ids) == 3
 
 
 def test_max_seq_length_need_not_be_a_multiple_of_the_page_size(bare_model):
     with Inference(bare_model, None, **{**SIZES, "max_seq_length": 10}) as engine:
-        params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+        params = greedy(None)
         assert len(completion(engine, [5] * 7, params).token_ids) == 3
         assert_refused(engine, lambda: generate(engine, [[5] * 10]), "10 tokens.*max_seq_length=10")
 

@@ -13,13 +13,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from engines import layout_of, windows_of
+from engines import layout_of, make_sequence, num_cases, windows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flex_nano_vllm import page_table, step
 from flex_nano_vllm.geometry import Geometry
 from flex_nano_vllm.kv_manager import KVManager
-from flex_nano_vllm.sampling_params import SamplingParams
 from flex_nano_vllm.scheduler import Chunk
 from flex_nano_vllm.sequence import Sequence
 from flex_nano_vllm.step import StepBatch, TiledQueries, TileKind, TileLayout
@@ -32,18 +32,8 @@ def token_id(row: int, position: int) -> int:
     return 1000 * row + position
 
 
-def make_sequence(row: int, num_tokens: int) -> Sequence:
-    return Sequence(
-        request_id=row,
-        prompt=None,
-        token_ids=[token_id(row, position) for position in range(num_tokens)],
-        num_prompt_tokens=num_tokens,
-        params=SamplingParams(),
-        seed=0,
-        eos_token_ids=frozenset(),
-        max_total_tokens=num_tokens + 1,
-        row=row,
-    )
+def sequence_of(row: int, num_tokens: int) -> Sequence:
+    return make_sequence([token_id(row, position) for position in range(num_tokens)], row, row=row)
 
 
 class Scene:
@@ -111,7 +101,7 @@ def scenes(draw, page_size: int) -> Scene:
         end = len(scene.pages[row]) * page_size - draw(st.integers(0, page_size - 1))
         decodes = draw(st.booleans())
         start = end - 1 if decodes else draw(st.integers(0, end - 1))
-        sequence = make_sequence(row, end + draw(st.integers(0, 2)))
+        sequence = sequence_of(row, end + draw(st.integers(0, 2)))
         scene.chunks.append(Chunk(sequence, start, end - start))
     return scene
 
@@ -210,7 +200,7 @@ def assert_isolated(scene: Scene, batch: StepBatch, layout: TileLayout) -> None:
 @pytest.mark.parametrize("tile_lens", [(1,), (4,), (1, 4)], ids=str)
 @pytest.mark.parametrize("page_size", [1, 2, 4])
 def test_a_query_sees_exactly_the_tokens_in_its_window_of_its_own_sequence(page_size, tile_lens, group_size):
-    @settings(max_examples=40, deadline=None, database=None)
+    @settings(max_examples=num_cases(40))
     @given(scene=scenes(page_size), layout=layouts(tile_lens, group_size))
     def holds(scene, layout):
         batch = StepBatch.build(scene.chunks, scene.kv, layout)
@@ -219,7 +209,7 @@ def test_a_query_sees_exactly_the_tokens_in_its_window_of_its_own_sequence(page_
     holds()
 
 
-@settings(max_examples=60, deadline=None, database=None)
+@settings(max_examples=num_cases(60))
 @given(data=st.data())
 def test_a_step_has_the_id_the_position_and_the_slots_of_each_token(data):
     scene = data.draw(st.sampled_from([1, 2, 4]).flatmap(scenes))
@@ -244,7 +234,7 @@ def test_a_step_has_the_id_the_position_and_the_slots_of_each_token(data):
         assert ints.dtype == torch.int64
 
 
-@settings(max_examples=60, deadline=None, database=None)
+@settings(max_examples=num_cases(60))
 @given(data=st.data())
 def test_output_rows_are_the_inverse_of_query_rows_for_all_tokens_and_heads(data):
     scene = data.draw(st.sampled_from([1, 2, 4]).flatmap(scenes))
@@ -264,7 +254,7 @@ def test_output_rows_are_the_inverse_of_query_rows_for_all_tokens_and_heads(data
         assert (rows_of_tokens == rows_of_tokens[:, :1, :, :1]).all()
 
 
-@settings(max_examples=60, deadline=None, database=None)
+@settings(max_examples=num_cases(60))
 @given(data=st.data())
 def test_end_queries_equal_the_queries_of_a_step_with_only_the_last_tokens_of_chunks(data):
     scene = data.draw(st.sampled_from([1, 2, 4]).flatmap(scenes))
@@ -284,7 +274,7 @@ def test_end_queries_equal_the_queries_of_a_step_with_only_the_last_tokens_of_ch
         assert np.array_equal(evaluate(mask, kv_len(batch)), evaluate(expected, kv_len(batch)))
 
 
-@settings(max_examples=60, deadline=None, database=None)
+@settings(max_examples=num_cases(60))
 @given(data=st.data())
 def test_a_chunk_uses_the_smallest_tile_that_holds_it_and_tiles_are_padded_to_a_bucket(data):
     scene = data.draw(st.sampled_from([1, 2, 4]).flatmap(scenes))
@@ -305,7 +295,7 @@ def test_a_chunk_uses_the_smallest_tile_that_holds_it_and_tiles_are_padded_to_a_
 
 
 @pytest.mark.parametrize("whole_pool", [True, False])
-@settings(max_examples=30, deadline=None, database=None)
+@settings(max_examples=num_cases(30))
 @given(data=st.data())
 def test_attention_gets_the_whole_or_the_used_pool_and_lists_as_wide_as_the_cpu_kernel_needs(whole_pool, data):
     scene = data.draw(st.sampled_from([1, 2, 4]).flatmap(scenes))
@@ -320,15 +310,39 @@ def test_attention_gets_the_whole_or_the_used_pool_and_lists_as_wide_as_the_cpu_
                 assert pages.dtype == block_mask.kv_num_blocks.dtype == torch.int32
 
 
+def test_the_uploads_of_a_step_do_not_grow_with_max_seq_length(monkeypatch):
+    """The page lists of a step were once as wide as the longest row allowed, so long contexts made all steps slow."""
+    original, uploads = page_table.upload, {}
+    for max_seq_length in (64, 65_536):
+        kv = KVManager(Geometry(1 + max_seq_length // 4, 4, 3, max_seq_length, 64, (None, 6)), prefix_caching=False)
+        assert kv.primary.max_pages_per_row == max_seq_length // 4
+        sizes = uploads[max_seq_length] = []
+
+        def noted_upload(arrays, *args, sizes=sizes):
+            sizes += [array.shape for array in arrays]
+            return original(arrays, *args)
+
+        for module in (page_table, step):
+            monkeypatch.setattr(module, "upload", noted_upload)
+        chunks = []
+        for start, length in ((19, 1), (0, 7), (9, 1)):
+            row = kv.allocate([])
+            assert kv.reserve(row, start + length)
+            chunks.append(Chunk(sequence_of(row, start + length), start, length))
+        kinds = (TileKind(1, (2, 4)), TileKind(4, (2, 4)))
+        StepBatch.build(chunks, kv, layout_of(kinds, 1, 1, (None, 6), 6, whole_pool=True))
+    assert uploads[64] == uploads[65_536] and len(uploads[64]) > 10
+
+
 def test_the_drawing_in_the_docstring_of_step_holds():
     scene = Scene(page_size=4)
     a, b, c = (scene.kv.allocate([]) for _ in range(3))
     for row in (a, b, b, c, c):
         scene.grow(row)
     scene.chunks = [
-        Chunk(make_sequence(a, 1), 0, 1),
-        Chunk(make_sequence(b, 8), 7, 1),
-        Chunk(make_sequence(c, 6), 0, 5),  # the last prompt token of c is not in this step
+        Chunk(sequence_of(a, 1), 0, 1),
+        Chunk(sequence_of(b, 8), 7, 1),
+        Chunk(sequence_of(c, 6), 0, 5),  # the last prompt token of c is not in this step
     ]
     layout = layout_of(
         (TileKind(1, (4, 8)), TileKind(4, (2, 8))),
@@ -370,7 +384,7 @@ def test_padding_in_row_0_sees_nothing_and_writes_to_page_0():
         last_window=2,
         whole_pool=True,
     )
-    chunks = [Chunk(make_sequence(0, 3), 0, 3), Chunk(make_sequence(0, 1), 0, 1)]
+    chunks = [Chunk(sequence_of(0, 3), 0, 3), Chunk(sequence_of(0, 1), 0, 1)]
     batch = StepBatch.build(chunks, scene.kv, layout)
     assert all(0 <= slot < scene.page_size for slots in batch.slots for slot in slots.tolist())
     for tiles in queries_of(batch).tiles:
@@ -386,10 +400,10 @@ def test_a_row_sees_no_tokens_of_the_sequence_that_used_its_pages_before():
     )
     for row in (old, new, old, old, new):
         scene.grow(row)
-    scene.chunks = [Chunk(make_sequence(old, 6), 0, 6), Chunk(make_sequence(new, 4), 0, 4)]
+    scene.chunks = [Chunk(sequence_of(old, 6), 0, 6), Chunk(sequence_of(new, 4), 0, 4)]
     assert_isolated(scene, StepBatch.build(scene.chunks, scene.kv, layout), layout)
     scene.erase(old)
     for _ in range(3):
         scene.grow(new)
-    scene.chunks = [Chunk(make_sequence(new, 10), 3, 7)]
+    scene.chunks = [Chunk(sequence_of(new, 10), 3, 7)]
     assert_isolated(scene, StepBatch.build(scene.chunks, scene.kv, layout), layout)

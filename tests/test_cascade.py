@@ -8,7 +8,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from engines import SIZES, TIGHT, greedy, layout_of, own_model, prompt_of, tokens_of, visible_slots
+from engines import (
+    SIZES,
+    TIGHT,
+    greedy,
+    layout_of,
+    make_sequence,
+    num_cases,
+    own_model,
+    prompt_of,
+    tokens_of,
+    visible_slots,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import hf_generate, tiny_model
@@ -21,13 +32,12 @@ from flex_nano_vllm.masks import layer_mask
 from flex_nano_vllm.runner import cascade_rule, decode_buckets, tile_kinds
 from flex_nano_vllm.sampling_params import SamplingParams
 from flex_nano_vllm.scheduler import Chunk
-from flex_nano_vllm.sequence import Sequence
 from flex_nano_vllm.step import StepBatch, TileKind
 
 ALWAYS = CascadeRule(3, 4, 1, 0.0, 0.0, 1.0)  # packed tiles cost nothing
 
 
-class Family:
+class Scene:
     """Sequences with one row each, in one pool. Some of them begin with pages of earlier sequences."""
 
     def __init__(
@@ -48,8 +58,7 @@ class Family:
             self.kv.reserve(row, length)
             rows.append(row)
             self.pages.append([table.page(row, logical) for logical in range(num_pages)])
-            sequence = Sequence(row, None, [0] * length, length, SamplingParams(), 0, frozenset(), length, row=row)
-            self.chunks.append(Chunk(sequence, length - 1, 1))
+            self.chunks.append(Chunk(make_sequence([0] * length, row, row=row), length - 1, 1))
 
     def packed(self, window: int | None, rule: CascadeRule) -> PackedDecodes | None:
         rows, positions = np.array([(chunk.sequence.row, chunk.start) for chunk in self.chunks]).T
@@ -71,39 +80,38 @@ class Family:
 
 
 @st.composite
-def families(draw):
+def scenes(draw):
     page_size = draw(st.sampled_from([1, 2, 4]))
     windows = draw(st.sampled_from([(None,), (None, 3), (7, None), (9, 2), (5,)]))
     lengths = draw(st.lists(st.integers(1, 9 * page_size), min_size=2, max_size=12))
     shared = [(draw(st.integers(0, 11)), draw(st.integers(0, 9))) for _ in lengths]
-    return Family(page_size, windows, lengths, shared)
+    return Scene(page_size, windows, lengths, shared)
 
 
-@settings(max_examples=200, deadline=None, database=None)
-@given(family=families(), whole_pool=st.booleans(), num_padding=st.integers(0, 3))
-def test_a_packed_query_sees_the_same_slots_as_alone_and_its_tile_reads_each_page_once(family, whole_pool, num_padding):
+@settings(max_examples=num_cases(200))
+@given(scene=scenes(), whole_pool=st.booleans(), num_padding=st.integers(0, 3))
+def test_a_packed_query_sees_the_same_slots_as_alone_and_its_tile_reads_each_page_once(scene, whole_pool, num_padding):
     kinds = (TileKind(1, (16,)),)
-    layout = layout_of(kinds, 1, 1, family.windows, family.windows[-1], whole_pool, ALWAYS)
+    layout = layout_of(kinds, 1, 1, scene.windows, scene.windows[-1], whole_pool, ALWAYS)
     window = layout.masks[layout.packed_mask].window
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(cascade, "LEAST_SAVING", 0)
-        packed = family.packed(window, ALWAYS)
-    padding = Sequence(-1, None, [0], 1, SamplingParams(), 0, frozenset(), 1, row=0)
-    chunks = family.chunks + [Chunk(padding, 0, 1)] * num_padding
-    alone, together = (StepBatch.build(chunks, family.kv, layout, how) for how in (None, packed))
-    for number, of_layer in enumerate(family.windows):
-        seen = visible_slots(together, number)[: len(family.chunks)]
+        packed = scene.packed(window, ALWAYS)
+    chunks = scene.chunks + [Chunk(make_sequence([0], row=0), 0, 1)] * num_padding
+    alone, together = (StepBatch.build(chunks, scene.kv, layout, how) for how in (None, packed))
+    for number, of_layer in enumerate(scene.windows):
+        seen = visible_slots(together, number)[: len(scene.chunks)]
         for index, slots in enumerate(seen):  # with repetition, because a page read twice counts twice in the softmax
-            assert sorted(slots) == family.seen_slots(index, of_layer)
+            assert sorted(slots) == scene.seen_slots(index, of_layer)
     assert together.queries[layout.packed_mask] is not alone.queries[layout.packed_mask]
 
     (tiles,) = together.queries[layout.packed_mask].tiles
     mask = tiles.block_masks[layout.packed_mask]
     assert tiles.query_rows.shape == (4, 1, 3)
     members = [[i for i in tile if i >= 0] for tile in packed.members.tolist()]
-    assert sorted(itertools.chain(*members)) == list(range(len(family.chunks)))
+    assert sorted(itertools.chain(*members)) == list(range(len(scene.chunks)))
     for tile, sequences in enumerate(members + [[]] * (4 - len(members))):
-        seen = [family.seen_pages(index, window) for index in sequences]
+        seen = [scene.seen_pages(index, window) for index in sequences]
         pages = {page for of_one in seen for page in of_one}
         whole = {page for page in pages if all(of_one.get(page) for of_one in seen)}
         for counts, lists, expected in (
@@ -113,26 +121,26 @@ def test_a_packed_query_sees_the_same_slots_as_alone_and_its_tile_reads_each_pag
             listed = lists[tile, 0, 0, : counts[tile, 0, 0]].tolist()
             assert sorted(listed) == sorted(expected)
             assert lists.dtype == counts.dtype == torch.int32
-            assert lists.shape[-1] >= mask.seq_lengths[1] // family.kv.geometry.page_size
+            assert lists.shape[-1] >= mask.seq_lengths[1] // scene.kv.geometry.page_size
 
 
 def test_the_drawing_in_the_docstring_of_cascade_holds(any_saving):
-    family = Family(4, (None,), [12, 16, 12], [(0, 0), (0, 2), (0, 2)])
-    packed = family.packed(None, ALWAYS)
+    scene = Scene(4, (None,), [12, 16, 12], [(0, 0), (0, 2), (0, 2)])
+    packed = scene.packed(None, ALWAYS)
     assert sorted(packed.members.ravel().tolist()) == [0, 1, 2]
-    common = family.pages[0][:2]
+    common = scene.pages[0][:2]
     assert sorted(packed.pages[packed.full].tolist()) == sorted(common)
-    own = {page for pages in family.pages for page in pages} - set(common)
+    own = {page for pages in scene.pages for page in pages} - set(common)
     assert len(own) == 4 and sorted(packed.pages[packed.partial].tolist()) == sorted(own)
 
 
 def test_sequences_with_a_common_prefix_are_packed_side_by_side(any_saving):
-    """Sequences of two families alternate, and one family has a branch."""
-    family = Family(1, (None,), [9] * 9, [(0, 0), (0, 0), (0, 4), (1, 4), (2, 6), (1, 4), (2, 7), (1, 4), (4, 7)])
-    order = family.packed(None, ALWAYS).members.ravel().tolist()
-    for kin in ({1, 3, 5, 7}, {0, 2, 4, 6, 8}, {4, 6, 8}):
-        places = sorted(order.index(i) for i in kin)
-        assert places == list(range(places[0], places[0] + len(kin)))
+    """Sequences with two common prefixes alternate, and one of the prefixes has two continuations."""
+    scene = Scene(1, (None,), [9] * 9, [(0, 0), (0, 0), (0, 4), (1, 4), (2, 6), (1, 4), (2, 7), (1, 4), (4, 7)])
+    order = scene.packed(None, ALWAYS).members.ravel().tolist()
+    for common in ({1, 3, 5, 7}, {0, 2, 4, 6, 8}, {4, 6, 8}):
+        places = sorted(order.index(i) for i in common)
+        assert places == list(range(places[0], places[0] + len(common)))
 
 
 # ---- when decodes are packed ----
@@ -141,7 +149,7 @@ RULE = CascadeRule(4, 8, 17, 2.0, 2.5, heads_per_processor=4.0)
 
 
 def test_decodes_without_shared_pages_are_not_packed():
-    assert Family(4, (None,), [48] * 32, [(0, 0)] * 32).packed(None, RULE) is None
+    assert Scene(4, (None,), [48] * 32, [(0, 0)] * 32).packed(None, RULE) is None
 
 
 @pytest.mark.parametrize(
@@ -152,20 +160,20 @@ def test_decodes_are_packed_exactly_if_they_are_many_and_share_a_long_prefix(num
 
     If they share only 4 pages, packing costs more on the other pages than it saves.
     """
-    family = Family(4, (None,), [48] * num_decodes, [(0, num_shared)] * num_decodes)
-    assert (family.packed(None, RULE) is not None) == is_packed
+    scene = Scene(4, (None,), [48] * num_decodes, [(0, num_shared)] * num_decodes)
+    assert (scene.packed(None, RULE) is not None) == is_packed
 
 
 def test_shared_pages_out_of_the_window_save_nothing():
-    family = Family(4, (9,), [48] * 32, [(0, 11)] * 32)
-    assert family.packed(None, RULE) is not None and family.packed(9, RULE) is None
+    scene = Scene(4, (9,), [48] * 32, [(0, 11)] * 32)
+    assert scene.packed(None, RULE) is not None and scene.packed(9, RULE) is None
 
 
 def test_decodes_are_not_packed_if_each_head_of_each_decode_has_a_processor():
     rule = replace(RULE, full_cost=1.0, partial_cost=1.0)
-    family = Family(4, (None,), [48] * 32, [(0, 11)] * 32)
-    assert family.packed(None, rule) is not None
-    assert family.packed(None, replace(rule, heads_per_processor=4 / 128)) is None
+    scene = Scene(4, (None,), [48] * 32, [(0, 11)] * 32)
+    assert scene.packed(None, rule) is not None
+    assert scene.packed(None, replace(rule, heads_per_processor=4 / 128)) is None
 
 
 def test_an_engine_with_too_short_or_too_few_sequences_has_no_cascade_rule():

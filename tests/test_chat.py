@@ -4,13 +4,13 @@ import copy
 import itertools
 
 import pytest
-from engines import SIZES, assert_empty, byte_model
+from engines import SIZES, assert_empty, byte_model, greedy, num_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from flex_nano_vllm import Inference, SamplingParams
+from flex_nano_vllm import Inference
 from flex_nano_vllm.chat import chat_token_ids
 from flex_nano_vllm.loading import EMBEDDED_MODELS
 from flex_nano_vllm.random_models import byte_tokenizer
@@ -124,7 +124,7 @@ pieces = st.sampled_from(["\ue000", "\ue001", "0", "1", "<eos>", "<e", "os>", "<
 says = st.lists(pieces, max_size=8).map("".join)
 
 
-@settings(max_examples=200, deadline=None, database=None)
+@settings(max_examples=num_cases(200))
 @given(st.lists(says, min_size=1, max_size=3))
 def test_pieces_of_control_tokens_and_placeholders_cannot_be_combined_to_a_control_token(contents):
     tokenizer, messages = TOKENIZERS["ChatML"], conversation(*contents)
@@ -244,7 +244,7 @@ def engine():
         yield engine
 
 
-GREEDY = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+GREEDY = greedy(3)
 
 
 def test_chats_have_the_outputs_of_their_prompts_in_order(engine):

@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from engines import COMPILED, dense_flex, greedy, layout_of, num_graphs, prompt_of, tokens_of
+from engines import COMPILED, dense_flex, greedy, layout_of, make_sequence, num_graphs, prompt_of, tokens_of
 from tiny_models import VOCABULARY, hf_generate, tiny_model
 from torch.torch_version import TorchVersion
 from tqdm import tqdm
@@ -26,7 +26,6 @@ from flex_nano_vllm.runner import (
     why_not_compiled,
 )
 from flex_nano_vllm.scheduler import Chunk
-from flex_nano_vllm.sequence import Sequence
 from flex_nano_vllm.step import StepBatch, TileKind
 
 pytestmark = pytest.mark.flex
@@ -198,8 +197,7 @@ class Scene:
         sequences = []
         for length in (40, 1, 9, 23):
             row = kv.allocate([])
-            sequence = Sequence(row, None, [0] * length, length, SamplingParams(), 0, frozenset(), length, row=row)
-            sequences.append(sequence)
+            sequences.append(make_sequence([0] * length, row, row=row))
         for end in range(1, 41):  # token by token, so that the pages of a sequence are not adjacent
             for sequence in sequences:
                 kv.reserve(sequence.row, min(end, sequence.num_tokens))
@@ -377,9 +375,7 @@ def test_compiled_bfloat16_tokens_are_within_half_a_nat_of_hugging_faces_choice(
     """bfloat16 has about three decimal digits, too few to order two tokens within 0.5 nats reliably."""
     model = tiny_model("qwen3", torch.bfloat16)
     with Inference(model, None, max_batch_size=4, page_size=16, n_pages=64) as engine:
-        outputs = engine.generate(
-            PROMPTS, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True), use_tqdm=False
-        )
+        outputs = engine.generate(PROMPTS, greedy(12), use_tqdm=False)
     for prompt, output in zip(PROMPTS, outputs):
         tokens = output.outputs[0].token_ids
         with torch.no_grad():

@@ -19,8 +19,6 @@ from transformers import AutoModelForCausalLM
 from flex_nano_vllm import Inference, SamplingParams
 from flex_nano_vllm.exactness import greedy_tokens, greedy_under_preemption
 
-pytestmark = pytest.mark.flex
-
 PROMPT_LENS = (1, 5, 16, 14, 15, 3 * WINDOW + 1)
 NUM_TOKENS = 8
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS)
@@ -43,7 +41,7 @@ def generate(engine: Inference, prompts: list[list[int]]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("pool", ["ample", "tight"])
-@pytest.mark.parametrize("budget", [1, 5, 64])
+@pytest.mark.parametrize("budget", [1, 5, pytest.param(64, marks=pytest.mark.flex)])
 @pytest.mark.parametrize("page_size", [1, 4, 16, 128])
 def test_gemma2_equals_generate_for_every_page_size_budget_and_pool(page_size, budget, pool):
     """A tight pool has one page more than the longest request needs, so that requests compete for pages."""
@@ -72,6 +70,7 @@ def test_gemma2_equals_generate_for_every_batch_size_and_order(max_batch_size, o
         assert generate(engine, [PROMPTS[i] for i in order]) == [expected("gemma2")[i] for i in order]
 
 
+@pytest.mark.flex
 @pytest.mark.parametrize("architecture", [name for name in CONFIGS if name != "gemma2"])
 @pytest.mark.parametrize(("page_size", "n_pages", "budget"), [(4, 2 + -(-LONGEST // 4), 7), (16, 20, 64)])
 def test_every_architecture_equals_generate(architecture, page_size, n_pages, budget):
@@ -88,6 +87,7 @@ def test_every_architecture_equals_generate(architecture, page_size, n_pages, bu
         assert generate(engine, PROMPTS) == expected(architecture)
 
 
+@pytest.mark.flex
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_in_float32_only_near_ties_differ(architecture):
     """A token may differ if Hugging Face's two most likely tokens are closer than float32 rounding in two layers."""
@@ -129,6 +129,7 @@ def test_unusual_configs_equal_generate(architecture, changes):
         assert generate(engine, PROMPTS) == reference
 
 
+@pytest.mark.flex
 def test_a_process_can_serve_models_of_different_softcaps_from_any_thread():
     """By default, Dynamo makes a second softcap a symbolic float, which FlexAttention does not accept.
 
@@ -183,6 +184,7 @@ def test_the_exactness_check_has_no_cache_hits_from_earlier_batches(run):
         assert engine.stats().num_cached_tokens == found
 
 
+@pytest.mark.flex
 @pytest.mark.parametrize(
     ("attribute", "wrong"),
     [("sliding_window", None), ("sliding_window", WINDOW - 1), ("attn_logit_softcapping", None), ("scaling", 0.2)],

@@ -4,15 +4,13 @@ import itertools
 import random
 
 import pytest
-from engines import SIZES, drain, greedy, own_model, prompt_of, samples_of
+from engines import SIZES, drain, greedy, make_sequence, own_model, prompt_of, samples_of
 from tiny_models import WINDOW
 
 from flex_nano_vllm import Inference
 from flex_nano_vllm.geometry import Geometry
 from flex_nano_vllm.kv_manager import KVManager
-from flex_nano_vllm.sampling_params import SamplingParams
 from flex_nano_vllm.scheduler import Scheduler
-from flex_nano_vllm.sequence import Sequence
 
 
 def geometry(n_pages=100, page_size=4, rows=3, max_seq_length=64, budget=8, windows=(None, 6), release=True):
@@ -51,7 +49,7 @@ def test_secondary_pools_never_run_out_and_no_row_holds_more_pages_than_predicte
         length = rng.randint(1, min(29, sizes.max_request_tokens - 1))
         tokens = [rng.randrange(3) for _ in range(length)]
         total = rng.randint(length + 1, sizes.max_request_tokens)
-        scheduler.add(Sequence(request_id, None, tokens, length, SamplingParams(), 0, frozenset(), total))
+        scheduler.add(make_sequence(tokens, request_id, total))
     while scheduler.has_unfinished_requests():
         chunks = scheduler.schedule()
         for sequence in scheduler.running:

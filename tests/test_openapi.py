@@ -4,6 +4,7 @@ import json
 
 import pytest
 import schemathesis
+from engines import num_cases
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import one_of
 from schemathesis import GenerationMode
@@ -96,9 +97,7 @@ def answers_as_described(operation, modes, **fields):
     statuses = set()
 
     @settings(
-        max_examples=30,
-        deadline=None,
-        database=None,
+        max_examples=num_cases(30),
         derandomize=True,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),

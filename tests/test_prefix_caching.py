@@ -3,7 +3,18 @@
 import random
 
 import pytest
-from engines import SIZES, TIGHT, drain, greedy, own_model, prompt_of, raise_at_call, samples_of, tokens_of
+from engines import (
+    SIZES,
+    TIGHT,
+    drain,
+    greedy,
+    make_sequence,
+    own_model,
+    prompt_of,
+    raise_at_call,
+    samples_of,
+    tokens_of,
+)
 from tiny_models import WINDOW, hf_generate, tiny_model
 
 from flex_nano_vllm import Inference, SamplingParams, prefix_cache
@@ -12,7 +23,6 @@ from flex_nano_vllm.geometry import Geometry
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.prefix_cache import PrefixCache
 from flex_nano_vllm.scheduler import Scheduler
-from flex_nano_vllm.sequence import Sequence
 
 PAGE = SIZES["page_size"]
 
@@ -86,8 +96,7 @@ def scheduler_of(*prompts, n_pages=100, budget=64):
     """Return a scheduler with pages of four tokens, and sequences of six new tokens for the prompts. No model."""
     scheduler = Scheduler(KVManager(Geometry(n_pages, 4, 8, 96, budget)), budget, 0)
     for i, prompt in enumerate(prompts):
-        length = len(prompt)
-        scheduler.add(Sequence(i, None, list(prompt), length, SamplingParams(), 0, frozenset(), length + 6))
+        scheduler.add(make_sequence(prompt, i, len(prompt) + 6))
     return scheduler
 
 
@@ -122,7 +131,7 @@ def test_a_request_waits_for_a_page_that_a_decode_fills():
     for token in (8, 9):
         commit(scheduler, scheduler.schedule(), [token])
     longer = [*prompt_of(6), 8, 9, 5, 5]
-    scheduler.add(Sequence(1, None, longer, len(longer), SamplingParams(), 0, frozenset(), 20))
+    scheduler.add(make_sequence(longer, 1, 20))
     filling = scheduler.schedule()
     assert starts(filling) == {0: 7}
     commit(scheduler, filling)
@@ -249,7 +258,7 @@ def test_a_common_prefix_stays_cached_while_other_requests_run(every):
         own = [rng.randrange(1000) for _ in range(16 if i % every == 0 else 272)]
         prompt = common + own if i % every == 0 else own
         max_total = len(prompt) + rng.randint(30, 90)
-        sequences.append(Sequence(i, None, prompt, len(prompt), SamplingParams(), 0, frozenset(), max_total))
+        sequences.append(make_sequence(prompt, i, max_total))
         scheduler.add(sequences[-1])
     while scheduler.has_unfinished_requests():
         chunks = scheduler.schedule()

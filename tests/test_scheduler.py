@@ -7,7 +7,7 @@ not depend on the other requests, as with greedy sampling. `check_invariants` ru
 from collections.abc import Iterator
 
 import pytest
-from engines import samples_of
+from engines import make_sequence, samples_of
 
 from flex_nano_vllm.geometry import Geometry
 from flex_nano_vllm.kv_manager import KVManager
@@ -33,16 +33,8 @@ def submit(scheduler: Scheduler, request_id: int, prompt_len: int, max_tokens: i
     """Add a request like the engine: its output is limited to the tokens that fit into the pool."""
     room = scheduler.kv.primary.num_usable_pages * scheduler.kv.primary.page_size - prompt_len
     assert room >= 1, "the engine would reject this prompt"
-    sequence = Sequence(
-        request_id=request_id,
-        prompt=None,
-        token_ids=[fake_token(request_id, position) for position in range(prompt_len)],
-        num_prompt_tokens=prompt_len,
-        params=SamplingParams(),
-        seed=0,
-        eos_token_ids=frozenset({EOS}),
-        max_total_tokens=prompt_len + min(room, max_tokens),
-    )
+    prompt = [fake_token(request_id, position) for position in range(prompt_len)]
+    sequence = make_sequence(prompt, request_id, prompt_len + min(room, max_tokens), eos_token_ids=frozenset({EOS}))
     scheduler.add(sequence)
     scheduler.check_invariants()
     return sequence

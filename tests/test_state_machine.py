@@ -16,14 +16,22 @@ from random import Random
 
 import pytest
 import torch
-from engines import MACHINE, layout_of, samples_of, visible_slots, windows_of
+from engines import (
+    MACHINE,
+    device_tables_kept,
+    layout_of,
+    make_sequence,
+    num_cases,
+    samples_of,
+    visible_slots,
+    windows_of,
+)
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from flex_nano_vllm.geometry import Geometry
 from flex_nano_vllm.kv_manager import KVManager
-from flex_nano_vllm.page_table import PageTable
 from flex_nano_vllm.sampling_params import SamplingParams
 from flex_nano_vllm.scheduler import Scheduler, queue_key
 from flex_nano_vllm.sequence import Sequence
@@ -143,25 +151,17 @@ class Engine(RuleBasedStateMachine):
             if prompt_len + 1 > self.limit:
                 continue  # I13: the engine rejects this prompt; only the scheduler is tested here
             room = self.limit - prompt_len
+            prompt = [1 + (31 * self.num_submitted + 7 * position) % 97 for position in range(prompt_len)]
+            total = prompt_len + (room if max_tokens is None else min(room, max_tokens))
             priority = 0 if self.policy in ("fcfs", "sjf") else pick % 3 - 1
-            sequence = Sequence(
-                request_id=self.num_submitted,
-                prompt=None,
-                token_ids=[],
-                num_prompt_tokens=prompt_len,
-                params=SamplingParams(priority=priority),
-                seed=0,
-                eos_token_ids=frozenset({EOS}),
-                max_total_tokens=prompt_len + (room if max_tokens is None else min(room, max_tokens)),
-            )
+            fields = dict(eos_token_ids=frozenset({EOS}), params=SamplingParams(priority=priority))
+            sequence = make_sequence(prompt, self.num_submitted, total, **fields)
             sequence.queue_key = queue_key(self.policy)(sequence)
             ends_at = None if ends_after is None else max(1, prompt_len + ends_after)
-            request = Request(sequence, prompt_len, sequence.max_total_tokens, ends_at, ending)
-            request.token_ids = [1 + (31 * request.id + 7 * position) % 97 for position in range(prompt_len)]
-            sequence.token_ids = list(request.token_ids)
+            request = Request(sequence, prompt_len, total, ends_at, ending, prompt)
             self.num_submitted += 1
             self.live[request.id] = request
-            self.keys[request.id] = POLICIES[self.policy](priority, prompt_len, sequence.max_total_tokens)
+            self.keys[request.id] = POLICIES[self.policy](priority, prompt_len, total)
             self.scheduler.add(sequence)
 
     # Hypothesis disables rules for whole runs. Steps are in two rules, and requests in three, so that some remain.
@@ -418,11 +418,10 @@ class Engine(RuleBasedStateMachine):
 
     @invariant()
     def holds(self):
-        # On a copy, because it syncs. The device tables must stay as outdated as they are in a run without checks.
-        copied = copy.deepcopy(self.scheduler)
-        copied.check_invariants()
         self.requests_are_where_they_belong()
-        self.pages_are_where_they_belong(copied.kv.primary)
+        with device_tables_kept(self.kv):
+            self.scheduler.check_invariants()
+            self.pages_are_where_they_belong()
 
     def requests_are_where_they_belong(self):
         """Check I9, I10, I14 and I15."""
@@ -458,19 +457,17 @@ class Engine(RuleBasedStateMachine):
         if self.policy == "fcfs":
             assert running + waiting == list(self.live.values()), "a newer request runs while an older one waits"
 
-    def pages_are_where_they_belong(self, synced: PageTable):
-        """Check I1 to I6 on the device tables."""
+    def pages_are_where_they_belong(self):
+        """Check I1 to I6 on the device tables, which must be up to date."""
         running = [request for request in self.live.values() if request.sequence.row is not None]
         rows = {request.sequence.row: pages_for(request.num_held, self.page_size) for request in running}
         assert len(rows) == len(running) and 0 not in rows
         owned = []
         for row in range(self.rows + 1):
-            pages, unmapped = (
-                synced.table[row].tolist()[: rows.get(row, 0)],
-                synced.table[row].tolist()[rows.get(row, 0) :],
-            )
-            assert not any(unmapped)
-            inverse = synced.physical_to_logical[row].tolist()
+            listed, num_pages = self.table.table[row].tolist(), rows.get(row, 0)
+            pages = listed[:num_pages]
+            assert not any(listed[num_pages:])
+            inverse = self.table.physical_to_logical[row].tolist()
             assert inverse == [pages.index(page) if page in pages else -1 for page in range(self.usable_pages + 1)]
             owned += pages
         assert len(set(owned)) == len(owned) and 0 not in owned
@@ -498,12 +495,12 @@ class Engine(RuleBasedStateMachine):
 
 
 TestEngine = Engine.TestCase
-TestEngine.settings = settings(max_examples=100, **MACHINE)
+TestEngine.settings = settings(max_examples=num_cases(100), **MACHINE)
 
 
 @pytest.mark.parametrize(
     ("policy", "seed"),
-    [(policy, seed) for policy in POLICIES for seed in range(100 if policy == "fcfs" else 30)],
+    [(policy, seed) for policy in POLICIES for seed in range(num_cases(100 if policy == "fcfs" else 30))],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_random_operations_keep_all_invariants(policy, seed):

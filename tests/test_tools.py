@@ -15,6 +15,7 @@ from typing import Literal
 import openai
 import pydantic
 import pytest
+from engines import num_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parrots import (
@@ -99,7 +100,7 @@ texts = st.lists(fragments, max_size=10).map("".join)
 
 
 @EVERY_FORM
-@settings(max_examples=300, deadline=None, database=None)
+@settings(max_examples=num_cases(300))
 @given(text=texts, cuts=st.lists(st.integers(0, 120), max_size=5), max_calls=st.sampled_from([1, MAX_CALLS]))
 def test_the_parsed_pieces_do_not_depend_on_how_the_text_is_split(form, text, cuts, max_calls):
     places = sorted({min(cut, len(text)) for cut in cuts} | {0, len(text)})
@@ -109,7 +110,6 @@ def test_the_parsed_pieces_do_not_depend_on_how_the_text_is_split(form, text, cu
 
 
 @EVERY_FORM
-@settings(max_examples=100, deadline=None, database=None)
 @given(st.text(max_size=40))
 def test_a_text_without_calls_is_returned_unchanged(form, text):
     assert "".join(whole_and_by_characters(form, text)) == text

@@ -13,7 +13,7 @@ import re
 
 import pytest
 import torch
-from engines import SIZES
+from engines import SIZES, num_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import MODEL, ROOMY, TEMPLATE, events_of, serving
@@ -199,7 +199,7 @@ def test_an_output_continues_its_prompt(name):
     """The echoed prompt and the output's text join to the text of both, and so do the bytes of the tokens."""
     tokenizer = FORMS[name]
 
-    @settings(max_examples=80, deadline=None, database=None, derandomize=True)
+    @settings(max_examples=num_cases(80), derandomize=True)
     @given(continued(name), st.booleans())
     def check(texts, skip):
         prompt, output = texts
@@ -405,7 +405,7 @@ def test_tokens_are_at_their_offsets_if_the_prompt_is_token_ids(name):
     """Only valid text is checked: a replacement character begins at the offset of the first byte that it replaces."""
     tokenizer = FORMS[name]
 
-    @settings(max_examples=40, deadline=None, database=None, derandomize=True)
+    @settings(max_examples=num_cases(40), derandomize=True)
     @given(continued(name), st.booleans())
     def check(texts, skip):
         prompt, output = texts
