@@ -168,6 +168,7 @@ def serving(
     send_buffer: int | None = None,
     allowed_origins: tuple[str, ...] = (),
     defaults: dict | None = None,
+    keep_alive: float = 5,
 ) -> Iterator[Served]:
     """Serve an engine as `python -m flex_nano_vllm.server` does, on a free port."""
     shared = AsyncInference(engine, max_waiting, stream_interval=0)
@@ -180,6 +181,7 @@ def serving(
         server_header=False,
         log_config=None,
         timeout_graceful_shutdown=PATIENCE,
+        timeout_keep_alive=keep_alive,
     )
     server = uvicorn.Server(config)
     listener = socket.create_server(("127.0.0.1", 0))  # clients that connect before the thread runs wait in the backlog

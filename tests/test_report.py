@@ -4,8 +4,9 @@ import functools
 import io
 import json
 import math
-import subprocess
+import os
 import sys
+import types
 
 import pandas as pd
 import pytest
@@ -13,6 +14,7 @@ import torch
 from rich.console import Console
 from tiny_models import tiny_model
 
+import benchmark_vllm
 from flex_nano_vllm import baselines
 from flex_nano_vllm.baselines import continuous_batching, padded_batches
 from flex_nano_vllm.report import FinishedRequest, compare_runs, json_line, summarize
@@ -134,24 +136,31 @@ def test_plot_draws_every_run(tmp_path):
     assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_missing_vllm_is_reported_in_one_line():
-    program = "import sys; sys.modules['vllm'] = None; sys.argv = ['benchmark_vllm.py']; import benchmark_vllm as b; "
-    run = subprocess.run([sys.executable, "-c", program + "sys.exit(b.main())"], capture_output=True, text=True)
-    assert run.returncode == 2 and run.stdout == ""
-    assert len(run.stderr.splitlines()) == 1 and "vLLM cannot run here" in run.stderr
+@pytest.fixture
+def run_vllm(monkeypatch, capsys):
+    """Return a function that runs the main of benchmark_vllm.py with this module as `vllm`; returns its status and
+    output."""
+
+    def run(vllm):
+        monkeypatch.setitem(sys.modules, "vllm", vllm)
+        monkeypatch.setattr(sys, "argv", ["benchmark_vllm.py"])
+        monkeypatch.setattr(os, "environ", dict(os.environ))  # which main changes
+        return benchmark_vllm.main(), capsys.readouterr()
+
+    return run
 
 
-def test_vllm_gets_the_default_model_and_an_error_without_a_message_is_reported():
-    program = """
-import sys, types, torch
-torch.cuda.is_available = lambda: False
-def llm(path, **settings):
-    assert path.endswith("tiny_gemma2") and settings["max_num_seqs"] == 32, path
-    raise RuntimeError
-sys.modules["vllm"] = types.SimpleNamespace(LLM=llm)
-sys.argv = ["benchmark_vllm.py"]
-import benchmark_vllm as b
-sys.exit(b.main())
-"""
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert run.returncode == 2 and run.stderr.splitlines()[-1].endswith("RuntimeError()"), run.stderr
+def test_a_missing_vllm_is_reported_in_one_line(run_vllm):
+    status, output = run_vllm(None)
+    assert status == 2 and output.out == ""
+    assert len(output.err.splitlines()) == 1 and "vLLM cannot run here" in output.err
+
+
+def test_vllm_gets_the_default_model_and_an_error_without_a_message_is_reported(run_vllm, monkeypatch):
+    def llm(path, **settings):
+        assert path.endswith("tiny_gemma2") and settings["max_num_seqs"] == 32, path
+        raise RuntimeError
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status, output = run_vllm(types.SimpleNamespace(LLM=llm))
+    assert status == 2 and output.err.splitlines()[-1].endswith("RuntimeError()"), output.err

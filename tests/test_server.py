@@ -669,11 +669,12 @@ def test_more_samples_than_the_queue_can_hold_are_rejected_with_400():
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nHost: a\r\n", b"GET"], ids=["nothing", "most", "some"])
-def test_a_connection_that_does_not_send_a_complete_head_in_time_is_closed(served, monkeypatch, sent):
+def test_a_connection_that_does_not_send_a_complete_head_in_time_is_closed(monkeypatch, sent):
     monkeypatch.setattr(guard, "HEAD_TIMEOUT", 0.05)
-    assert served.raw(sent) == b""
-    whole = b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"
-    answer = served.raw(whole + sent)  # the second request on a connection that has had a response
+    with new_engine() as engine, serving(engine, keep_alive=0.05) as served:
+        assert served.raw(sent) == b""
+        whole = b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"
+        answer = served.raw(whole + sent)  # the second request on a connection that has had a response
     assert answer.startswith(b"HTTP/1.1 200") and answer.endswith(b'{"status":"ok"}')
 
 
@@ -1269,7 +1270,7 @@ def test_after_sigterm_streams_finish_and_the_process_ends():
         stream = client.completions.create(
             model="tiny-gemma2",
             prompt="The 12 months are",
-            max_tokens=100,
+            max_tokens=40,
             temperature=0,
             stream=True,
             stream_options={"include_usage": True},
@@ -1279,7 +1280,7 @@ def test_after_sigterm_streams_finish_and_the_process_ends():
         next(chunks)
         process.send_signal(signal.SIGTERM)
         *_, last = list(chunks)
-        assert last.usage.completion_tokens == 100
+        assert last.usage.completion_tokens == 40
         client.close()
         _, rest = process.communicate(timeout=PATIENCE)
         assert "Traceback" not in rest

@@ -3,11 +3,11 @@
 import itertools
 import random
 import re
-import subprocess
-import sys
 
 import pytest
+from engines import standard_python
 
+from flex_nano_vllm import tasks
 from flex_nano_vllm.tasks import FORMS, HELD_OUT_SHARE, TASKS, Question, draw_question, held_out_questions
 
 KNOWN = {
@@ -109,11 +109,7 @@ def test_drawn_questions_are_held_out_only_if_requested(held_out):
 def test_held_out_questions_are_distinct_and_equal_in_every_process():
     here = [question.prompt for task in TASKS for question in held_out_questions(task, 30, seed=5)]
     assert len(set(here)) == len(here)
-    program = (
-        "from flex_nano_vllm.tasks import *; "
-        "print([q.prompt for task in TASKS for q in held_out_questions(task, 30, seed=5)])"
-    )
-    there = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    there = standard_python(tasks, "print([q.prompt for task in TASKS for q in held_out_questions(task, 30, seed=5)])")
     assert there.strip() == str(here)
 
 

@@ -209,16 +209,26 @@ def pages_backwards(monkeypatch):
     monkeypatch.setattr(PageTable, "slots", lambda *args: slots(*args) ^ 15)
 
 
+NUM_HARD = 8
+
+
+def answer_hard_questions():
+    """Return how many of `NUM_HARD` questions an engine answers right."""
+    tasks = ("long lookup", "reversing")
+    questions = [question for task in tasks for question in held_out_questions(task, NUM_HARD // 2, seed=2)]
+    with engine_for(loaded(), page_size=16) as engine:
+        outputs = engine.generate([question.prompt for question in questions], GREEDY, use_tqdm=False)
+    return sum(is_right(question, output.outputs[0].text) for question, output in zip(questions, outputs, strict=True))
+
+
+@pytest.fixture(scope="module")
+def right_answers():
+    return answer_hard_questions()
+
+
 @pytest.mark.parametrize("fault", [no_window, windows_everywhere, no_softcap, pages_backwards])
-def test_a_wrong_engine_gives_wrong_answers(fault, monkeypatch):
+def test_a_wrong_engine_gives_wrong_answers(fault, right_answers, monkeypatch):
     """Long lookups are wrong without the window, and reversed words are wrong without the softcap."""
-    questions = [question for task in ("long lookup", "reversing") for question in held_out_questions(task, 4, seed=2)]
-
-    def num_right():
-        with engine_for(loaded(), page_size=16) as engine:
-            outputs = engine.generate([question.prompt for question in questions], GREEDY, use_tqdm=False)
-        return sum(is_right(question, output.outputs[0].text) for question, output in zip(questions, outputs))
-
-    assert num_right() == len(questions)
+    assert right_answers == NUM_HARD
     fault(monkeypatch)
-    assert num_right() < len(questions)
+    assert answer_hard_questions() < NUM_HARD
