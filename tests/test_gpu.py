@@ -166,13 +166,15 @@ def test_pages_are_copied_at_once_on_the_device():
 def test_samples_of_one_prompt_equal_generate_except_at_near_ties(caching, on_gpu):
     """At temperature 0 the samples are equal. All of them except the first continue on a copy of the last page."""
     model = on_gpu("gemma2", torch.float32)
+    prompts = [PROMPTS[1], PROMPTS[4]]  # 30 and 140 tokens: the last pages are partial
     with Inference(model, None, **SIZES, enable_prefix_caching=caching) as engine:
-        for prompt in (PROMPTS[1], PROMPTS[4]):  # 30 and 140 tokens: the last pages are partial
-            (output,) = engine.generate([prompt], replace(GREEDY, n=4), use_tqdm=False)
-            for completion in output.outputs:
-                assert len(completion.token_ids) == NUM_TOKENS
-                assert deficits(model, prompt, completion.token_ids).max() < 1e-2
-            engine.check_invariants()
+        outputs = engine.generate(prompts, replace(GREEDY, n=4), use_tqdm=False)
+        engine.check_invariants()
+    for prompt, output in zip(prompts, outputs):
+        assert len(output.outputs) == 4
+        for completion in output.outputs:
+            assert len(completion.token_ids) == NUM_TOKENS
+            assert deficits(model, prompt, completion.token_ids).max() < 1e-2
 
 
 def test_cached_pages_give_the_same_tokens_except_at_near_ties(on_gpu):
