@@ -37,6 +37,13 @@ class StepTime:
         return 1 - self.model_seconds / self.seconds
 
 
+def distinct_prompts(number: int, prompt_len: int) -> list[list[int]]:
+    """Return prompts whose first two tokens differ. Otherwise a prompt could be a cache hit of another."""
+    return [
+        [5 + i % 200, 5 + i // 200, *(5 + (i + j) % 200 for j in range(prompt_len))][:prompt_len] for i in range(number)
+    ]
+
+
 @contextmanager
 def decoding_together(
     engine: Inference, batch_size: int, prompt_len: int, num_steps: int, num_waiting: int = 0
@@ -57,12 +64,7 @@ def decoding_together(
             f"{batch_size} requests of {num_tokens} tokens do not fit: max_seq_length is {engine.max_seq_length}; they "
             f"need {needed} pages, and the pool has {engine.page_table.num_usable_pages} usable ones"
         )
-    # All prompts begin differently. Otherwise a prompt could be a cache hit of another.
-    prompts = [
-        [5 + i % 200, 5 + i // 200, *(5 + (i + j) % 200 for j in range(prompt_len))][:prompt_len]
-        for i in range(batch_size)
-    ]
-    prompts += [[5 + i % 200] for i in range(num_waiting)]
+    prompts = distinct_prompts(batch_size, prompt_len) + [[5 + i % 200] for i in range(num_waiting)]
 
     def step() -> None:
         if engine.run_one_step():

@@ -26,8 +26,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-        if "compiled" in item.keywords and obstacle:
-            item.add_marker(pytest.mark.skip(reason=obstacle))
+        if "compiled" in item.keywords:
+            item.add_marker(pytest.mark.timeout(1200))  # with no kernels on disk, the first test runs g++ for minutes
+            if obstacle:
+                item.add_marker(pytest.mark.skip(reason=obstacle))
     # Files that compile run first. Otherwise one process could still run such a file after the other has finished.
     slow = {item.path for item in items if "compiled" in item.keywords}
     items.sort(key=lambda item: item.path not in slow)

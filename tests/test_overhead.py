@@ -5,7 +5,7 @@ import torch
 from tiny_models import tiny_model
 
 from flex_nano_vllm import Inference
-from flex_nano_vllm.overhead import decoding_together, measure_decode_step
+from flex_nano_vllm.overhead import decoding_together, distinct_prompts, measure_decode_step
 
 
 @pytest.fixture
@@ -59,8 +59,13 @@ def test_waiting_requests_need_a_full_batch(engine):
 
 
 def test_no_two_prompts_share_a_page():
-    with Inference(tiny_model("llama"), None, 256, 280, page_size=4, compile=False) as engine:
-        with decoding_together(engine, 256, prompt_len=9, num_steps=2) as step:
-            while engine.scheduler.waiting:
-                step()
-        assert (engine.stats().num_prompt_tokens, engine.stats().num_cached_tokens) == (256 * 9, 0)
+    prompts = distinct_prompts(256, prompt_len=9)
+    assert {len(prompt) for prompt in prompts} == {9}
+    assert len({tuple(prompt[:2]) for prompt in prompts}) == 256
+
+
+def test_prompts_of_a_measurement_are_no_cache_hits(engine):
+    with decoding_together(engine, 3, prompt_len=40, num_steps=2) as step:
+        while engine.scheduler.waiting:
+            step()
+    assert (engine.stats().num_prompt_tokens, engine.stats().num_cached_tokens) == (3 * 40, 0)
