@@ -232,11 +232,12 @@ def dense_flex(query, key, value, score_mod=None, block_mask=None, scale=None, k
     batch, heads, rows, slots = *query.shape[:3], key.shape[2]
     b, h = torch.arange(batch)[:, None, None, None], torch.arange(heads)[:, None, None]
     q, kv = torch.arange(rows)[:, None], torch.arange(slots)
-    scores = query @ key.transpose(-1, -2) * scale
+    # einsum multiplies all tiles with one pool. A product with broadcasting would copy the pool for each tile.
+    scores = torch.einsum("bhqd,hkd->bhqk", query, key[0]) * scale
     if score_mod is not None:
         scores = score_mod(scores, b, h, q, kv)
     weights = scores.masked_fill(~block_mask.mask_mod(b, h, q, kv), -torch.inf).softmax(dim=-1)
-    return weights.nan_to_num(0) @ value  # a query that sees nothing gets zeros
+    return torch.einsum("bhqk,hkd->bhqd", weights.nan_to_num(0), value[0])  # zeros for a query that sees nothing
 
 
 def layout_of(kinds, num_kv_heads, group_size, windows, last_window, whole_pool, cascade=None):

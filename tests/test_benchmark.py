@@ -77,7 +77,7 @@ def test_an_answer_that_differs_from_generate_gives_exit_status_1(run, monkeypat
 
 
 def test_sizes_too_small_for_the_checks_are_rejected_at_the_start(run):
-    for sizes in (["--max_seq_length", "379"], ["--n_pages", "4", "--page_size", "128"]):
+    for sizes in (["--max_seq_length", "379"], ["--n_pages", "3", "--page_size", "128"]):
         with pytest.raises(SystemExit, match="raise them, or pass --no_check"):
             run(*sizes)
 
