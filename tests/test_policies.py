@@ -4,7 +4,7 @@ import asyncio
 import math
 
 import pytest
-from engines import SIZES, TIGHT, assert_empty, greedy, own_model, prompt_of, samples_of, tokens_of
+from engines import SIZES, TIGHT, assert_empty, greedy, make_sequence, own_model, prompt_of, samples_of, tokens_of
 from serving import MODEL
 from tiny_models import hf_generate, tiny_model
 
@@ -15,7 +15,6 @@ from flex_nano_vllm.patching import is_patched
 from flex_nano_vllm.protocol import ChatCompletionRequest, CompletionRequest
 from flex_nano_vllm.sampling_params import InvalidRequestError
 from flex_nano_vllm.scheduler import POLICIES, Scheduler, queue_key
-from flex_nano_vllm.sequence import Sequence
 
 
 def scheduler_of(usable_pages=100, rows=1, budget=64):
@@ -26,17 +25,8 @@ def scheduler_of(usable_pages=100, rows=1, budget=64):
 def submit(scheduler, policy, request_id, prompt_len=2, max_tokens=2, priority=0, samples=1):
     group = []
     for _ in range(samples):
-        sequence = Sequence(
-            request_id,
-            None,
-            [1] * prompt_len,
-            prompt_len,
-            SamplingParams(priority=priority),
-            0,
-            frozenset(),
-            prompt_len + max_tokens,
-            group=group,
-        )
+        params = SamplingParams(priority=priority)
+        sequence = make_sequence([1] * prompt_len, request_id, prompt_len + max_tokens, params=params, group=group)
         sequence.queue_key = queue_key(policy)(group[0])
         scheduler.add(sequence)
     scheduler.check_invariants()
@@ -71,7 +61,7 @@ def first_steps(scheduler):
         (lambda sequence: -sequence.request_id, [4, 3, 2, 1, 0]),
         (lambda sequence: (sequence.num_prompt_tokens > 5, -sequence.request_id), [3, 1, 4, 2, 0]),
     ],
-    ids=str,
+    ids=["fcfs", "priority", "sjf", "number", "tuple"],
 )
 def test_requests_start_in_the_order_of_the_key_and_then_of_arrival(policy, order):
     scheduler = scheduler_of()
