@@ -27,7 +27,7 @@ from flex_nano_vllm import (
 )
 from flex_nano_vllm.attention import PagedKVCache
 from flex_nano_vllm.geometry import Geometry
-from flex_nano_vllm.patching import attention_layers, is_patched
+from flex_nano_vllm.patching import attention_layers, is_patched, model_spec
 from flex_nano_vllm.random_models import BYTE_VOCABULARY, byte_tokenizer
 
 GOOD_PROMPT = [5, 6, 7, 8, 9]
@@ -373,6 +373,7 @@ def test_greedy_samples_of_one_request_are_equal(engine):
 BAD_PARAMETERS = dict(
     top_p=[0, -0.1, 1.0001, NAN, INFINITY, "0.5", None, True],
     top_k=[-2, 1.5, True, "5", None, NAN],
+    priority=[-(2**63) - 1, 2**63, 0.0, True, None, "0"],
     min_p=[-0.1, 1.1, NAN, INFINITY, None, True],
     stop=["", ["a", ""], 5, [5], [None], ["a"] * 65, "a" * 1025, b"a", {"a"}],
     stop_token_ids=[5, "5", [-1], [1.5], [True], ["5"], [None], {5}],
@@ -403,6 +404,7 @@ BAD_PARAMETERS = dict(
 GOOD_PARAMETERS = dict(
     top_p=[1e-9, 0.5, 1],
     top_k=[-1, 0, 1, 10**12],
+    priority=[0],  # the default policy ignores other values, and so rejects them
     min_p=[0, 0.5, 1],
     stop=["a", [], None, ["a"] * 64, "a" * 1024, ("a", "b")],
     stop_token_ids=[None, [], [5], (5, 6), [np.int64(5)]],
@@ -597,36 +599,38 @@ def test_the_default_pool_leaves_half_of_the_memory_free(bare_model, monkeypatch
         assert completion(engine, GOOD_PROMPT).finish_reason == "length"
 
 
-def limited_pool(model, monkeypatch, free):
+def limited_pool(spec, monkeypatch, free):
     """Return the default number of pages, the largest that fits, and the number that requests can need."""
     monkeypatch.setattr(memory, "free_bytes", lambda device: free)
     wanted = 1 + 5_000 * 4
     geometry = Geometry(wanted, 4, 5_000, 16, 64, (None,))
-    usable = int(memory.DEFAULT_SHARE_ELSEWHERE * (free - memory.step_bytes(model, geometry)))
-    return memory.pool_size(model, geometry), memory.largest_pool(model, geometry, usable), wanted
+    usable = int(memory.DEFAULT_SHARE_ELSEWHERE * (free - memory.step_bytes(spec, geometry)))
+    return memory.pool_size(spec, geometry), memory.largest_pool(spec, geometry, usable), wanted
 
 
 @pytest.mark.parametrize("num_pages", [2, 15, 16, 17, 40, 100, 1_000, 1_100, 19_000])
 def test_a_default_pool_that_memory_limits_is_rounded_down_by_less_than_a_sixteenth(bare_model, monkeypatch, num_pages):
+    spec = model_spec(bare_model)
     geometry = Geometry(num_pages, 4, 5_000, 16, 64, (None,))
-    free = 2 * memory.kv_bytes(bare_model, geometry) + memory.step_bytes(bare_model, geometry)
-    n_pages, largest, _ = limited_pool(bare_model, monkeypatch, free)
+    free = 2 * memory.kv_bytes(spec, geometry) + memory.step_bytes(spec, geometry)
+    n_pages, largest, _ = limited_pool(spec, monkeypatch, free)
     assert largest == num_pages and 15 / 16 * largest < n_pages <= largest
     multiple = {2: 1, 15: 1, 16: 1, 17: 1, 40: 2, 100: 4, 1_000: 32, 1_100: 64, 19_000: 64}[num_pages]
     assert n_pages == largest - largest % multiple
     # A slightly different amount of memory gives the same pool.
-    more = memory.kv_bytes(bare_model, geometry) / num_pages * (multiple - 1 - largest % multiple)
-    assert limited_pool(bare_model, monkeypatch, free + int(2 * more))[0] == n_pages
+    more = memory.kv_bytes(spec, geometry) / num_pages * (multiple - 1 - largest % multiple)
+    assert limited_pool(spec, monkeypatch, free + int(2 * more))[0] == n_pages
 
 
 def test_a_default_pool_that_memory_does_not_limit_is_not_rounded(bare_model, monkeypatch):
-    n_pages, _, wanted = limited_pool(bare_model, monkeypatch, 10**12)
+    n_pages, _, wanted = limited_pool(model_spec(bare_model), monkeypatch, 10**12)
     assert n_pages == wanted == 20_001
 
 
 def test_a_larger_token_budget_keeps_no_more_memory_free_for_logits(bare_model):
+    spec = model_spec(bare_model)
     small, large = (Geometry(9, 4, 32, 16, budget, (None,)) for budget in (512, 65_536))
-    assert memory.step_bytes(bare_model, small) == memory.step_bytes(bare_model, large)
+    assert memory.step_bytes(spec, small) == memory.step_bytes(spec, large)
 
 
 def test_the_default_pool_holds_a_full_batch_if_memory_allows(bare_model):
