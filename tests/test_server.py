@@ -1085,14 +1085,15 @@ def test_clients_cannot_create_new_metric_series(served):
     assert series() == before
 
 
-def test_the_state_shows_the_queues_and_the_pools_but_no_prompts():
+def test_the_state_shows_the_queues_and_the_pools_but_no_prompts(monkeypatch):
     with new_engine(max_batch_size=1) as engine, serving(engine) as served:
         gate = Gate(engine)
         first = served.begin(COMPLETIONS, SMALL | dict(prompt="the first", max_tokens=3, ignore_eos=True))
         gate.wait()
-        answer = {}
+        answer, queued = {}, Calls(monkeypatch, served.shared, "_command")
         asking = threading.Thread(target=lambda: answer.update(state=served.ask("GET", "/state")))
         asking.start()
+        queued.wait()  # the engine answers between two steps
         gate.let_pass()
         asking.join(PATIENCE)
         gate.open()
