@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flex_nano_vllm.generation_defaults import default_params, not_applied
 from flex_nano_vllm.geometry import Geometry, cdiv
 from flex_nano_vllm.input_processor import InputProcessor, Prompt, check_streamed
+from flex_nano_vllm.invariants import check_scheduler
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.loading import load
 from flex_nano_vllm.memory import check_pool_fits, pool_size
@@ -470,7 +471,7 @@ class Inference:
 
     def check_invariants(self) -> None:
         """Check the bookkeeping of requests, rows and pages. Raises AssertionError if it is inconsistent."""
-        self.scheduler.check_invariants()
+        check_scheduler(self.scheduler)
 
     def close(self) -> None:
         """Restore the model and free the pool. Drops unfinished requests. A second call does nothing."""

@@ -195,18 +195,3 @@ class KVManager:
         """Upload all changes to the device tables."""
         for table in self.pools.values():
             table.sync()
-
-    def check_invariants(self) -> None:
-        """Raise AssertionError if the page tables differ in their rows, or the cache entries differ from the tables."""
-        for window, table in self.pools.items():
-            table.check_invariants()
-            assert table.allocated_rows == list(self._rows), "the rows of a page table and of the KV manager differ"
-            for page, entry in table.cached.items():
-                assert entry.pages[window] == page, f"the entry of cached page {page} has page {entry.pages[window]}"
-        for row, known in self._rows.items():
-            tokens = [token for entry in [*known.entries, *known.pending] for token in entry.token_ids]
-            assert tokens == known.token_ids[: len(tokens)], f"the cache entries of row {row} differ from its tokens"
-            first_new = len(known.entries) - 1
-            for table in self.pools.values():
-                new = {table.page(row, i) for i in range(first_new, table.pages_for(table.num_tokens(row)))}
-                assert new.isdisjoint(table.cached), f"a page of row {row} is cached before it is computed"

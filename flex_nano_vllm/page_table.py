@@ -354,44 +354,6 @@ class PageTable:
         shift = page_size.bit_length() - 1  # a power of two: vector instructions of the kernel have no integer division
         return lambda row, slot: physical_to_logical[row, slot >> shift] * page_size + (slot & (page_size - 1))
 
-    def check_invariants(self) -> None:
-        """Recompute all bookkeeping from the page lists of the rows, and compare. Slow, but simple.
-
-        Raises AssertionError with the violated invariant.
-        """
-        self.sync()
-        users = [0] * self.n_pages
-        for pages in self._pages.values():
-            for page in pages.values():
-                users[page] += 1
-        used = [page for page in range(self.n_pages) if users[page]]
-        assert users == self._num_users, (
-            f"the number of users per page is {users}, but the counts are {self._num_users}"
-        )
-        assert 0 not in self._free_rows and 0 not in self._pages, "row 0 is free or in use"
-        assert 0 not in self._free_pages and 0 not in self._evictable and not users[0], "page 0 is free or in use"
-        rows = sorted([*self._free_rows, *self._pages])
-        assert rows == list(range(1, self.max_batch_size + 1)), f"rows missing or duplicated: {rows}"
-        pages = sorted([*self._free_pages, *self._evictable, *used])
-        assert pages == list(range(1, self.n_pages)), f"pages missing or duplicated: {pages}"
-        assert self._evictable.keys() <= self.cached.keys() <= self._evictable.keys() | set(used), (
-            "evictable pages are not cached, or free pages are"
-        )
-        assert self._num_tokens.keys() == self._pages.keys()
-        table = torch.zeros_like(self.table, device="cpu")
-        inverse = torch.full_like(self.physical_to_logical, -1, device="cpu")
-        for row, row_pages in self._pages.items():
-            held, end = list(row_pages), self.pages_for(self._num_tokens[row])
-            assert held == list(range(end - len(held), end)), (
-                f"row {row} holds pages {held} for {self._num_tokens[row]} tokens"
-            )
-            assert self.window is not None or len(held) == end, f"row {row} has released pages without a window"
-            for logical, page in row_pages.items():
-                table[row, logical], inverse[row, page] = page, logical
-        assert np.array_equal(self.host_table, table.numpy()), "the host mirror differs from the rows"
-        assert torch.equal(self.table.cpu(), table), "the device table differs from the rows"
-        assert torch.equal(self.physical_to_logical.cpu(), inverse), "the inverse table differs from the rows"
-
 
 def widen(pages: Tensor, stride: int, width: int) -> Tensor:
     """Return [tiles, narrow] as the first columns of [tiles, stride]; the other entries are undefined.

@@ -278,22 +278,3 @@ class Scheduler:
         self.waiting.clear()
         self.running.clear()
         self.kv.reset()
-
-    def check_invariants(self) -> None:
-        """Raise AssertionError if a sequence is queued twice, out of order, or has a wrong row or wrong pages."""
-        assert len(self.running) <= self.max_num_batched_tokens, "more sequences run than the token budget allows"
-        sequences = [*self.running, *self.waiting]
-        assert len(set(map(id, sequences))) == len(sequences), "a sequence is queued twice"
-        for places in (list(map(_place, queue)) for queue in (self.running, self.waiting)):
-            assert places == sorted(places), f"a queue is not in the order of the policy: {places}"
-        assert all(sequence.finish_reason is None for sequence in sequences), "a finished sequence is still queued"
-        assert all(s.row is None and s.num_computed_tokens == 0 for s in self.waiting), (
-            "a waiting sequence has a row or computed tokens"
-        )
-        rows = sorted(sequence.row for sequence in self.running)
-        assert rows == sorted(self.kv.primary.allocated_rows), "allocated rows differ from rows of running sequences"
-        for sequence in self.running:
-            assert sequence.num_computed_tokens <= self.kv.primary.num_tokens(sequence.row), (
-                "a sequence has more computed tokens than its row has tokens reserved"
-            )
-        self.kv.check_invariants()

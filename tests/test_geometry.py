@@ -9,6 +9,7 @@ from tiny_models import WINDOW
 
 from flex_nano_vllm import Inference
 from flex_nano_vllm.geometry import Geometry
+from flex_nano_vllm.invariants import check_scheduler
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.scheduler import Scheduler
 
@@ -57,7 +58,7 @@ def test_secondary_pools_never_run_out_and_no_row_holds_more_pages_than_predicte
             assert held <= sizes.most_pages(sequence.num_tokens)
             most = max(most, held)
         scheduler.commit(chunks, samples_of(rng.randrange(3) for _ in chunks))
-        scheduler.check_invariants()
+        check_scheduler(scheduler)
         for window, sequence in itertools.product(sizes.layer_windows, scheduler.running):
             table = scheduler.kv.table(window)
             assert table.num_pages(sequence.row) <= sizes.pages_held(window, sequence.num_computed_tokens)

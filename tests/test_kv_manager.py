@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from flex_nano_vllm.geometry import Geometry
+from flex_nano_vllm.invariants import check_scheduler
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.sampling_params import SamplingParams
 from flex_nano_vllm.scheduler import POLICIES, Scheduler, queue_key
@@ -252,7 +253,7 @@ class Texts(RuleBasedStateMachine):
     def holds(self):
         if hasattr(self, "scheduler"):
             with device_tables_kept(self.kv):
-                self.scheduler.check_invariants()
+                check_scheduler(self.scheduler)
             queued = list(map(key_of, (*self.scheduler.running, *self.scheduler.waiting)))
             assert list(self.live) == (queued if self.policy == "fcfs" else sorted(queued))
             assert all(NEVER not in sequence.token_ids for sequence, _, _ in self.live.values())

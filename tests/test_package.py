@@ -34,6 +34,7 @@ ORDER = [
     ["patching"],
     ["memory", "runner"],
     ["planner"],
+    ["invariants"],
     ["inference", "crossover"],
     ["exactness", "async_inference", "llm"],
     ["__init__"],

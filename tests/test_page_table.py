@@ -1,7 +1,7 @@
 """Examples for PageTable: which row uses which page, the tables on the host and on the device, and invalid calls.
 
-`check_invariants` runs after every call that changes rows, always on a copy. It calls `sync`, which on the table itself
-would hide outdated device tables. The tests at the end show that `check_invariants` detects each kind of corruption.
+`check_page_table` runs after every call that changes rows, always on a copy. It calls `sync`, which on the table itself
+would hide outdated device tables. The tests at the end show that `check_page_table` detects each kind of corruption.
 """
 
 import copy
@@ -9,12 +9,13 @@ import copy
 import pytest
 import torch
 
+from flex_nano_vllm.invariants import check_page_table
 from flex_nano_vllm.page_table import PageTable
 from flex_nano_vllm.prefix_cache import CachedPage
 
 
 class CheckedPageTable(PageTable):
-    """A PageTable that runs `check_invariants` after every call that changes its rows."""
+    """A PageTable that runs `check_page_table` after every call that changes its rows."""
 
     def reset(self):
         super().reset()
@@ -49,8 +50,8 @@ class CheckedPageTable(PageTable):
 
 def check(table: PageTable) -> None:
     copied = copy.deepcopy(table)
-    copied.__class__ = PageTable  # so that `check_invariants` calls the unchecked `sync`
-    copied.check_invariants()
+    copied.__class__ = PageTable  # so that `check_page_table` calls the unchecked `sync`
+    check_page_table(copied)
 
 
 def state(table: PageTable) -> dict:
@@ -497,10 +498,10 @@ def map_page_0(table: PageTable) -> None:
 def test_check_invariants_detects_corruption(worked_example, corrupt, message):
     table = worked_example
     table.__class__ = PageTable  # so that only the checks in this test can fail
-    table.check_invariants()
+    check_page_table(table)
     corrupt(table)
     with pytest.raises(AssertionError, match=message):
-        table.check_invariants()
+        check_page_table(table)
 
 
 def test_check_invariants_detects_swapped_pages(worked_example):
@@ -508,4 +509,4 @@ def test_check_invariants_detects_swapped_pages(worked_example):
     pages = worked_example._pages
     pages[2][0], pages[3][0] = pages[3][0], pages[2][0]
     with pytest.raises(AssertionError, match="host mirror differs"):
-        worked_example.check_invariants()
+        check_page_table(worked_example)

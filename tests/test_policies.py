@@ -10,6 +10,7 @@ from tiny_models import hf_generate, tiny_model
 
 from flex_nano_vllm import LLM, AsyncInference, Inference, SamplingParams
 from flex_nano_vllm.geometry import Geometry
+from flex_nano_vllm.invariants import check_scheduler
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.patching import is_patched
 from flex_nano_vllm.protocol import ChatCompletionRequest, CompletionRequest
@@ -29,14 +30,14 @@ def submit(scheduler, policy, request_id, prompt_len=2, max_tokens=2, priority=0
         sequence = make_sequence([1] * prompt_len, request_id, prompt_len + max_tokens, params=params, group=group)
         sequence.queue_key = queue_key(policy)(group[0])
         scheduler.add(sequence)
-    scheduler.check_invariants()
+    check_scheduler(scheduler)
     return group
 
 
 def step(scheduler):
     """Run one step. Returns the number of computed tokens by request id."""
     chunks = scheduler.schedule()
-    scheduler.check_invariants()
+    check_scheduler(scheduler)
     scheduler.commit(chunks, samples_of(1 for _ in chunks))
     return {chunk.sequence.request_id: chunk.length for chunk in chunks}
 

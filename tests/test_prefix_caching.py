@@ -20,6 +20,7 @@ from tiny_models import WINDOW, hf_generate, tiny_model
 from flex_nano_vllm import Inference, SamplingParams, prefix_cache
 from flex_nano_vllm.attention import PagedKVCache
 from flex_nano_vllm.geometry import Geometry
+from flex_nano_vllm.invariants import check_scheduler
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.prefix_cache import PrefixCache
 from flex_nano_vllm.scheduler import Scheduler
@@ -106,7 +107,7 @@ def starts(chunks):
 
 def commit(scheduler, chunks, tokens=None):
     scheduler.commit(chunks, samples_of(tokens or [100 + chunk.start for chunk in chunks]))
-    scheduler.check_invariants()
+    check_scheduler(scheduler)
 
 
 def test_a_waiting_request_holds_up_those_behind_it_for_one_step():
@@ -156,7 +157,7 @@ def test_a_failed_step_is_scheduled_again_with_the_same_chunks_and_its_pages_are
     first = scheduler.schedule()  # then the forward pass raises
     again = scheduler.schedule()
     assert first == again and starts(again) == {0: 0}
-    scheduler.check_invariants()
+    check_scheduler(scheduler)
     commit(scheduler, again)
     assert starts(scheduler.schedule()) == {0: 13, 1: 12}
 

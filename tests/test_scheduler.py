@@ -1,7 +1,7 @@
 """Examples for the scheduler: order of arrival, token budget, preemption, watermark, endings. They need no model.
 
 The next token of the fake model depends only on the request and the position. Therefore the output of a request must
-not depend on the other requests, as with greedy sampling. `check_invariants` runs after every call.
+not depend on the other requests, as with greedy sampling. `check_scheduler` runs after every call.
 """
 
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ import pytest
 from engines import make_sequence, samples_of
 
 from flex_nano_vllm.geometry import Geometry
+from flex_nano_vllm.invariants import check_scheduler
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.sampling_params import SamplingParams
 from flex_nano_vllm.scheduler import Chunk, Scheduler
@@ -36,13 +37,13 @@ def submit(scheduler: Scheduler, request_id: int, prompt_len: int, max_tokens: i
     prompt = [fake_token(request_id, position) for position in range(prompt_len)]
     sequence = make_sequence(prompt, request_id, prompt_len + min(room, max_tokens), eos_token_ids=frozenset({EOS}))
     scheduler.add(sequence)
-    scheduler.check_invariants()
+    check_scheduler(scheduler)
     return sequence
 
 
 def schedule(scheduler: Scheduler) -> list[Chunk]:
     chunks = scheduler.schedule()
-    scheduler.check_invariants()
+    check_scheduler(scheduler)
     assert sum(chunk.length for chunk in chunks) <= scheduler.max_num_batched_tokens
     assert all(chunk.length >= 1 for chunk in chunks)
     return chunks
@@ -57,7 +58,7 @@ def reply(chunk: Chunk, replies: dict[int, int]) -> int:
 def commit(scheduler: Scheduler, chunks: list[Chunk], replies: dict[int, int] | None = None) -> list[Sequence]:
     """Commit the tokens of the fake model, or of `replies` for the request ids in it."""
     finished = scheduler.commit(chunks, samples_of(reply(chunk, replies or {}) for chunk in chunks))
-    scheduler.check_invariants()
+    check_scheduler(scheduler)
     return finished
 
 
@@ -490,7 +491,7 @@ def test_a_step_may_give_a_sequence_several_tokens_and_the_next_step_computes_th
     several, one, none = (submit(scheduler, i, prompt_len, max_tokens=9) for i, prompt_len in enumerate((3, 3, 9)))
     chunks = schedule(scheduler)
     scheduler.commit(chunks, [Sample([5, 6, 7]), Sample([8]), Sample([])])
-    scheduler.check_invariants()
+    check_scheduler(scheduler)
     assert [s.output_token_ids for s in (several, one, none)] == [[5, 6, 7], [8], []]
     assert [s.num_computed_tokens for s in (several, one, none)] == [3, 3, 4]
     assert scheduler.num_generated_tokens == 4
@@ -523,7 +524,7 @@ def test_abort_removes_a_waiting_request_from_the_queue():
     sequences = [submit(scheduler, i, prompt_len=2, max_tokens=3) for i in range(3)]
     step(scheduler)
     assert scheduler.abort(1) == [sequences[1]]
-    scheduler.check_invariants()
+    check_scheduler(scheduler)
     assert (sequences[1].finish_reason, sequences[1].output_token_ids) == ("abort", [])
     assert (ids(scheduler.running), ids(scheduler.waiting)) == ([0], [2])
     run_until_done(scheduler)
@@ -537,7 +538,7 @@ def test_abort_in_the_middle_of_a_prefill_releases_the_pages():
     step(scheduler)
     assert scheduler.kv.primary.num_used_pages == 4
     assert scheduler.abort(0) == [sequence]
-    scheduler.check_invariants()
+    check_scheduler(scheduler)
     assert scheduler.kv.primary.num_used_pages == 0
     assert (sequence.finish_reason, sequence.row) == ("abort", None)
     run_until_done(scheduler)
@@ -550,7 +551,7 @@ def test_abort_of_a_running_request_keeps_its_output_and_does_not_affect_others(
     step(scheduler)
     step(scheduler)
     assert scheduler.abort(1) == [sequences[1]]
-    scheduler.check_invariants()
+    check_scheduler(scheduler)
     assert sequences[1].finish_reason == "abort"
     assert sequences[1].output_token_ids == [fake_token(1, 3), fake_token(1, 4)]
     assert ids(scheduler.running) == [0, 2]
@@ -566,7 +567,7 @@ def test_preempt_last_between_two_steps_changes_no_output():
     sequences = [submit(scheduler, i, prompt_len=3, max_tokens=4) for i in range(3)]
     step(scheduler)
     assert scheduler.preempt_last() is sequences[2]
-    scheduler.check_invariants()
+    check_scheduler(scheduler)
     assert (ids(scheduler.running), ids(scheduler.waiting)) == ([0, 1], [2])
     assert (sequences[2].row, sequences[2].num_computed_tokens, len(sequences[2].output_token_ids)) == (None, 0, 1)
     assert step(scheduler) == {0: 1, 1: 1, 2: 4}
@@ -579,7 +580,7 @@ def test_abort_of_a_preempted_request_keeps_its_output():
     scheduler, sequences = preemption_scene()
     step(scheduler)
     assert scheduler.abort(2) == [sequences[2]]
-    scheduler.check_invariants()
+    check_scheduler(scheduler)
     assert len(sequences[2].output_token_ids) == 2
     assert ids(scheduler.waiting) == [3, 4]
 
@@ -589,7 +590,7 @@ def test_abort_after_a_failed_step_does_not_affect_other_requests():
     sequences = [submit(scheduler, i, prompt_len=3, max_tokens=2) for i in range(2)]
     schedule(scheduler)  # then the forward pass raises
     assert scheduler.abort(0) == [sequences[0]]
-    scheduler.check_invariants()
+    check_scheduler(scheduler)
     assert step(scheduler) == {1: 3}
     run_until_done(scheduler)
     assert_complete(sequences[1])
@@ -606,7 +607,7 @@ def test_abort_of_an_ended_or_unknown_request_returns_an_empty_list_and_changes_
     target = {"finished": 0, "aborted": 1, "unknown": 99}[ending]
     before = (ended.finish_reason, list(ended.token_ids), ids(scheduler.running), scheduler.kv.primary.num_free_pages)
     assert scheduler.abort(target) == []
-    scheduler.check_invariants()
+    check_scheduler(scheduler)
     assert before == (
         ended.finish_reason,
         list(ended.token_ids),
@@ -679,7 +680,7 @@ def test_reset_cleans_up_after_an_interrupt_in_a_method_of_the_page_table(monkey
             scheduler.commit(chunks, samples_of(reply(chunk, {}) for chunk in chunks))
     monkeypatch.undo()
     scheduler.reset()
-    scheduler.check_invariants()
+    check_scheduler(scheduler)
     assert_empty(scheduler)
     again = submit(scheduler, 100, prompt_len=3, max_tokens=9)  # needs the whole pool
     run_until_done(scheduler)
@@ -692,13 +693,13 @@ def test_reset_removes_requests_from_inconsistent_queues_and_rows():
     scheduler.running.append(sequences[3])  # runs without a row
     scheduler.kv.primary.erase(sequences[1].row)  # runs in a row that is not allocated
     with pytest.raises(AssertionError):
-        scheduler.check_invariants()
+        check_scheduler(scheduler)
     scheduler.reset()
-    scheduler.check_invariants()
+    check_scheduler(scheduler)
     assert_empty(scheduler)
 
 
-# ---- check_invariants itself ----
+# ---- check_scheduler itself ----
 
 
 def corrupt_order(scheduler, sequences):
@@ -758,7 +759,7 @@ def lose_a_page(scheduler, sequences):
 )
 def test_check_invariants_detects_corruption(corrupt):
     scheduler, sequences = preemption_scene()
-    scheduler.check_invariants()
+    check_scheduler(scheduler)
     corrupt(scheduler, sequences)
     with pytest.raises(AssertionError):
-        scheduler.check_invariants()
+        check_scheduler(scheduler)

@@ -31,6 +31,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from flex_nano_vllm.geometry import Geometry
+from flex_nano_vllm.invariants import check_scheduler
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.sampling_params import SamplingParams
 from flex_nano_vllm.scheduler import Scheduler, queue_key
@@ -420,7 +421,7 @@ class Engine(RuleBasedStateMachine):
     def holds(self):
         self.requests_are_where_they_belong()
         with device_tables_kept(self.kv):
-            self.scheduler.check_invariants()
+            check_scheduler(self.scheduler)
             self.pages_are_where_they_belong()
 
     def requests_are_where_they_belong(self):
