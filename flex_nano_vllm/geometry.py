@@ -1,32 +1,12 @@
-"""Sizes of the model and of its KV memory: the longest row, and the pages of each pool. Computed once per engine."""
+"""Sizes of the KV memory: the longest row, and the pages of each pool. Computed once per engine."""
 
 import math
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
-
-from flex_nano_vllm.masks import LayerMask
-
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """The properties of a model that the engine depends on. `patching.model_spec` reads them once."""
-
-    masks: tuple[LayerMask, ...]  # of each layer
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int  # the same in every layer, as are the numbers of heads
-    num_embeddings: int  # number of token ids that a prompt may contain
-    num_logits: int  # number of token ids that can be generated
-    max_positions: int  # most tokens of a sequence
-    eos_token_ids: frozenset[int]
-    dtype: torch.dtype
-    device: torch.device
 
 
 @dataclass(frozen=True)

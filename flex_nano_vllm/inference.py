@@ -23,10 +23,11 @@ from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.loading import load
 from flex_nano_vllm.memory import check_pool_fits, pool_size
 from flex_nano_vllm.metrics import EngineStats, StepMetrics
+from flex_nano_vllm.model_spec import spec_of
 from flex_nano_vllm.output_processor import OutputReader, request_output
 from flex_nano_vllm.outputs import CompletionDelta, RequestOutput
 from flex_nano_vllm.page_table import PageTable
-from flex_nano_vllm.patching import model_spec, unpatch_model
+from flex_nano_vllm.patching import unpatch_model
 from flex_nano_vllm.planner import Plan, make_plan
 from flex_nano_vllm.runner import ModelRunner, why_not_compiled
 from flex_nano_vllm.sampler import Sampler
@@ -93,7 +94,7 @@ class Inference:
         compile: bool | None = None,
         record_steps: bool = False,
     ):
-        spec = model_spec(model)
+        spec = spec_of(model)
         max_seq_length = spec.max_positions if max_seq_length is None else max_seq_length
         on_cpu = spec.device.type == "cpu"
         if page_size is None:

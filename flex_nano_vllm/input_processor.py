@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from flex_nano_vllm.chat import chat_token_ids
 from flex_nano_vllm.detokenizer import Detokenizer, special_token_names
-from flex_nano_vllm.geometry import Geometry, ModelSpec, cdiv
+from flex_nano_vllm.geometry import Geometry, cdiv
 from flex_nano_vllm.grammar import Grammar, GrammarCompiler, string_limit
 from flex_nano_vllm.metrics import RequestMetrics
+from flex_nano_vllm.model_spec import ModelSpec
 from flex_nano_vllm.sampling_params import MAX_SEED, InvalidRequestError, SamplingParams, is_int, shortened
 from flex_nano_vllm.sequence import Sequence
 from flex_nano_vllm.vocabulary import decode

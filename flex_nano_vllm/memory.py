@@ -9,7 +9,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from flex_nano_vllm.geometry import Geometry, ModelSpec
+from flex_nano_vllm.geometry import Geometry
+from flex_nano_vllm.model_spec import ModelSpec
 from flex_nano_vllm.sampler import BYTES_PER_LOGIT, LOGPROB_ROWS_AT_ONCE
 from flex_nano_vllm.scheduler import MAX_PROMPT_LOGITS
 

@@ -3,8 +3,9 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from flex_nano_vllm.geometry import Geometry, ModelSpec
+from flex_nano_vllm.geometry import Geometry
 from flex_nano_vllm.memory import token_bytes
+from flex_nano_vllm.model_spec import ModelSpec
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from flex_nano_vllm.inference import Inference
+from flex_nano_vllm.model_spec import spec_of
 from flex_nano_vllm.overhead import decoding_together
-from flex_nano_vllm.patching import model_spec
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def step_cost(model: PreTrainedModel, chunks: list[tuple[int, int]]) -> StepCost
     writes the chunk's own keys and values, and computes the logits of the last token. For the other tokens, the last
     layer computes only keys and values (see `patching.pruned_forward`).
     """
-    spec, layers = model_spec(model), model.get_decoder().layers
+    spec, layers = spec_of(model), model.get_decoder().layers
     in_layers, in_last = num_weights(layers), num_weights(layers[-1])
     keys_in_last = num_weights(layers[-1].self_attn.k_proj) + num_weights(layers[-1].self_attn.v_proj)
     head = spec.num_logits * model.config.hidden_size

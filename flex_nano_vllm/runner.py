@@ -23,10 +23,11 @@ from transformers import PreTrainedModel
 from flex_nano_vllm.attention import ATTN_IMPLEMENTATION, step_in_progress
 from flex_nano_vllm.cascade import CascadeRule, PackedDecodes
 from flex_nano_vllm.compiling import UNGUARDED, compile_settings, inductor
-from flex_nano_vllm.geometry import Geometry, ModelSpec, cdiv
+from flex_nano_vllm.geometry import Geometry, cdiv
 from flex_nano_vllm.kv_manager import KVManager
+from flex_nano_vllm.model_spec import ModelSpec, attention_layers
 from flex_nano_vllm.page_table import PageTable
-from flex_nano_vllm.patching import attention_layers, distinct_masks, patch_model
+from flex_nano_vllm.patching import distinct_masks, patch_model
 from flex_nano_vllm.sampling_params import SamplingParams
 from flex_nano_vllm.scheduler import Chunk
 from flex_nano_vllm.sequence import Sequence

@@ -22,12 +22,14 @@ from flex_nano_vllm import (
     StructuredOutputsParams,
     inference,
     memory,
+    model_spec,
     patching,
     runner,
 )
 from flex_nano_vllm.attention import PagedKVCache
 from flex_nano_vllm.geometry import Geometry
-from flex_nano_vllm.patching import attention_layers, is_patched, model_spec
+from flex_nano_vllm.model_spec import attention_layers, spec_of
+from flex_nano_vllm.patching import is_patched
 from flex_nano_vllm.random_models import BYTE_VOCABULARY, byte_tokenizer
 
 GOOD_PROMPT = [5, 6, 7, 8, 9]
@@ -610,7 +612,7 @@ def limited_pool(spec, monkeypatch, free):
 
 @pytest.mark.parametrize("num_pages", [2, 15, 16, 17, 40, 100, 1_000, 1_100, 19_000])
 def test_a_default_pool_that_memory_limits_is_rounded_down_by_less_than_a_sixteenth(bare_model, monkeypatch, num_pages):
-    spec = model_spec(bare_model)
+    spec = spec_of(bare_model)
     geometry = Geometry(num_pages, 4, 5_000, 16, 64, (None,))
     free = 2 * memory.kv_bytes(spec, geometry) + memory.step_bytes(spec, geometry)
     n_pages, largest, _ = limited_pool(spec, monkeypatch, free)
@@ -623,12 +625,12 @@ def test_a_default_pool_that_memory_limits_is_rounded_down_by_less_than_a_sixtee
 
 
 def test_a_default_pool_that_memory_does_not_limit_is_not_rounded(bare_model, monkeypatch):
-    n_pages, _, wanted = limited_pool(model_spec(bare_model), monkeypatch, 10**12)
+    n_pages, _, wanted = limited_pool(spec_of(bare_model), monkeypatch, 10**12)
     assert n_pages == wanted == 20_001
 
 
 def test_a_larger_token_budget_keeps_no_more_memory_free_for_logits(bare_model):
-    spec = model_spec(bare_model)
+    spec = spec_of(bare_model)
     small, large = (Geometry(9, 4, 32, 16, budget, (None,)) for budget in (512, 65_536))
     assert memory.step_bytes(spec, small) == memory.step_bytes(spec, large)
 
@@ -665,7 +667,7 @@ def raise_at_call(monkeypatch, owner, name, number):
         (patching.AttentionInterface, "register", 1),
         (patching, "pruned_forward", 1),  # all layers have their caches, but the last one has its old forward
         (runner, "patch_model", 1),
-        (patching, "_eos_token_ids", 1),
+        (model_spec, "_eos_token_ids", 1),
         (inference.InputProcessor, "__init__", 1),
     ],
 )

@@ -23,7 +23,8 @@ from tiny_models import hf_generate, tiny_model
 
 from flex_nano_vllm import Inference, SamplingParams
 from flex_nano_vllm.attention import PagedKVCache
-from flex_nano_vllm.patching import attention_layers, is_patched
+from flex_nano_vllm.model_spec import attention_layers
+from flex_nano_vllm.patching import is_patched
 
 # --- abort -------------------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ ORDER = [
         "penalties",
         "compiling",
     ],
-    ["detokenizer"],
+    ["detokenizer", "model_spec"],
     ["chat"],
     ["sequence", "page_table"],
     ["kv_manager", "output_processor", "input_processor"],

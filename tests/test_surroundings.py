@@ -17,7 +17,7 @@ from flex_nano_vllm import Inference, SamplingParams
 from flex_nano_vllm.async_inference import AsyncInference
 from flex_nano_vllm.exactness import hf_generate as neutral_generate
 from flex_nano_vllm.generation_defaults import default_params, not_expressed, plain_generation, sampling_defaults
-from flex_nano_vllm.patching import max_positions
+from flex_nano_vllm.model_spec import max_positions
 from flex_nano_vllm.weights import WeightsWatch
 
 # --- modes -------------------------------------------------------------------------------------------------------

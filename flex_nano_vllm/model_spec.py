@@ -1,0 +1,120 @@
+"""The properties of a model that the engine depends on, and which models are supported. Does not change the model."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from flex_nano_vllm.masks import LayerMask, layer_mask
+from flex_nano_vllm.sampling_params import is_int
+
+# tests/test_exactness.py compares the tokens of each of these types with Hugging Face's `generate`.
+SUPPORTED_MODEL_TYPES = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The properties of a model that the engine depends on. `spec_of` reads them once."""
+
+    masks: tuple[LayerMask, ...]  # of each layer
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int  # the same in every layer, as are the numbers of heads
+    num_embeddings: int  # number of token ids that a prompt may contain
+    num_logits: int  # number of token ids that can be generated
+    max_positions: int  # most tokens of a sequence
+    eos_token_ids: frozenset[int]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Check that paged attention computes the model correctly. Raises ValueError with the reason if it does not."""
+    if not isinstance(model, PreTrainedModel):
+        got = f"model must be a loaded transformers model, not an object of type {type(model).__name__}"
+        if hasattr(model, "get_base_model"):  # PEFT's wrapper; the layers of the base model contain the adapters
+            raise ValueError(f"{got}: pass its get_base_model()")
+        raise ValueError(f"{got}: see Inference.from_pretrained")
+    name, config = type(model).__name__, model.config
+    if config.model_type not in SUPPORTED_MODEL_TYPES:
+        supported = ", ".join(SUPPORTED_MODEL_TYPES)
+        raise ValueError(f"{name} (model_type {config.model_type!r}) is not supported; supported are {supported}")
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"{name} has no language-model head: load it with AutoModelForCausalLM")
+    if getattr(config, "use_bidirectional_attention", False):
+        raise ValueError(f"{name} uses bidirectional attention (use_bidirectional_attention), which cannot be paged")
+    rope = config.rope_parameters
+    for parameters in [entry for entry in rope.values() if isinstance(entry, dict)] or [rope]:
+        # Both types choose their frequencies by the longest sequence of a call, and a call contains many sequences.
+        if parameters.get("rope_type") in ("dynamic", "longrope"):
+            raise ValueError(f"{name} uses rope_type {parameters['rope_type']!r}, which depends on the batch")
+    for module in model.modules():
+        if type(module).__module__.startswith("torch.ao.nn.quantized.dynamic"):
+            raise ValueError(
+                f"{name} has {type(module).__name__} layers of quantize_dynamic, which use one scale for all tokens of "
+                "a step, so that requests would change each other's tokens: quantize the weights only (torchao)"
+            )
+    if model.training:
+        raise ValueError(f"{name} is in training mode: call model.eval() first")
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) != 1 or "meta" in {device.type for device in devices}:
+        raise ValueError(f"{name} must be on one device, but its parameters are on {sorted(map(str, devices))}")
+
+
+def max_positions(model: PreTrainedModel) -> int:
+    """Return the number of positions of a model: `max_position_embeddings`, or more if RoPE is scaled.
+
+    YaRN supports `factor` times `original_max_position_embeddings`. Linear scaling supports `factor` times the number
+    in the config. If a config has one RoPE for each layer type (Gemma-3), its number already includes the scaling.
+    """
+    config, rope = model.config, model.config.rope_parameters
+    stated, kind = config.max_position_embeddings, rope.get("rope_type")
+    if kind not in ("yarn", "linear"):
+        return stated
+    original = rope.get("original_max_position_embeddings") if kind == "yarn" else None
+    return max(stated, int((original or stated) * rope["factor"]))
+
+
+def attention_layers(model: PreTrainedModel) -> list[nn.Module]:
+    return [layer.self_attn for layer in model.get_decoder().layers]
+
+
+def layer_windows(model: PreTrainedModel) -> list[int | None]:
+    """Return the sliding window of each layer, as the model passes it to its attention function.
+
+    None means full attention.
+    """
+    # Mistral's layers have no `sliding_window` attribute and read the config. Llama's layers do not read it.
+    default = model.config.sliding_window if model.config.model_type == "mistral" else None
+    return [getattr(attention, "sliding_window", default) for attention in attention_layers(model)]
+
+
+def spec_of(model: PreTrainedModel) -> ModelSpec:
+    """Read the properties of a model. Raises ValueError with the reason if `check_supported` rejects the model."""
+    check_supported(model)
+    config, head = model.config, model.get_output_embeddings()
+    weight = getattr(head, "weight", None)  # a quantised head may not have it as a tensor
+    return ModelSpec(
+        masks=tuple(layer_masks(model)),
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        num_embeddings=model.get_input_embeddings().num_embeddings,
+        num_logits=len(weight) if isinstance(weight, Tensor) else head.out_features,
+        max_positions=max_positions(model),
+        eos_token_ids=_eos_token_ids(model.generation_config, config),
+        dtype=model.dtype,
+        device=model.device,
+    )
+
+
+def _eos_token_ids(*configs: object) -> frozenset[int]:
+    """Return all EOS token ids of the configs. Chat models have more than one."""
+    ids = [getattr(config, "eos_token_id", None) for config in configs]
+    return frozenset(i for entry in ids if entry is not None for i in ([entry] if is_int(entry) else entry))
+
+
+def layer_masks(model: PreTrainedModel) -> list[LayerMask]:
+    """Return the mask of each layer. To try another mask, return it here."""
+    return [layer_mask(window) for window in layer_windows(model)]
