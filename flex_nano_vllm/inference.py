@@ -29,10 +29,11 @@ from flex_nano_vllm.outputs import CompletionDelta, RequestOutput
 from flex_nano_vllm.page_table import PageTable
 from flex_nano_vllm.patching import unpatch_model
 from flex_nano_vllm.planner import Plan, make_plan
+from flex_nano_vllm.policies import Policy, queue_key
 from flex_nano_vllm.runner import ModelRunner, why_not_compiled
 from flex_nano_vllm.sampler import Sampler
 from flex_nano_vllm.sampling_params import SamplingParams, is_int, shortened
-from flex_nano_vllm.scheduler import Chunk, Policy, Scheduler, queue_key
+from flex_nano_vllm.scheduler import Chunk, Scheduler
 from flex_nano_vllm.sequence import Sequence
 from flex_nano_vllm.weights import WeightsWatch
 
@@ -64,7 +65,7 @@ class Inference:
         max_num_batched_tokens: token budget of a step. Default: 1,024 on a CPU, 2,048 on a GPU.
         watermark: tokens by which every running sequence must still be able to grow when another one is admitted.
         policy: which request is admitted first and preempted last: "fcfs", "priority", "sjf", or a key function of
-            `Sequence`, see `scheduler.py`.
+            `Sequence`, see `policies.py`.
         enable_prefix_caching: share cached pages of a common prefix instead of computing them again.
         enable_window_release: release pages that are out of a layer's sliding window.
         enable_cascade: put decodes that share many pages into packed tiles, which read each page once.

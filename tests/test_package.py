@@ -27,7 +27,7 @@ ORDER = [
     ["detokenizer", "model_spec"],
     ["chat"],
     ["sequence", "page_table"],
-    ["kv_manager", "output_processor", "input_processor"],
+    ["kv_manager", "output_processor", "input_processor", "policies"],
     ["scheduler", "cascade"],
     ["step", "sampler"],
     ["attention"],

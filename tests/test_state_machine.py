@@ -33,8 +33,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from flex_nano_vllm.geometry import Geometry
 from flex_nano_vllm.invariants import check_scheduler
 from flex_nano_vllm.kv_manager import KVManager
+from flex_nano_vllm.policies import queue_key
 from flex_nano_vllm.sampling_params import SamplingParams
-from flex_nano_vllm.scheduler import Scheduler, queue_key
+from flex_nano_vllm.scheduler import Scheduler
 from flex_nano_vllm.sequence import Sequence
 from flex_nano_vllm.step import StepBatch, TileKind
 
