@@ -11,16 +11,18 @@ deltas. The engine does not wait for slow readers, and a mailbox holds at most t
 """
 
 import asyncio
+import ctypes
 import logging
 import math
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +31,6 @@ from flex_nano_vllm.inference import Inference
 from flex_nano_vllm.input_processor import Prompt, check_streamed
 from flex_nano_vllm.output_processor import OutputReader, request_output
 from flex_nano_vllm.outputs import CompletionDelta, RequestOutput
-from flex_nano_vllm.runner import let_thread_use_cuda_graphs, release_openmp_threads
 from flex_nano_vllm.sampling_params import InvalidRequestError, SamplingParams, shortened
 from flex_nano_vllm.sequence import Sequence
 
@@ -515,3 +516,34 @@ class AsyncInference:
 
     def _note_notifying(self, started: float) -> None:
         self._notify_times = self._notify_times[1], time.perf_counter() - started
+
+
+def release_openmp_threads() -> None:
+    """Release the OpenMP threads of the calling thread, before another thread runs the model.
+
+    Each computing thread gets its own OpenMP threads and keeps them. If a process has more of them than processors,
+    GNU's OpenMP lets all of them sleep between two parallel regions. Every operator then takes 70 microseconds more,
+    and decode steps of a small model take 50 % longer. The calling thread gets new OpenMP threads if it needs them.
+    """
+    try:
+        mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()}
+    except OSError:
+        return  # not Linux: no effect of the threads is known there
+    for path in mapped:
+        if Path(path).name.startswith(("libgomp", "libiomp")):
+            pause = getattr(ctypes.CDLL(path), "omp_pause_resource_all", None)  # since OpenMP 5.0 and GCC 9
+            if pause is not None:
+                pause(1)  # 1: a soft pause, which keeps the settings
+
+
+def let_thread_use_cuda_graphs() -> None:
+    """Let the calling thread record CUDA graphs.
+
+    Torch stores CUDA graphs for each thread. Before torch 2.15, only one thread has the storage for them
+    (https://github.com/pytorch/pytorch/issues/123177).
+    """
+    from torch._inductor import cudagraph_trees as trees
+
+    if not hasattr(trees.local, "tree_manager_containers"):
+        trees.local.tree_manager_containers = {}
+        trees.local.tree_manager_locks = defaultdict(threading.Lock)

@@ -1,6 +1,5 @@
 """Runs the model on a step: compilation, buckets, warm-up. Independent of the identity of sequences."""
 
-import ctypes
 import functools
 import gc
 import logging
@@ -8,8 +7,6 @@ import math
 import os
 import shutil
 import sysconfig
-import threading
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -265,37 +262,6 @@ def _shapes(step: StepBatch) -> set[tuple]:
     """Return what identifies the graphs of a step of any length: the masks and shapes of its tiles."""
     queries = [*enumerate(step.queries), ("ends", step.end_queries)]
     return {(mask, *tiles.query_rows.shape) for mask, tiled in queries for tiles in tiled.tiles}
-
-
-def release_openmp_threads() -> None:
-    """Release the OpenMP threads of the calling thread, before another thread runs the model.
-
-    Each computing thread gets its own OpenMP threads and keeps them. If a process has more of them than processors,
-    GNU's OpenMP lets all of them sleep between two parallel regions. Every operator then takes 70 microseconds more,
-    and decode steps of a small model take 50 % longer. The calling thread gets new OpenMP threads if it needs them.
-    """
-    try:
-        mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()}
-    except OSError:
-        return  # not Linux: no effect of the threads is known there
-    for path in mapped:
-        if Path(path).name.startswith(("libgomp", "libiomp")):
-            pause = getattr(ctypes.CDLL(path), "omp_pause_resource_all", None)  # since OpenMP 5.0 and GCC 9
-            if pause is not None:
-                pause(1)  # 1: a soft pause, which keeps the settings
-
-
-def let_thread_use_cuda_graphs() -> None:
-    """Let the calling thread record CUDA graphs.
-
-    Torch stores CUDA graphs for each thread. Before torch 2.15, only one thread has the storage for them
-    (https://github.com/pytorch/pytorch/issues/123177).
-    """
-    from torch._inductor import cudagraph_trees as trees
-
-    if not hasattr(trees.local, "tree_manager_containers"):
-        trees.local.tree_manager_containers = {}
-        trees.local.tree_manager_locks = defaultdict(threading.Lock)
 
 
 def padding_chunk(length: int, with_prompt_logprobs: bool = False) -> Chunk:
