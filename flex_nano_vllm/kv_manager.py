@@ -82,7 +82,7 @@ class KVManager:
         for entry in found[self._first_page(len(found)) :]:
             entry.keep_hint = True
         found, missing = self._usable(found)
-        if not {entry for known in self._rows.values() for entry in known.pending}.isdisjoint(missing):
+        if missing and not {entry for known in self._rows.values() for entry in known.pending}.isdisjoint(missing):
             return None
         row = self._open_row()
         num_cached = len(found) * self.geometry.page_size
