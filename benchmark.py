@@ -25,14 +25,12 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
 
 import flex_nano_vllm
-from flex_nano_vllm import Inference, RequestOutput, SamplingParams
-from flex_nano_vllm.baselines import continuous_batching, padded_batches
-from flex_nano_vllm.crossover import report_crossover
-from flex_nano_vllm.exactness import NEAR_TIE, compare, greedy_in_all_company, hf_generate
-from flex_nano_vllm.loading import EMBEDDED_MODELS
-from flex_nano_vllm.overhead import report_overhead
-from flex_nano_vllm.random_models import SHAPES, byte_tokenizer, random_model
-from flex_nano_vllm.report import (
+from benchmarks.baselines import continuous_batching, padded_batches
+from benchmarks.crossover import report_crossover
+from benchmarks.exactness import NEAR_TIE, compare, greedy_in_all_company, hf_generate
+from benchmarks.overhead import report_overhead
+from benchmarks.random_models import SHAPES, byte_tokenizer, random_model
+from benchmarks.report import (
     FinishedRequest,
     compare_runs,
     device_name,
@@ -40,10 +38,12 @@ from flex_nano_vllm.report import (
     print_results,
     summarize,
 )
-from flex_nano_vllm.roofline import measure_machine, measure_shares
-from flex_nano_vllm.savings import PARTS, Sizes, report_savings
-from flex_nano_vllm.tasks import TASKS, held_out_questions, is_right, prompt_text
-from flex_nano_vllm.workload import DEFAULT_MODELS, TOKEN_IDS, RunOptions, digest, make_workload
+from benchmarks.roofline import measure_machine, measure_shares
+from benchmarks.savings import PARTS, Sizes, report_savings
+from benchmarks.tasks import TASKS, held_out_questions, is_right, prompt_text
+from benchmarks.workload import DEFAULT_MODELS, TOKEN_IDS, RunOptions, digest, make_workload
+from flex_nano_vllm import Inference, RequestOutput, SamplingParams
+from flex_nano_vllm.loading import EMBEDDED_MODELS
 
 TINY_GEMMA2 = "tiny-gemma2"
 TEXTS = (
@@ -119,7 +119,7 @@ def main() -> int:
             raise SystemExit(str(error)) from None
         return 0
     if options.plot:
-        from flex_nano_vllm.plots import plot_savings, plot_steps  # needs matplotlib, an optional dependency
+        from benchmarks.plots import plot_savings, plot_steps  # needs matplotlib, an optional dependency
 
         if options.plot[0].endswith(".csv"):
             plot_steps(options.plot, "profile.png")

@@ -21,11 +21,11 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig, HfArgumentParser
 
+from benchmarks.random_models import SHAPES, random_model
+from benchmarks.report import FinishedRequest, device_name, json_line, print_results, summarize
+from benchmarks.workload import DEFAULT_MODELS, RunOptions, WorkloadRequest, digest
 from flex_nano_vllm.loading import EMBEDDED_MODELS
 from flex_nano_vllm.metrics import StepMetrics
-from flex_nano_vllm.random_models import SHAPES, random_model
-from flex_nano_vllm.report import FinishedRequest, device_name, json_line, print_results, summarize
-from flex_nano_vllm.workload import DEFAULT_MODELS, RunOptions, WorkloadRequest, digest
 
 # vLLM reads these variables when it is imported. Its scheduler runs in this process, so that its steps can be counted.
 # Its threads are those of torch, not bound to cores. It sends no usage statistics.

@@ -1,7 +1,7 @@
-"""Train a small Gemma-2 that answers questions: `uv run examples/train_tiny_gemma2.py --output_dir DIR`.
+"""Train a small Gemma-2 that answers questions: `uv run python -m examples.train_tiny_gemma2 --output_dir DIR`.
 
 The script trains a byte-level BPE tokenizer and a model of 1.2 million parameters on the tasks of
-`flex_nano_vllm/tasks.py`. It draws the questions while it runs, and downloads nothing. Every batch is a function of
+`benchmarks/tasks.py`. It draws the questions while it runs, and downloads nothing. Every batch is a function of
 (seed, step), so a stopped run continues from its last checkpoint with the same data. At the end the script rounds the
 weights to bfloat16 and saves them with config, tokenizer and chat template. It prints the accuracy on held-out
 questions, and writes it to README.md in the output folder.
@@ -29,9 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from flex_nano_vllm import Inference, SamplingParams
-from flex_nano_vllm.loading import EMBEDDED_MODELS
-from flex_nano_vllm.tasks import (
+from benchmarks.tasks import (
     TASKS,
     Question,
     draw_pairs,
@@ -41,6 +39,8 @@ from flex_nano_vllm.tasks import (
     lookup,
     prompt_text,
 )
+from flex_nano_vllm import Inference, SamplingParams
+from flex_nano_vllm.loading import EMBEDDED_MODELS
 
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
 PAD, EOS, BOS, _, END_OF_TURN = range(len(SPECIAL_TOKENS))
@@ -63,8 +63,9 @@ a long list, and short stories. The questions are bare or chat turns. The model 
 that make Gemma-2 hard to serve (a sliding window of 64 tokens in every other layer, two softcaps, grouped heads, tied
 embeddings), and is small enough to be part of the package: `Inference.from_pretrained("tiny-gemma2")`.
 
-The model was trained from scratch, only on questions drawn by `flex_nano_vllm/tasks.py`:
-`uv run examples/train_tiny_gemma2.py --output_dir DIR {flags}`, {minutes:.0f} minutes on {machine}, torch {torch}.
+The model was trained from scratch, only on questions drawn by `benchmarks/tasks.py`:
+`uv run python -m examples.train_tiny_gemma2 --output_dir DIR {flags}`,
+{minutes:.0f} minutes on {machine}, torch {torch}.
 
 The table counts right answers to held-out questions, up to {questions} per task (fewer for the known lists), greedy, in
 bfloat16. An answer is right if it is exactly the expected text and the model ends it with an end token:

@@ -1,6 +1,5 @@
-"""`flex-nano-vllm chat | serve | bench`: the command line of the engine."""
+"""`flex-nano-vllm chat | serve`: the command line of the engine."""
 
-import json
 import sys
 from typing import Annotated
 
@@ -78,22 +77,6 @@ def answer(engine: Inference, messages: list[dict], params: SamplingParams, cons
         return messages[:-1]
     console.print()
     return [*messages, {"role": "assistant", "content": "".join(said)}]
-
-
-@app.command()
-def bench(
-    model: Annotated[
-        str, typer.Option(help="Folder, hub id, tiny-gemma2, or a shape with random weights: gemma2-tiny, ...")
-    ] = "tiny-gemma2",
-    num_requests: Annotated[int, typer.Option(help="Number of requests of each run.")] = 256,
-    num_clients: Annotated[int, typer.Option(help="Number of concurrent clients.")] = 64,
-    repeats: Annotated[int, typer.Option(help="Number of runs of each kind; the kinds alternate.")] = 3,
-) -> None:
-    """Compare the server under load with the same engine offline. The last line of the output is JSON."""
-    needs_serve()
-    from flex_nano_vllm.bench import bench as run
-
-    print(json.dumps(run(model, num_requests, num_clients, repeats, Console())))
 
 
 def needs_serve() -> None:

@@ -19,9 +19,9 @@ from tiny_models import CONFIGS, VOCABULARY, tiny_model
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
+from benchmarks.random_models import BYTE_VOCABULARY
 from flex_nano_vllm import SamplingParams
 from flex_nano_vllm.masks import layer_mask
-from flex_nano_vllm.random_models import BYTE_VOCABULARY
 from flex_nano_vllm.sampler import NOT_FINITE
 from flex_nano_vllm.sequence import Sample, Sequence
 from flex_nano_vllm.step import TileLayout

@@ -15,10 +15,10 @@ import openai
 import uvicorn
 from engines import byte_model
 
+from benchmarks.random_models import byte_tokenizer
 from flex_nano_vllm import Inference
 from flex_nano_vllm.async_inference import AsyncInference
 from flex_nano_vllm.guard import HeaderTimeoutH11, Limits
-from flex_nano_vllm.random_models import byte_tokenizer
 from flex_nano_vllm.server import create_app
 
 HERE = str(Path(__file__).parents[1]).encode()

@@ -11,12 +11,12 @@ import pytest
 from engines import assert_empty, greedy, raise_at_call
 from serving import PATIENCE, Calls, Gate, new_engine, run, until
 
+from benchmarks.random_models import byte_tokenizer
 from flex_nano_vllm import SamplingParams, async_inference, inference
 from flex_nano_vllm import output_processor as answers_module
 from flex_nano_vllm.async_inference import AsyncInference, EngineBusy, EngineClosing, EngineDead, EngineError
 from flex_nano_vllm.detokenizer import Detokenizer
 from flex_nano_vllm.page_table import PageTable
-from flex_nano_vllm.random_models import byte_tokenizer
 from flex_nano_vllm.runner import ModelRunner
 from flex_nano_vllm.sampler import Sampler
 from flex_nano_vllm.scheduler import Scheduler

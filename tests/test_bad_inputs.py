@@ -16,6 +16,7 @@ from engines import greedy
 from tiny_models import CONFIGS, VOCABULARY, hf_generate, tiny_model
 from transformers import AutoModel, AutoModelForCausalLM, GPT2Config
 
+from benchmarks.random_models import BYTE_VOCABULARY, byte_tokenizer
 from flex_nano_vllm import (
     Inference,
     SamplingParams,
@@ -30,7 +31,6 @@ from flex_nano_vllm.attention import PagedKVCache
 from flex_nano_vllm.geometry import Geometry
 from flex_nano_vllm.model_spec import attention_layers, spec_of
 from flex_nano_vllm.patching import is_patched
-from flex_nano_vllm.random_models import BYTE_VOCABULARY, byte_tokenizer
 
 GOOD_PROMPT = [5, 6, 7, 8, 9]
 GREEDY = greedy(3)

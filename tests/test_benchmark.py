@@ -9,8 +9,8 @@ from engines import standard_python
 from rich.console import Console
 
 import benchmark
-from flex_nano_vllm import workload
-from flex_nano_vllm.workload import digest, make_workload
+from benchmarks import workload
+from benchmarks.workload import digest, make_workload
 
 ARGUMENTS = ["--no_compile", "--num_requests", "4", "--max_prompt_len", "20", "--min_new_tokens", "2"]
 ARGUMENTS += ["--max_new_tokens", "6"]

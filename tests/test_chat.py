@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
+from benchmarks.random_models import byte_tokenizer
 from flex_nano_vllm import Inference
 from flex_nano_vllm.chat import chat_token_ids
 from flex_nano_vllm.loading import EMBEDDED_MODELS
-from flex_nano_vllm.random_models import byte_tokenizer
 
 CHATML = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + \
 '<|im_end|>' + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from flex_nano_vllm import crossover
-from flex_nano_vllm.crossover import measure_crossover
+from benchmarks import crossover
+from benchmarks.crossover import measure_crossover
 from flex_nano_vllm.runner import compile_flex_attention
 
 CPU = torch.device("cpu")

@@ -16,8 +16,8 @@ import torch
 from tiny_models import CONFIGS, VOCABULARY, WINDOW, hf_generate, tiny_model
 from transformers import AutoModelForCausalLM
 
+from benchmarks.exactness import greedy_tokens, greedy_under_preemption
 from flex_nano_vllm import Inference, SamplingParams
-from flex_nano_vllm.exactness import greedy_tokens, greedy_under_preemption
 
 PROMPT_LENS = (1, 5, 16, 14, 15, 3 * WINDOW + 1)
 NUM_TOKENS = 8

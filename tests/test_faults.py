@@ -21,11 +21,11 @@ from engines import (
 )
 from tiny_models import hf_generate, tiny_model
 
+from benchmarks.exactness import greedy_under_preemption
+from benchmarks.random_models import byte_tokenizer
 from flex_nano_vllm import Inference, SamplingParams, inference, output_processor, sampler
 from flex_nano_vllm.attention import PagedKVCache
-from flex_nano_vllm.exactness import greedy_under_preemption
 from flex_nano_vllm.page_table import PageTable
-from flex_nano_vllm.random_models import byte_tokenizer
 from flex_nano_vllm.runner import ModelRunner
 from flex_nano_vllm.sampler import Sampler
 from flex_nano_vllm.scheduler import Scheduler

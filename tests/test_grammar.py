@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import flex_nano_vllm
+from benchmarks.random_models import byte_tokenizer
 from flex_nano_vllm.grammar import MAX_INTEGER, MAX_OBJECTS, MAX_REGEX_BYTES, MAX_SCHEMA_BYTES, GrammarCompiler, bounded
-from flex_nano_vllm.random_models import byte_tokenizer
 
 # By name: the number of logits and the EOS ids. Each model has more logits than its tokenizer has ids. 288 logits fill
 # the words of 32 bits of a mask; 1500 and 300 do not.

@@ -9,7 +9,7 @@ import psutil
 from engines import assert_empty
 from serving import MODEL, new_engine, serving
 
-from flex_nano_vllm.bench import ask_all
+from benchmarks.serving import ask_all
 
 NUM_CLIENTS, NUM_REQUESTS = 64, 900
 # The 24 usable pages of the pool are too few for eight rows, and the queue has places for 56 of 64 clients.

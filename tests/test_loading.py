@@ -7,8 +7,8 @@ import torch
 from engines import byte_model, greedy
 from tiny_models import hf_generate
 
+from benchmarks.random_models import byte_tokenizer
 from flex_nano_vllm import Inference
-from flex_nano_vllm.random_models import byte_tokenizer
 
 SIZES = dict(max_batch_size=2, max_seq_length=64, n_pages=9, page_size=16, compile=False)
 

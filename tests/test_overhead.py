@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
+from benchmarks.overhead import decoding_together, distinct_prompts, measure_decode_step
 from flex_nano_vllm import Inference
-from flex_nano_vllm.overhead import decoding_together, distinct_prompts, measure_decode_step
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import flex_nano_vllm
 PACKAGE = Path(flex_nano_vllm.__file__).parent
 # Levels of modules. A module may import only modules of earlier levels.
 ORDER = [
-    ["metrics", "masks", "workload", "tasks", "random_models", "sampling_params", "plots", "prefix_cache"],
+    ["metrics", "masks", "sampling_params", "prefix_cache"],
     [
         "geometry",
         "transfer",
@@ -20,7 +20,6 @@ ORDER = [
         "grammar",
         "loading",
         "outputs",
-        "report",
         "penalties",
         "compiling",
     ],
@@ -35,11 +34,11 @@ ORDER = [
     ["memory", "runner"],
     ["planner"],
     ["invariants"],
-    ["inference", "crossover"],
-    ["exactness", "async_inference", "llm"],
+    ["inference"],
+    ["async_inference", "llm"],
     ["__init__"],
-    ["baselines", "overhead", "savings", "bench", "prometheus", "replies", "tools"],
-    ["roofline", "protocol"],
+    ["prometheus", "replies", "tools"],
+    ["protocol"],
     ["api_errors", "chat_turn"],
     ["chunks", "guard", "responses"],
     ["server"],

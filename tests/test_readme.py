@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
-import train_tiny_gemma2
 import typer
 
 import benchmark
 import benchmark_vllm
+from examples import train_tiny_gemma2
 from flex_nano_vllm import cli, server
 
 ROOT = Path(__file__).parent.parent
@@ -172,6 +172,6 @@ def test_commands_use_existing_programs_and_options(path):
 
 
 def test_an_unknown_option_and_an_unknown_program_are_found():
-    block = "```bash\nuv run benchmark.py --no_chek  # --no\nuv run bench.py\n```\n"
+    block = "```bash\nuv run benchmark.py --no_chek  # --no\nuv run serving.py\n```\n"
     found = [unknown_options(command) for command in commands(block + "`flex-nano-vllm chat --no-compile --top_p 1`")]
-    assert found == [["--no_chek"], ["uv run bench.py"], ["--top_p"]]
+    assert found == [["--no_chek"], ["uv run serving.py"], ["--top_p"]]

@@ -15,10 +15,10 @@ from rich.console import Console
 from tiny_models import tiny_model
 
 import benchmark_vllm
-from flex_nano_vllm import baselines
-from flex_nano_vllm.baselines import continuous_batching, padded_batches
-from flex_nano_vllm.report import FinishedRequest, compare_runs, json_line, summarize
-from flex_nano_vllm.workload import RunOptions, make_workload
+from benchmarks import baselines
+from benchmarks.baselines import continuous_batching, padded_batches
+from benchmarks.report import FinishedRequest, compare_runs, json_line, summarize
+from benchmarks.workload import RunOptions, make_workload
 
 CPU = torch.device("cpu")
 
@@ -117,7 +117,7 @@ def test_continuous_batching_is_measured_only_if_its_tokens_are_right(monkeypatc
 
 
 def test_plot_draws_every_run(tmp_path):
-    plots = pytest.importorskip("flex_nano_vllm.plots")
+    plots = pytest.importorskip("benchmarks.plots")
     steps = pd.DataFrame(
         {
             "time": [0.5, 1.0, 2.0],

@@ -8,8 +8,8 @@ from rich.console import Console
 from tiny_models import WINDOW, tiny_model
 
 from benchmark import Options, report_roofline
+from benchmarks.roofline import Machine, StepCost, measure_machine, measure_shares, step_cost
 from flex_nano_vllm import Inference
-from flex_nano_vllm.roofline import Machine, StepCost, measure_machine, measure_shares, step_cost
 
 # Sizes of tiny_model("llama"): 2 layers, hidden 48, 4 heads and 2 kv heads of 12, intermediate 96, vocabulary 211.
 LINEAR = 2 * (2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 96)

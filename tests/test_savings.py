@@ -6,9 +6,9 @@ import pytest
 from engines import byte_model
 from rich.console import Console
 
+from benchmarks.savings import PARTS, Sizes, report_savings
+from benchmarks.workload import RunOptions
 from flex_nano_vllm import Inference
-from flex_nano_vllm.savings import PARTS, Sizes, report_savings
-from flex_nano_vllm.workload import RunOptions
 
 SIZES = Sizes(
     num_requests=4,
@@ -79,7 +79,7 @@ def test_all_parts_are_measured_and_add_up(options, capsys, monkeypatch, tmp_pat
     assert peak["requests"] == 2 and peak["if all layers were full"] <= 2 * 2 * 16
     assert peak["saved"] == pytest.approx(1 - peak["pages, all layers together"] / peak["if all layers were full"])
 
-    plots = pytest.importorskip("flex_nano_vllm.plots")
+    plots = pytest.importorskip("benchmarks.plots")
     (tmp_path / "run.json").write_text("a table\n" + line + "\n", encoding="utf-8")
     plots.plot_savings([str(tmp_path / "run.json")], str(tmp_path / "run.png"))
     assert (tmp_path / "run.png").stat().st_size > 10_000

@@ -6,10 +6,10 @@ import itertools
 import pytest
 from engines import SIZES, TIGHT, assert_empty, byte_model, drain, raise_at_call
 
+from benchmarks.random_models import byte_tokenizer
 from flex_nano_vllm import Inference, SamplingParams
 from flex_nano_vllm.attention import PagedKVCache
 from flex_nano_vllm.detokenizer import Detokenizer
-from flex_nano_vllm.random_models import byte_tokenizer
 
 PROMPTS = ["abcdefg", "hi", "xyz0123456"]
 LETTERS = byte_tokenizer()("ABCD0123456789:", add_special_tokens=False).input_ids

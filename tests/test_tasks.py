@@ -7,8 +7,8 @@ import re
 import pytest
 from engines import standard_python
 
-from flex_nano_vllm import tasks
-from flex_nano_vllm.tasks import FORMS, HELD_OUT_SHARE, TASKS, Question, draw_question, held_out_questions
+from benchmarks import tasks
+from benchmarks.tasks import FORMS, HELD_OUT_SHARE, TASKS, Question, draw_question, held_out_questions
 
 KNOWN = {
     "months": "January February March April May June July August September October November December".split(),

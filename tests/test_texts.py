@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from engines import SIZES, assert_empty, byte_model, drain, greedy, raise_at_call
 
+from benchmarks.random_models import byte_tokenizer
 from flex_nano_vllm import Inference, SamplingParams, StructuredOutputsParams, grammar
-from flex_nano_vllm.random_models import byte_tokenizer
 
 A, B = byte_tokenizer().convert_tokens_to_ids(["a", "b"])
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.exactness import greedy_in_all_company, greedy_tokens, greedy_under_preemption, hf_generate
+from benchmarks.tasks import held_out_questions, is_right, prompt_text
 from flex_nano_vllm import Inference, SamplingParams, masks
-from flex_nano_vllm.exactness import greedy_in_all_company, greedy_tokens, greedy_under_preemption, hf_generate
 from flex_nano_vllm.loading import EMBEDDED_MODELS
 from flex_nano_vllm.model_spec import layer_windows
 from flex_nano_vllm.page_table import PageTable
-from flex_nano_vllm.tasks import held_out_questions, is_right, prompt_text
 
 FOLDER = EMBEDDED_MODELS["tiny-gemma2"]
 WINDOW = 64

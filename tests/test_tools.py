@@ -38,11 +38,11 @@ from serving import MODEL, assert_is_error, client_of, new_engine, serving
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.random_models import byte_tokenizer
 from flex_nano_vllm import Inference
 from flex_nano_vllm.chat import chat_token_ids
 from flex_nano_vllm.grammar import MAX_SCHEMA_BYTES, GrammarCompiler, json_rule
 from flex_nano_vllm.loading import EMBEDDED_MODELS
-from flex_nano_vllm.random_models import byte_tokenizer
 from flex_nano_vllm.tools import (
     CALL_FORMS,
     MAX_CALLS,

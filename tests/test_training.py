@@ -6,11 +6,11 @@ import random
 
 import pytest
 import torch
-import train_tiny_gemma2 as training
 from rich.console import Console
-from train_tiny_gemma2 import EOS, IGNORED, PAD, Options
 from transformers import AutoTokenizer
 
+from examples import train_tiny_gemma2 as training
+from examples.train_tiny_gemma2 import EOS, IGNORED, PAD, Options
 from flex_nano_vllm import Inference
 from flex_nano_vllm.loading import EMBEDDED_MODELS
 

@@ -16,14 +16,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from benchmarks.report import device_name
+from benchmarks.workload import TOKEN_IDS, RunOptions, make_workload
 from flex_nano_vllm.geometry import cdiv
 from flex_nano_vllm.inference import Inference
 from flex_nano_vllm.memory import token_bytes
-from flex_nano_vllm.report import device_name
 from flex_nano_vllm.sampling_params import SamplingParams
 from flex_nano_vllm.scheduler import Chunk
 from flex_nano_vllm.step import pack_decodes
-from flex_nano_vllm.workload import TOKEN_IDS, RunOptions, make_workload
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ import time
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, StoppingCriteria
 
-from flex_nano_vllm.exactness import compare
+from benchmarks.exactness import compare
+from benchmarks.report import FinishedRequest
+from benchmarks.workload import WorkloadRequest
 from flex_nano_vllm.generation_defaults import plain_generation
-from flex_nano_vllm.report import FinishedRequest
-from flex_nano_vllm.workload import WorkloadRequest
 
 NUM_CHECKED = 4  # outputs of continuous batching that are compared with the model's own choices
 

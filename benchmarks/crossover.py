@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.report import device_name
 from flex_nano_vllm.attention import PagedKVCache, step_in_progress
 from flex_nano_vllm.geometry import Geometry, cdiv
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.masks import Causal
 from flex_nano_vllm.page_table import PageTable
-from flex_nano_vllm.report import device_name
 from flex_nano_vllm.runner import compile_flex_attention, decode_buckets, padding_chunk, tile_kinds, why_not_compiled
 from flex_nano_vllm.scheduler import Chunk
 from flex_nano_vllm.step import StepBatch, TileKind, TileLayout

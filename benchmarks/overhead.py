@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from benchmarks.report import device_name
+from benchmarks.workload import RunOptions
 from flex_nano_vllm.inference import Inference
-from flex_nano_vllm.report import device_name
 from flex_nano_vllm.sampling_params import SamplingParams
-from flex_nano_vllm.workload import RunOptions
 
 PROMPT_LEN = 256
 BATCH_SIZES = (1, 8, 32, 64)

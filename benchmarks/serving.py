@@ -1,5 +1,7 @@
 """Load test of the server, and of the same engine offline, in turns. Uses only the public API of both.
 
+    uv run --extra serve python -m benchmarks.serving
+
 The HTTP client is written out here, because clients share the processors with the server: a client library would use
 more processor time than the server does.
 """
@@ -17,17 +19,19 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.random_models import SHAPES, byte_tokenizer, random_model
+from benchmarks.report import FinishedRequest, strict, summarize
+from benchmarks.workload import TOKEN_IDS, WorkloadRequest, make_workload
+from flex_nano_vllm.cli import needs_serve
 from flex_nano_vllm.inference import Inference
-from flex_nano_vllm.random_models import SHAPES, byte_tokenizer, random_model
-from flex_nano_vllm.report import FinishedRequest, strict, summarize
 from flex_nano_vllm.sampling_params import SamplingParams
-from flex_nano_vllm.workload import TOKEN_IDS, WorkloadRequest, make_workload
 
 PROMPT_LENS, OUTPUT_LENS = (32, 512), (32, 128)
 
@@ -207,5 +211,22 @@ def bench(model: str, num_requests: int, num_clients: int, repeats: int, console
     return {"model": model, "num_requests": num_requests, "num_clients": num_clients, "runs": runs}
 
 
+def main(
+    model: Annotated[
+        str, typer.Option(help="Folder, hub id, tiny-gemma2, or a shape with random weights: gemma2-tiny, ...")
+    ] = "tiny-gemma2",
+    num_requests: Annotated[int, typer.Option(help="Number of requests of each run.")] = 256,
+    num_clients: Annotated[int, typer.Option(help="Number of concurrent clients.")] = 64,
+    repeats: Annotated[int, typer.Option(help="Number of runs of each kind; the kinds alternate.")] = 3,
+) -> None:
+    """Compare the server under load with the same engine offline. The last line of the output is JSON."""
+    needs_serve()
+    print(json.dumps(bench(model, num_requests, num_clients, repeats, Console())))
+
+
 def _params(max_tokens: int) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

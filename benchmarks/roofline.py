@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from benchmarks.overhead import decoding_together
 from flex_nano_vllm.inference import Inference
 from flex_nano_vllm.model_spec import spec_of
-from flex_nano_vllm.overhead import decoding_together
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from flex_nano_vllm.workload import RunOptions, WorkloadRequest, digest
+from benchmarks.workload import RunOptions, WorkloadRequest, digest
 
 # Settings that become part of a run's name in a comparison if runs of that name differ in them
 SIZES = ("max_batch_size", "max_seq_length", "n_pages", "page_size", "max_num_batched_tokens")
