@@ -43,7 +43,7 @@ from benchmarks.savings import PARTS, Sizes, report_savings
 from benchmarks.tasks import TASKS, held_out_questions, is_right, prompt_text
 from benchmarks.workload import DEFAULT_MODELS, TOKEN_IDS, RunOptions, digest, make_workload
 from flex_nano_vllm import Inference, RequestOutput, SamplingParams
-from flex_nano_vllm.loading import EMBEDDED_MODELS
+from flex_nano_vllm.models import EMBEDDED_MODELS
 
 TINY_GEMMA2 = "tiny-gemma2"
 TEXTS = (

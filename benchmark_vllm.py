@@ -24,8 +24,8 @@ from transformers import AutoConfig, HfArgumentParser
 from benchmarks.random_models import SHAPES, random_model
 from benchmarks.report import FinishedRequest, device_name, json_line, print_results, summarize
 from benchmarks.workload import DEFAULT_MODELS, RunOptions, WorkloadRequest, digest
-from flex_nano_vllm.loading import EMBEDDED_MODELS
-from flex_nano_vllm.metrics import StepMetrics
+from flex_nano_vllm.models import EMBEDDED_MODELS
+from flex_nano_vllm.outputs import StepMetrics
 
 # vLLM reads these variables when it is imported. Its scheduler runs in this process, so that its steps can be counted.
 # Its threads are those of torch, not bound to cores. It sends no usage statistics.

@@ -5,10 +5,9 @@ import time
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, StoppingCriteria
 
-from benchmarks.exactness import compare
+from benchmarks.exactness import compare, plain_generation
 from benchmarks.report import FinishedRequest
 from benchmarks.workload import WorkloadRequest
-from flex_nano_vllm.generation_defaults import plain_generation
 
 NUM_CHECKED = 4  # outputs of continuous batching that are compared with the model's own choices
 

@@ -5,17 +5,30 @@ Hugging Face runs the model over the same tokens (teacher-forced). Every token m
 near-tie, which is so little less likely that rounding decides. Any other token is a mismatch.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
-from flex_nano_vllm.generation_defaults import plain_generation
 from flex_nano_vllm.inference import Inference
 from flex_nano_vllm.sampling_params import SamplingParams
 
 # How much less likely, in nats, a near-tie may be than Hugging Face's own choice. Rounding decides between the two.
 NEAR_TIE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.25}
+
+
+@contextmanager
+def plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """Make `model.generate` ignore the model's generation config in this context, except for its special token ids."""
+    config = model.generation_config
+    names = ("eos_token_id", "bos_token_id", "pad_token_id")
+    model.generation_config = GenerationConfig(**{name: getattr(config, name) for name in names})
+    try:
+        yield
+    finally:
+        model.generation_config = config
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.overhead import decoding_together
 from flex_nano_vllm.inference import Inference
-from flex_nano_vllm.model_spec import spec_of
+from flex_nano_vllm.models import spec_of
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from benchmarks.tasks import (
     prompt_text,
 )
 from flex_nano_vllm import Inference, SamplingParams
-from flex_nano_vllm.loading import EMBEDDED_MODELS
+from flex_nano_vllm.models import EMBEDDED_MODELS
 
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
 PAD, EOS, BOS, _, END_OF_TURN = range(len(SPECIAL_TOKENS))

@@ -20,6 +20,11 @@ app = typer.Typer(
 HELP = "/new starts a new conversation, /exit or Ctrl-D quits, Ctrl-C interrupts an answer"
 
 
+@app.callback()  # without it, `chat` would not be a command as long as it is the only one
+def flex_nano_vllm() -> None:
+    pass
+
+
 @app.command()
 def chat(
     model: Annotated[str, typer.Option(help="Folder, hub id, or tiny-gemma2.")] = "tiny-gemma2",

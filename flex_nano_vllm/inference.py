@@ -15,27 +15,22 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flex_nano_vllm.generation_defaults import default_params, not_applied
 from flex_nano_vllm.geometry import Geometry, cdiv
 from flex_nano_vllm.input_processor import InputProcessor, Prompt, check_streamed
 from flex_nano_vllm.invariants import check_scheduler
 from flex_nano_vllm.kv_manager import KVManager
-from flex_nano_vllm.loading import load
-from flex_nano_vllm.memory import check_pool_fits, pool_size
-from flex_nano_vllm.metrics import EngineStats, StepMetrics
-from flex_nano_vllm.model_spec import spec_of
+from flex_nano_vllm.memory import Plan, check_pool_fits, make_plan, pool_size
+from flex_nano_vllm.models import WeightsWatch, load, spec_of
 from flex_nano_vllm.output_processor import OutputReader, request_output
-from flex_nano_vllm.outputs import CompletionDelta, RequestOutput
+from flex_nano_vllm.outputs import CompletionDelta, EngineStats, RequestOutput, StepMetrics
 from flex_nano_vllm.page_table import PageTable
 from flex_nano_vllm.patching import unpatch_model
-from flex_nano_vllm.planner import Plan, make_plan
 from flex_nano_vllm.policies import Policy, queue_key
 from flex_nano_vllm.runner import ModelRunner, why_not_compiled
 from flex_nano_vllm.sampler import Sampler
-from flex_nano_vllm.sampling_params import SamplingParams, is_int, shortened
+from flex_nano_vllm.sampling_params import SamplingParams, default_params, is_int, not_applied, shortened
 from flex_nano_vllm.scheduler import Chunk, Scheduler
 from flex_nano_vllm.sequence import Sequence
-from flex_nano_vllm.weights import WeightsWatch
 
 logger = logging.getLogger(__name__)
 
@@ -301,8 +296,8 @@ class Inference:
             engine.chat([{"role": "user", "content": "What is 17 plus 8?"}])[0].outputs[0].text
 
         Control tokens in messages are tokenized as plain text. `tools`, in OpenAI's form, are passed to the template.
-        Tool calls are returned as text in the model's own form (`tools.CallParser` parses them). Raises the errors of
-        `generate`, and ValueError for malformed messages or messages that the template rejects.
+        Tool calls are returned as text in the form of the model (`server_tools.CallParser` parses them). Raises the
+        errors of `generate`, and ValueError for malformed messages or messages that the template rejects.
         """
         is_list = isinstance(messages, list | tuple)
         conversations = messages if is_list and messages and isinstance(messages[0], list | tuple) else [messages]
@@ -432,7 +427,7 @@ class Inference:
         """Empty the prefix cache.
 
         Use it for measurements, or after a change of the model that the engine does not detect (see
-        `weights.WeightsWatch`). A change that it detects empties the cache when an idle engine gets its next request.
+        `models.WeightsWatch`). A change that it detects empties the cache when an idle engine gets its next request.
 
         Raises RuntimeError while there are unfinished requests.
         """

@@ -4,7 +4,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from flex_nano_vllm.inference import Inference
-from flex_nano_vllm.loading import load
+from flex_nano_vllm.models import load
 
 # Options of vLLM, and their names in `Inference`
 RENAMED = {

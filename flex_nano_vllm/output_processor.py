@@ -7,10 +7,9 @@ from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
 
-from flex_nano_vllm.detokenizer import text_of
+from flex_nano_vllm.detokenizer import has_text, text_of, token_bytes, token_name
 from flex_nano_vllm.outputs import CompletionDelta, CompletionOutput, Logprob, RequestOutput
 from flex_nano_vllm.sequence import Sequence, TokenLogprob
-from flex_nano_vllm.vocabulary import has_text, token_bytes, token_name
 
 
 def request_output(group: list[Sequence], tokenizer: PreTrainedTokenizerBase | None) -> RequestOutput:

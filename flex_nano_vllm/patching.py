@@ -12,7 +12,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from flex_nano_vllm.attention import ATTN_IMPLEMENTATION, PagedKVCache, paged_flex_attention
 from flex_nano_vllm.geometry import Geometry
 from flex_nano_vllm.masks import LayerMask
-from flex_nano_vllm.model_spec import ModelSpec, attention_layers
+from flex_nano_vllm.models import ModelSpec, attention_layers
 
 
 def distinct_masks(spec: ModelSpec, geometry: Geometry) -> tuple[tuple[LayerMask, ...], list[int]]:

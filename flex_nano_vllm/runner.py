@@ -22,7 +22,7 @@ from flex_nano_vllm.cascade import CascadeRule, PackedDecodes
 from flex_nano_vllm.compiling import UNGUARDED, compile_settings, inductor
 from flex_nano_vllm.geometry import Geometry, cdiv
 from flex_nano_vllm.kv_manager import KVManager
-from flex_nano_vllm.model_spec import ModelSpec, attention_layers
+from flex_nano_vllm.models import ModelSpec, attention_layers
 from flex_nano_vllm.page_table import PageTable
 from flex_nano_vllm.patching import distinct_masks, patch_model
 from flex_nano_vllm.sampling_params import SamplingParams

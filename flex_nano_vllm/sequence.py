@@ -9,8 +9,7 @@ import numpy as np
 
 from flex_nano_vllm.detokenizer import Detokenizer
 from flex_nano_vllm.grammar import Follower
-from flex_nano_vllm.metrics import RequestMetrics
-from flex_nano_vllm.outputs import RequestError
+from flex_nano_vllm.outputs import RequestError, RequestMetrics
 from flex_nano_vllm.penalties import Penalties
 from flex_nano_vllm.sampling_params import SamplingParams
 

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoTokenizer
 
 from flex_nano_vllm import Inference
-from flex_nano_vllm.loading import EMBEDDED_MODELS
-from flex_nano_vllm.tools import CALL_FORMS
+from flex_nano_vllm.models import EMBEDDED_MODELS
+from flex_nano_vllm.server_tools import CALL_FORMS
 
 HERMES, MISTRAL, LLAMA = CALL_FORMS
 

@@ -18,8 +18,8 @@ from engines import byte_model
 from benchmarks.random_models import byte_tokenizer
 from flex_nano_vllm import Inference
 from flex_nano_vllm.async_inference import AsyncInference
-from flex_nano_vllm.guard import HeaderTimeoutH11, Limits
 from flex_nano_vllm.server import create_app
+from flex_nano_vllm.server_guard import HeaderTimeoutH11, Limits
 
 HERE = str(Path(__file__).parents[1]).encode()
 PATIENCE = 60  # seconds after which a test has hung; no helper waits for a fixed time

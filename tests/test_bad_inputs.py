@@ -23,13 +23,13 @@ from flex_nano_vllm import (
     StructuredOutputsParams,
     inference,
     memory,
-    model_spec,
+    models,
     patching,
     runner,
 )
 from flex_nano_vllm.attention import PagedKVCache
 from flex_nano_vllm.geometry import Geometry
-from flex_nano_vllm.model_spec import attention_layers, spec_of
+from flex_nano_vllm.models import attention_layers, spec_of
 from flex_nano_vllm.patching import is_patched
 
 GOOD_PROMPT = [5, 6, 7, 8, 9]
@@ -667,7 +667,7 @@ def raise_at_call(monkeypatch, owner, name, number):
         (patching.AttentionInterface, "register", 1),
         (patching, "pruned_forward", 1),  # all layers have their caches, but the last one has its old forward
         (runner, "patch_model", 1),
-        (model_spec, "_eos_token_ids", 1),
+        (models, "_eos_token_ids", 1),
         (inference.InputProcessor, "__init__", 1),
     ],
 )

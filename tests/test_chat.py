@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 
 from benchmarks.random_models import byte_tokenizer
 from flex_nano_vllm import Inference
-from flex_nano_vllm.chat import chat_token_ids
-from flex_nano_vllm.loading import EMBEDDED_MODELS
+from flex_nano_vllm.input_processor import chat_token_ids
+from flex_nano_vllm.models import EMBEDDED_MODELS
 
 CHATML = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + \
 '<|im_end|>' + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""

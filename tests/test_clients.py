@@ -10,7 +10,8 @@ import pytest
 from engines import assert_empty
 from serving import MODEL, TEMPLATE, events_of, new_engine, serving
 
-from flex_nano_vllm import Inference, SamplingParams, replies
+from flex_nano_vllm import Inference, SamplingParams
+from flex_nano_vllm import server_replies as replies
 from flex_nano_vllm.server import server_defaults, valid_origins
 
 COMPLETIONS, CHATS, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
@@ -368,7 +369,7 @@ def test_each_rejected_request_has_one_log_line_without_its_prompt(served, caplo
         served.ask("POST", COMPLETIONS, SMALL | dict(prompt=["canary", -1]))
         served.ask("GET", "/nowhere", headers={"X-Request-Id": "mine"})
         served.ask("POST", COMPLETIONS, SMALL)
-    lines = [record.getMessage() for record in caplog.records if record.name == "flex_nano_vllm.guard"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "flex_nano_vllm.server_guard"]
     assert [re.search(r": (\d+) ", line)[1] for line in lines] == ["400", "400", "404"]
     assert "maximum context length" in lines[0] and "(mine)" in lines[2] and "'/nowhere'" in lines[2]
     assert "canary" not in caplog.text
@@ -379,7 +380,7 @@ def test_a_stream_that_fails_is_one_line_of_the_log(served, caplog):
     body = CHAT | dict(response_format={"type": "regex", "regex": "a[bc]"}, allowed_token_ids=[a], stream=True)
     with caplog.at_level(logging.INFO):
         served.ask("POST", CHATS, body, {"X-Request-Id": "mine"})
-    (line,) = [record.getMessage() for record in caplog.records if record.name == "flex_nano_vllm.guard"]
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "flex_nano_vllm.server_guard"]
     assert "'/v1/chat/completions': 400 no token of allowed_token_ids" in line and line.endswith("(mine)")
 
 

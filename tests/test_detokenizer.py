@@ -11,11 +11,10 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from benchmarks.random_models import byte_tokenizer
-from flex_nano_vllm.detokenizer import Detokenizer, StopMatcher
-from flex_nano_vllm.loading import EMBEDDED_MODELS
+from flex_nano_vllm.detokenizer import Detokenizer, StopMatcher, decode
+from flex_nano_vllm.models import EMBEDDED_MODELS
 from flex_nano_vllm.sampling_params import SamplingParams
 from flex_nano_vllm.sequence import Sequence
-from flex_nano_vllm.vocabulary import decode
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 BYTES = [f"<0x{i:02X}>" for i in range(256)]

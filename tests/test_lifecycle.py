@@ -23,7 +23,7 @@ from tiny_models import hf_generate, tiny_model
 
 from flex_nano_vllm import Inference, SamplingParams
 from flex_nano_vllm.attention import PagedKVCache
-from flex_nano_vllm.model_spec import attention_layers
+from flex_nano_vllm.models import attention_layers
 from flex_nano_vllm.patching import is_patched
 
 # --- abort -------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from flex_nano_vllm import LLM, Inference, SamplingParams
-from flex_nano_vllm.loading import EMBEDDED_MODELS
+from flex_nano_vllm.models import EMBEDDED_MODELS
 
 SMALL = dict(max_num_seqs=2, max_model_len=128, block_size=16, num_gpu_blocks_override=17, enforce_eager=True)
 COUNT, MONTHS = "Count by 2 from 3 to 15:", "The 12 months of the year are: January, February, March,"

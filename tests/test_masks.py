@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny_models import tiny_model
 from transformers import AttentionInterface
 
-from flex_nano_vllm import Inference, model_spec
+from flex_nano_vllm import Inference, models
 from flex_nano_vllm.masks import Causal, LayerMask, SlidingWindow, first_page
 from flex_nano_vllm.step import logical_block_mask
 
@@ -166,7 +166,7 @@ def test_a_new_mask_is_right_compiled_and_uncompiled(compiled, name, monkeypatch
         expected = [greedy_tokens(model, masks, prompt, 8) for prompt in prompts]
         causal = [greedy_tokens(model, [Causal()] * len(masks), prompt, 8) for prompt in prompts]
     assert expected != causal, "the mask changes no token, so the test cannot fail"
-    monkeypatch.setattr(model_spec, "layer_masks", lambda model: masks)
+    monkeypatch.setattr(models, "layer_masks", lambda model: masks)
     with Inference(model, None, **(FEW_GRAPHS if compiled else SIZES)) as engine:
         assert engine.runner.compiled == compiled
         assert tokens_of(engine.generate(prompts, greedy(8), use_tqdm=False)) == expected

@@ -23,7 +23,7 @@ from tiny_models import hf_generate, tiny_model
 
 from benchmarks.random_models import byte_tokenizer
 from flex_nano_vllm import Inference, SamplingParams
-from flex_nano_vllm.metrics import RequestMetrics
+from flex_nano_vllm.outputs import RequestMetrics
 from flex_nano_vllm.sampler import uniform
 
 # --- stopping ----------------------------------------------------------------------------------------------------

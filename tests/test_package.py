@@ -10,37 +10,23 @@ import flex_nano_vllm
 PACKAGE = Path(flex_nano_vllm.__file__).parent
 # Levels of modules. A module may import only modules of earlier levels.
 ORDER = [
-    ["metrics", "masks", "sampling_params", "prefix_cache"],
-    [
-        "geometry",
-        "transfer",
-        "vocabulary",
-        "generation_defaults",
-        "weights",
-        "grammar",
-        "loading",
-        "outputs",
-        "penalties",
-        "compiling",
-    ],
-    ["detokenizer", "model_spec"],
-    ["chat"],
+    ["masks", "sampling_params", "prefix_cache", "transfer", "compiling", "grammar", "detokenizer"],
+    ["geometry", "outputs", "penalties", "models"],
     ["sequence", "page_table"],
     ["kv_manager", "output_processor", "input_processor", "policies"],
     ["scheduler", "cascade"],
-    ["step", "sampler"],
-    ["attention"],
+    ["step", "sampler", "invariants"],
+    ["attention", "memory"],
     ["patching"],
-    ["memory", "runner"],
-    ["planner"],
-    ["invariants"],
+    ["runner"],
     ["inference"],
     ["async_inference", "llm"],
     ["__init__"],
-    ["prometheus", "replies", "tools"],
-    ["protocol"],
-    ["api_errors", "chat_turn"],
-    ["chunks", "guard", "responses"],
+    ["server_replies", "server_tools"],
+    ["server_protocol"],
+    ["server_guard"],
+    ["server_chat"],
+    ["server_responses"],
     ["server"],
     ["cli"],
 ]
@@ -60,6 +46,13 @@ assert torch.is_grad_enabled()
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+def test_the_library_does_not_import_what_it_does_not_need():
+    """Only benchmarks need pandas, and only the command line needs rich."""
+    program = "import sys, flex_nano_vllm; assert not {'pandas', 'rich', 'typer', 'matplotlib'} & {*sys.modules}"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
 
 
 def test_modules_import_only_modules_of_earlier_levels():

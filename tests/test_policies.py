@@ -14,9 +14,9 @@ from flex_nano_vllm.invariants import check_scheduler
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.patching import is_patched
 from flex_nano_vllm.policies import POLICIES, queue_key
-from flex_nano_vllm.protocol import ChatCompletionRequest, CompletionRequest
 from flex_nano_vllm.sampling_params import InvalidRequestError
 from flex_nano_vllm.scheduler import Scheduler
+from flex_nano_vllm.server_protocol import ChatCompletionRequest, CompletionRequest
 
 
 def scheduler_of(usable_pages=100, rows=1, budget=64):

@@ -10,6 +10,7 @@ import typer
 
 import benchmark
 import benchmark_vllm
+from benchmarks import serving
 from examples import train_tiny_gemma2
 from flex_nano_vllm import cli, server
 
@@ -135,9 +136,9 @@ def typer_options(function) -> set[str]:
 OPTIONS = {
     "benchmark.py": dataclass_options(benchmark.Options),
     "benchmark_vllm.py": dataclass_options(benchmark_vllm.Options),
-    "examples/train_tiny_gemma2.py": dataclass_options(train_tiny_gemma2.Options),
+    "examples.train_tiny_gemma2": dataclass_options(train_tiny_gemma2.Options),
     "flex-nano-vllm chat": typer_options(cli.chat),
-    "flex-nano-vllm bench": typer_options(cli.bench),
+    "benchmarks.serving": typer_options(serving.main),
     "flex-nano-vllm serve": typer_options(server.serve),
     "flex_nano_vllm.server": typer_options(server.serve),
 }

@@ -17,7 +17,7 @@ from parrots import CALL_F, CALL_G, HERMES, f, g, gemma_tokenizer, new_parrot, o
 from serving import MODEL, Gate, assert_is_error, client_of, new_engine, serving
 
 from flex_nano_vllm import Inference
-from flex_nano_vllm.chat import chat_token_ids
+from flex_nano_vllm.input_processor import chat_token_ids
 
 RESPONSES = "/v1/responses"
 LOGPROBS = ["message.output_text.logprobs"]

@@ -24,9 +24,11 @@ from serving import MODEL, PATIENCE, Calls, Gate, assert_is_error, client_of, ev
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
-from flex_nano_vllm import SamplingParams, guard, protocol, server
-from flex_nano_vllm.guard import Guard, Limits
-from flex_nano_vllm.protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from flex_nano_vllm import SamplingParams, server
+from flex_nano_vllm import server_guard as guard
+from flex_nano_vllm import server_protocol as protocol
+from flex_nano_vllm.server_guard import Guard, Limits
+from flex_nano_vllm.server_protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 KEY = "the-key-that-nobody-logs"
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"

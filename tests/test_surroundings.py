@@ -14,11 +14,11 @@ from tiny_models import CONFIGS, hf_generate, tiny_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from benchmarks.exactness import hf_generate as neutral_generate
+from benchmarks.exactness import plain_generation
 from flex_nano_vllm import Inference, SamplingParams
 from flex_nano_vllm.async_inference import AsyncInference
-from flex_nano_vllm.generation_defaults import default_params, not_expressed, plain_generation, sampling_defaults
-from flex_nano_vllm.model_spec import max_positions
-from flex_nano_vllm.weights import WeightsWatch
+from flex_nano_vllm.models import WeightsWatch, max_positions
+from flex_nano_vllm.sampling_params import default_params, not_expressed, sampling_defaults
 
 # --- modes -------------------------------------------------------------------------------------------------------
 

@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.exactness import greedy_in_all_company, greedy_tokens, greedy_under_preemption, hf_generate
 from benchmarks.tasks import held_out_questions, is_right, prompt_text
 from flex_nano_vllm import Inference, SamplingParams, masks
-from flex_nano_vllm.loading import EMBEDDED_MODELS
-from flex_nano_vllm.model_spec import layer_windows
+from flex_nano_vllm.models import EMBEDDED_MODELS, layer_windows
 from flex_nano_vllm.page_table import PageTable
 
 FOLDER = EMBEDDED_MODELS["tiny-gemma2"]
@@ -193,7 +192,7 @@ def test_answers_equal_generate_in_batches_of_any_composition(dtype):
 
 def no_window(monkeypatch):
     """Remove the window everywhere: pages outside it are released, so removing only its mask would change little."""
-    monkeypatch.setattr("flex_nano_vllm.model_spec.layer_windows", lambda model: [None] * len(model.model.layers))
+    monkeypatch.setattr("flex_nano_vllm.models.layer_windows", lambda model: [None] * len(model.model.layers))
 
 
 def windows_everywhere(monkeypatch):

@@ -40,10 +40,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.random_models import byte_tokenizer
 from flex_nano_vllm import Inference
-from flex_nano_vllm.chat import chat_token_ids
 from flex_nano_vllm.grammar import MAX_SCHEMA_BYTES, GrammarCompiler, json_rule
-from flex_nano_vllm.loading import EMBEDDED_MODELS
-from flex_nano_vllm.tools import (
+from flex_nano_vllm.input_processor import chat_token_ids
+from flex_nano_vllm.models import EMBEDDED_MODELS
+from flex_nano_vllm.server_tools import (
     CALL_FORMS,
     MAX_CALLS,
     CallArguments,
@@ -53,7 +53,7 @@ from flex_nano_vllm.tools import (
     tools_grammar,
     visible_added_tokens,
 )
-from flex_nano_vllm.tools import call_form as form_of_template
+from flex_nano_vllm.server_tools import call_form as form_of_template
 
 CHATS = "/v1/chat/completions"
 EVERY_FORM = pytest.mark.parametrize("form", CALL_FORMS, ids=["Hermes", "Mistral", "Llama"])
@@ -851,7 +851,7 @@ def test_only_requests_that_may_call_tools_are_rejected_if_the_template_does_not
 def test_without_llguidance_optional_calls_are_found_and_required_calls_are_rejected(parrot, client, monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     monkeypatch.setattr(parrot.engine.input_processor, "_grammars", None)
-    monkeypatch.setattr("flex_nano_vllm.chat_turn.find_spec", lambda name: None)
+    monkeypatch.setattr("flex_nano_vllm.server_chat.find_spec", lambda name: None)
     assert one(client, say(written(HERMES, CALL_F)), tools=[f, g]) == (None, [CALL_F], "tool_calls")
     with pytest.raises(openai.BadRequestError, match="llguidance"):
         client.chat.completions.create(model=MODEL, messages=say("x"), tools=[f], tool_choice="required")

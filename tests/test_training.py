@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from examples import train_tiny_gemma2 as training
 from examples.train_tiny_gemma2 import EOS, IGNORED, PAD, Options
 from flex_nano_vllm import Inference
-from flex_nano_vllm.loading import EMBEDDED_MODELS
+from flex_nano_vllm.models import EMBEDDED_MODELS
 
 OPTIONS = Options(output_dir="", steps=4, tokens_per_step=400, checkpoint_every=2)
 

@@ -20,7 +20,7 @@ from flex_nano_vllm.sampling_params import (
     SamplingParams,
     StructuredOutputsParams,
 )
-from flex_nano_vllm.tools import MAX_CALLS, MAX_TOOLS, tool_schemas
+from flex_nano_vllm.server_tools import MAX_CALLS, MAX_TOOLS, tool_schemas
 
 MAX_PROMPTS, MAX_SAMPLES = 64, 16
 MAX_CHOICES = 128  # prompts times samples

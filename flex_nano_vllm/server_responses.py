@@ -8,10 +8,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 
-from flex_nano_vllm.api_errors import APIError
-from flex_nano_vllm.chat_turn import ChatTurn
 from flex_nano_vllm.outputs import CompletionDelta, RequestOutput
-from flex_nano_vllm.protocol import (
+from flex_nano_vllm.sampling_params import MAX_LOGPROBS, InvalidRequestError
+from flex_nano_vllm.server_chat import ChatTurn
+from flex_nano_vllm.server_guard import APIError
+from flex_nano_vllm.server_protocol import (
     MAX_MESSAGES,
     MAX_PARTS,
     ChatCompletionRequest,
@@ -23,9 +24,8 @@ from flex_nano_vllm.protocol import (
     Text,
     unsupported,
 )
-from flex_nano_vllm.replies import DONE, chat_logprobs, new_call_id, new_id, server_sent_event
-from flex_nano_vllm.sampling_params import MAX_LOGPROBS, InvalidRequestError
-from flex_nano_vllm.tools import MAX_TOOLS, CallArguments, CallStart, TextPiece
+from flex_nano_vllm.server_replies import DONE, chat_logprobs, new_call_id, new_id, server_sent_event
+from flex_nano_vllm.server_tools import MAX_TOOLS, CallArguments, CallStart, TextPiece
 
 # Chat or engine name of a parameter -> name in this API, where the two differ
 API_NAMES = {

@@ -1,15 +1,19 @@
-"""The properties of a model that the engine depends on, and which models are supported. Does not change the model."""
+"""The Hugging Face model of an engine: loads it, reads its properties, and detects changes of its weights."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from flex_nano_vllm.masks import LayerMask, layer_mask
 from flex_nano_vllm.sampling_params import is_int
 
 # tests/test_exactness.py compares the tokens of each of these types with Hugging Face's `generate`.
+# Trained for this package (examples/train_tiny_gemma2.py), and small enough to be included in it
+EMBEDDED_MODELS = {"tiny-gemma2": Path(__file__).parent / "tiny_gemma2"}
 SUPPORTED_MODEL_TYPES = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 
 
@@ -118,3 +122,70 @@ def _eos_token_ids(*configs: object) -> frozenset[int]:
 def layer_masks(model: PreTrainedModel) -> list[LayerMask]:
     """Return the mask of each layer. To try another mask, return it here."""
     return [layer_mask(window) for window in layer_windows(model)]
+
+
+def load(
+    path_or_id: str, dtype: torch.dtype | str = "auto", device: torch.device | str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load model and tokenizer from a folder, a hub id, or "tiny-gemma2", the small trained model in this package.
+
+    `device` defaults to the GPU if there is one. Weights are read from safetensors only. Code that comes with a model
+    is never run: a repository with its own code raises ValueError.
+    """
+    path_or_id = str(EMBEDDED_MODELS.get(path_or_id, path_or_id))
+    refusal = f"{path_or_id} contains its own code (auto_map): load the model yourself if you trust it"
+    try:
+        config = AutoConfig.from_pretrained(path_or_id, trust_remote_code=False)
+    except ValueError as error:
+        raise ValueError(refusal if "trust_remote_code" in str(error) else str(error)) from error
+    if getattr(config, "auto_map", None):
+        raise ValueError(refusal)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(path_or_id, trust_remote_code=False)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ValueError(
+            f"{path_or_id} has no tokenizer, or one without tokens: load both yourself and pass them to Inference"
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        path_or_id, dtype=dtype, device_map=device, use_safetensors=True, trust_remote_code=False
+    )
+    return model, tokenizer
+
+
+class WeightsWatch:
+    """Detects changes of a model between two checks.
+
+    It detects parameters that were written to (`load_state_dict`, an optimizer step) or replaced, modules that were
+    replaced, and PEFT adapters that were enabled, disabled, exchanged or scaled.
+
+    A check costs about a microsecond per parameter. It does not detect writes through `.data` or to buffers, writes to
+    parameters that were created in inference mode, or forward hooks.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self._remember()
+
+    def has_changed(self) -> bool:
+        """Return whether the model has changed since the last check."""
+        if self._look() == self._seen:
+            return False
+        self._remember()
+        return True
+
+    def _remember(self) -> None:
+        modules = list(self.model.modules())
+        self._parts = [part for module in modules for part in (module._parameters, module._modules) if part]
+        tensors = [member for part in self._parts for member in part.values() if isinstance(member, torch.Tensor)]
+        self._versioned = [tensor for tensor in tensors if not tensor.is_inference()]
+        self._adapters = [module for module in modules if hasattr(module, "_disable_adapters")]
+        self._seen = self._look()
+
+    def _look(self) -> tuple[list[Any], ...]:
+        members = [id(member) for part in self._parts for member in part.values()]
+        versions = [tensor._version for tensor in self._versioned]
+        adapters = [
+            (module._disable_adapters, list(module.active_adapters), dict(getattr(module, "scaling", {})))
+            for module in self._adapters
+        ]
+        return members, versions, adapters
