@@ -85,15 +85,6 @@ class Geometry:
             return None
         return window
 
-    def pages_held(self, window: int | None, num_tokens: int) -> int:
-        """Return how many pages a row of `num_tokens` tokens holds while its last token is computed.
-
-        The pages are those in the pool for the layers of `window`.
-        """
-        retained = self.pool_of(window)
-        first = 0 if retained is None else max(0, num_tokens - 1 - retained) // self.page_size
-        return cdiv(num_tokens, self.page_size) - first
-
     def most_pages(self, num_tokens: int) -> int:
         """Return the most pages of the primary pool that a row of `num_tokens` tokens holds at once."""
         primary = next(iter(self.pools))

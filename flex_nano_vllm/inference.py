@@ -1,35 +1,31 @@
 """The engine's public interface: prompts in, texts out. Independent of page arithmetic and masks."""
 
-import functools
 import logging
 import threading
 import time
 import weakref
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flex_nano_vllm.geometry import Geometry, cdiv
 from flex_nano_vllm.input_processor import InputProcessor, Prompt, check_streamed
 from flex_nano_vllm.invariants import check_scheduler
 from flex_nano_vllm.kv_manager import KVManager
-from flex_nano_vllm.memory import Plan, check_pool_fits, make_plan, pool_size
-from flex_nano_vllm.models import WeightsWatch, load, spec_of
-from flex_nano_vllm.output_processor import OutputReader, request_output
-from flex_nano_vllm.outputs import CompletionDelta, EngineStats, RequestOutput, StepMetrics
+from flex_nano_vllm.memory import Plan, check_size, fitted_geometry, make_plan, requested_geometry
+from flex_nano_vllm.models import WeightsWatch, load, resolve_compile, spec_of
+from flex_nano_vllm.output_processor import OutputReader, ProgressBar, Statistics, request_output
+from flex_nano_vllm.outputs import CompletionDelta, EngineStats, RequestOutput
 from flex_nano_vllm.page_table import PageTable
 from flex_nano_vllm.patching import unpatch_model
 from flex_nano_vllm.policies import Policy, queue_key
-from flex_nano_vllm.runner import ModelRunner, why_not_compiled
+from flex_nano_vllm.runner import ModelRunner
 from flex_nano_vllm.sampler import Sampler
-from flex_nano_vllm.sampling_params import SamplingParams, default_params, is_int, not_applied, shortened
-from flex_nano_vllm.scheduler import Chunk, Scheduler
+from flex_nano_vllm.sampling_params import SamplingParams, default_params
+from flex_nano_vllm.scheduler import Scheduler
 from flex_nano_vllm.sequence import Sequence
 
 logger = logging.getLogger(__name__)
@@ -91,67 +87,25 @@ class Inference:
         record_steps: bool = False,
     ):
         spec = spec_of(model)
-        max_seq_length = spec.max_positions if max_seq_length is None else max_seq_length
-        on_cpu = spec.device.type == "cpu"
-        if page_size is None:
-            page_size = 64 if on_cpu else 128
-        if max_num_batched_tokens is None:
-            max_num_batched_tokens = 1024 if on_cpu else 2048
-        _check_size("max_batch_size", max_batch_size, 1)
-        _check_size("max_seq_length", max_seq_length, 2, "a prompt token and a generated token")
-        _check_size("page_size", page_size, 1)
-        _check_size("max_num_batched_tokens", max_num_batched_tokens, 1)
-        _check_size("watermark", watermark, 0)
+        check_size("watermark", watermark, 0)
         key = queue_key(policy)
-        if n_pages is not None:
-            _check_size("n_pages", n_pages, 2, "page 0 is reserved")
-        if max_seq_length > spec.max_positions:
-            raise ValueError(
-                f"max_seq_length={max_seq_length} is more than the {spec.max_positions} positions of the model"
-            )
-        obstacle = why_not_compiled(spec.device, spec.dtype, page_size)
-        if compile and obstacle:
-            raise ValueError(f"compile=True, but {obstacle}")
-        if compile is None and obstacle:
-            _warn_uncompiled(obstacle)
+        sizes = max_batch_size, max_seq_length, n_pages, page_size, max_num_batched_tokens
+        geometry = requested_geometry(spec, *sizes, enable_window_release)
+        compiled = resolve_compile(compile, spec, geometry.page_size)
         _release_model(model)  # before free memory is measured
-        geometry = Geometry(
-            1 + max_batch_size * cdiv(max_seq_length, page_size) if n_pages is None else n_pages,
-            page_size,
-            max_batch_size,
-            max_seq_length,
-            max_num_batched_tokens,
-            tuple(mask.window for mask in spec.masks),
-            enable_window_release,
-        )
-        if n_pages is None:
-            n_pages = pool_size(spec, geometry)
-        # Every running sequence holds a page.
-        geometry = replace(geometry, n_pages=n_pages, max_batch_size=min(max_batch_size, n_pages - 1))
-        check_pool_fits(spec, geometry)
-
+        geometry = fitted_geometry(spec, geometry, n_pages)
         self.model, self.spec, self.tokenizer = model, spec, tokenizer
         with torch.inference_mode(False):  # buffers made in that mode cannot be written outside of it
             self.kv = KVManager(geometry, spec.device, enable_prefix_caching)
-        self.max_seq_length, self.max_request_tokens = max_seq_length, geometry.max_request_tokens
-        if self.max_request_tokens < 2:
-            raise ValueError(
-                f"n_pages={n_pages} of page_size={page_size} cannot hold a prompt token and a generated token"
-            )
-        self.scheduler = Scheduler(self.kv, max_num_batched_tokens, watermark)
-        self.input_processor = InputProcessor(spec, tokenizer, geometry, key)
-        self.warns_of_defaults = bool(not_applied(model.generation_config, SamplingParams()))  # until the first warning
-        self.steps: list[StepMetrics] = []
-        self._record_steps = record_steps
-        self._start_time = time.perf_counter()
-        self._num_finished = self._num_steps = 0
-        self._finish_reasons = Counter()
-        self._num_computed_tokens = 0
+        self.max_seq_length, self.max_request_tokens = geometry.max_seq_length, geometry.max_request_tokens
+        self.scheduler = Scheduler(self.kv, geometry.max_num_batched_tokens, watermark)
+        self.input_processor = InputProcessor(spec, tokenizer, geometry, key, model.generation_config)
+        self.statistics = Statistics(self.scheduler, record_steps)
+        self.steps = self.statistics.steps
         self._unreported: dict[int, list[Sequence]] = {}  # finished requests, not yet returned
         self._abandoned: deque[int] = deque()  # requests of closed streams, aborted by the next call
         self._in_use = threading.Lock()
         self.owner: threading.Thread | None = None  # set by `AsyncInference`: the only thread that may call
-        compiled = obstacle is None if compile is None else compile
         with torch.inference_mode(False):
             self.runner = ModelRunner(model, spec, self.kv, compiled, enable_cascade)
         self.sampler = Sampler(compiled, spec.device.type)
@@ -215,19 +169,12 @@ class Inference:
             try:
                 for group in requests:
                     self._add(group)
-                with tqdm(total=len(requests), unit="req", dynamic_ncols=True, disable=not use_tqdm) as bar:
-                    started, num_tokens = time.perf_counter(), 0
-                    self.runner.on_compile = lambda: bar.set_description(self.runner.compile_notice)
+                with ProgressBar(len(requests), use_tqdm) as bar:
+                    self.runner.on_compile = bar.announce
                     while self.has_unfinished_requests():
                         self._step()
-                        if getattr(bar, "desc", ""):  # a disabled bar has none
-                            bar.set_description()
-                        for output in self._report():
+                        for output in bar.count(self._report()):
                             outputs[output.request_id] = output
-                            num_tokens += sum(len(completion.token_ids) for completion in output.outputs)
-                            rate = num_tokens / (time.perf_counter() - started)
-                            bar.set_postfix_str(f"{rate:.0f} tok/s", refresh=False)
-                            bar.update()
             except BaseException:
                 self._forget_requests()
                 raise
@@ -370,25 +317,11 @@ class Inference:
             self.kv.reset()
         for sequence in group:
             self.scheduler.add(sequence)
-        if self.warns_of_defaults:
-            self._warn_of_defaults(group[0].params)
         return group[0].request_id
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Return the parameters stated in the model's `generation_config`, as in vLLM."""
         return default_params(self.model.generation_config)
-
-    def _warn_of_defaults(self, params: SamplingParams) -> None:
-        """Log once which settings in `generation_config` apply to `model.generate` but not to the request."""
-        missing = not_applied(self.model.generation_config, params)
-        if missing:
-            self.warns_of_defaults = False
-            stated = ", ".join(f"{name}={value!r}" for name, value in missing.items())
-            logger.warning(
-                "the model's generation_config states %s: model.generate applies these settings, but this request does "
-                "not (get_default_sampling_params() returns those that are supported)",
-                stated[:400],
-            )
 
     def _step(self) -> None:
         started = time.perf_counter()
@@ -397,20 +330,15 @@ class Inference:
             samples = self.sampler(self.runner.forward(chunks), chunks)
             for sequence in self.scheduler.commit(chunks, samples):
                 self._close(sequence.group)
-            self._measure(chunks, started)
+            self.statistics.count_step(chunks, started)
 
     def _close(self, group: list[Sequence]) -> None:
         """Record that a request has ended, if all of its samples have. Its output is built when it is returned."""
         if group and all(sequence.finish_reason for sequence in group):  # empty: already recorded
-            group[0].metrics.finished_time = time.perf_counter()
-            self._count(group)
+            self.statistics.count_request(group)
             self._unreported[group[0].request_id] = group
-
-    def _count(self, group: list[Sequence]) -> None:
-        self._num_finished += 1
-        self._finish_reasons.update(sequence.finish_reason for sequence in group)
-        for sequence in group:
-            sequence.group = []
+            for sequence in group:
+                sequence.group = []
 
     def _report(self) -> list[RequestOutput]:
         outputs = [request_output(group, self.tokenizer) for group in self._unreported.values()]
@@ -441,30 +369,11 @@ class Inference:
 
         If the engine would reject such a request, the plan has the reason. Raises ValueError for lengths less than 1.
         """
-        _check_size("prompt_len", prompt_len, 1)
-        _check_size("max_tokens", max_tokens, 1)
         return make_plan(self.spec, self.kv.geometry, prompt_len, max_tokens)
 
     def stats(self) -> EngineStats:
         """Return the current state and the counters of the engine."""
-        table = self.page_table
-        return EngineStats(
-            num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting),
-            num_used_pages=table.num_used_pages,
-            num_free_pages=table.num_free_pages,
-            kv_usage=table.num_used_pages / table.num_usable_pages,
-            num_preemptions=self.scheduler.num_preemptions,
-            num_steps=self._num_steps,
-            num_computed_tokens=self._num_computed_tokens,
-            num_generated_tokens=self.scheduler.num_generated_tokens,
-            num_finished_requests=self._num_finished,
-            finish_reasons=dict(self._finish_reasons),
-            num_evictable_pages=table.num_evictable_pages,
-            num_prompt_tokens=self.scheduler.num_prompt_tokens,
-            num_cached_tokens=self.scheduler.num_cached_tokens,
-            cache_hit_rate=self.scheduler.num_cached_tokens / max(1, self.scheduler.num_prompt_tokens),
-        )
+        return self.statistics.stats()
 
     def check_invariants(self) -> None:
         """Check the bookkeeping of requests, rows and pages. Raises AssertionError if it is inconsistent."""
@@ -482,38 +391,6 @@ class Inference:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    def _measure(self, chunks: list[Chunk], started: float) -> None:
-        """Set the time stamps of the sequences of a step that began at `started`, and update the counters."""
-        now = time.perf_counter()
-        for chunk in chunks:
-            metrics = chunk.sequence.metrics
-            if metrics.first_scheduled_time is None:
-                metrics.first_scheduled_time = started
-            if metrics.first_token_time is None and chunk.sequence.output_len:
-                metrics.first_token_time = now
-        num_tokens = sum(chunk.length for chunk in chunks)
-        num_decode_tokens = sum(
-            chunk.length == 1 and chunk.start >= chunk.sequence.num_prompt_tokens for chunk in chunks
-        )
-        self._num_steps += 1
-        self._num_computed_tokens += num_tokens
-        if self._record_steps:
-            stats = self.stats()
-            self.steps.append(
-                StepMetrics(
-                    step=self._num_steps,
-                    time=now - self._start_time,
-                    duration=now - started,
-                    num_prefill_tokens=num_tokens - num_decode_tokens,
-                    num_decode_tokens=num_decode_tokens,
-                    num_running=stats.num_running,
-                    num_waiting=stats.num_waiting,
-                    num_preemptions=stats.num_preemptions,
-                    num_used_pages=stats.num_used_pages,
-                    kv_usage=stats.kv_usage,
-                )
-            )
 
     def _forget_requests(self) -> None:
         self.scheduler.reset()
@@ -536,16 +413,6 @@ class Inference:
             yield
         finally:
             self._in_use.release()
-
-
-@functools.cache  # once per process and reason
-def _warn_uncompiled(reason: str) -> None:
-    logger.warning("FlexAttention runs uncompiled: %s", reason)
-
-
-def _check_size(name: str, value: int, least: int, reason: str = "") -> None:
-    if not is_int(value) or value < least:
-        raise ValueError(f"{name} must be an int >= {least}{f' ({reason})' if reason else ''}, got {shortened(value)}")
 
 
 def _release_model(model: PreTrainedModel) -> None:

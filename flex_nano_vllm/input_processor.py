@@ -5,6 +5,7 @@ An invalid request raises ValueError with the numbers and the remedy, before any
 
 import itertools
 import json
+import logging
 import re
 import threading
 from collections.abc import Callable
@@ -14,15 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 from jinja2.exceptions import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from flex_nano_vllm.detokenizer import Detokenizer, decode, special_token_names
 from flex_nano_vllm.geometry import Geometry, cdiv
 from flex_nano_vllm.grammar import Grammar, GrammarCompiler, string_limit
 from flex_nano_vllm.models import ModelSpec
 from flex_nano_vllm.outputs import RequestMetrics
-from flex_nano_vllm.sampling_params import MAX_SEED, InvalidRequestError, SamplingParams, is_int, shortened
+from flex_nano_vllm.sampling_params import MAX_SEED, InvalidRequestError, SamplingParams, is_int, not_applied, shortened
 from flex_nano_vllm.sequence import Sequence
+
+logger = logging.getLogger(__name__)
 
 Prompt = str | SequenceOf[int] | dict
 
@@ -169,7 +172,10 @@ class InputProcessor:
         tokenizer: PreTrainedTokenizerBase | None,
         geometry: Geometry,
         queue_key: Callable[[Sequence], tuple[float, ...]],
+        generation_config: GenerationConfig,
     ):
+        self.generation_config = generation_config
+        self.warns_of_defaults = bool(not_applied(generation_config, SamplingParams()))  # until the first warning
         self.tokenizer, self.geometry, self.queue_key = tokenizer, geometry, queue_key
         self.num_embeddings, self.num_logits = spec.num_embeddings, spec.num_logits
         # A tokenizer may have more tokens than the model, and a config may name an EOS token that does not exist.
@@ -281,7 +287,21 @@ class InputProcessor:
         key = self.queue_key(group[0])
         for sequence in group:
             sequence.queue_key = key
+        if self.warns_of_defaults:
+            self._warn_of_defaults(params)
         return group
+
+    def _warn_of_defaults(self, params: SamplingParams) -> None:
+        """Log once which settings in `generation_config` apply to `model.generate` but not to the request."""
+        missing = not_applied(self.generation_config, params)
+        if missing:
+            self.warns_of_defaults = False
+            stated = ", ".join(f"{name}={value!r}" for name, value in missing.items())
+            logger.warning(
+                "the model's generation_config states %s: model.generate applies these settings, but this request does "
+                "not (get_default_sampling_params() returns those that are supported)",
+                stated[:400],
+            )
 
     def tokenize(self, text: str) -> list[int]:
         """Return the token ids of a text prompt."""

@@ -9,9 +9,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from flex_nano_vllm.geometry import Geometry
+from flex_nano_vllm.geometry import Geometry, cdiv
 from flex_nano_vllm.models import ModelSpec
 from flex_nano_vllm.sampler import BYTES_PER_LOGIT, LOGPROB_ROWS_AT_ONCE
+from flex_nano_vllm.sampling_params import is_int, shortened
 from flex_nano_vllm.scheduler import MAX_PROMPT_LOGITS
 
 # Share of the free memory that the default pool takes. On a CPU, other processes need memory too.
@@ -90,6 +91,59 @@ def pool_size(spec: ModelSpec, geometry: Geometry) -> int:
     return affordable
 
 
+def check_size(name: str, value: int, least: int, reason: str = "") -> None:
+    """Raise ValueError unless an option is an int of at least `least`."""
+    if not is_int(value) or value < least:
+        raise ValueError(f"{name} must be an int >= {least}{f' ({reason})' if reason else ''}, got {shortened(value)}")
+
+
+def requested_geometry(
+    spec: ModelSpec,
+    max_batch_size: int,
+    max_seq_length: int | None,
+    n_pages: int | None,
+    page_size: int | None,
+    max_num_batched_tokens: int | None,
+    window_release: bool,
+) -> Geometry:
+    """Return the sizes that these options of `Inference` ask for (None: the default).
+
+    Raises ValueError for an option that is out of range.
+    """
+    on_cpu = spec.device.type == "cpu"
+    max_seq_length = spec.max_positions if max_seq_length is None else max_seq_length
+    page_size = (64 if on_cpu else 128) if page_size is None else page_size
+    budget = (1024 if on_cpu else 2048) if max_num_batched_tokens is None else max_num_batched_tokens
+    check_size("max_batch_size", max_batch_size, 1)
+    check_size("max_seq_length", max_seq_length, 2, "a prompt token and a generated token")
+    check_size("page_size", page_size, 1)
+    check_size("max_num_batched_tokens", budget, 1)
+    if n_pages is not None:
+        check_size("n_pages", n_pages, 2, "page 0 is reserved")
+    if max_seq_length > spec.max_positions:
+        raise ValueError(
+            f"max_seq_length={max_seq_length} is more than the {spec.max_positions} positions of the model"
+        )
+    enough = 1 + max_batch_size * cdiv(max_seq_length, page_size)
+    windows = tuple(mask.window for mask in spec.masks)
+    sizes = (page_size, max_batch_size, max_seq_length, budget, windows, window_release)
+    return Geometry(enough if n_pages is None else n_pages, *sizes)
+
+
+def fitted_geometry(spec: ModelSpec, geometry: Geometry, n_pages: int | None) -> Geometry:
+    """Return the sizes with `n_pages` pages, None: as many as memory allows. Raises ValueError if they do not fit."""
+    if n_pages is None:
+        n_pages = pool_size(spec, geometry)
+    # Every running sequence holds a page.
+    geometry = replace(geometry, n_pages=n_pages, max_batch_size=min(geometry.max_batch_size, n_pages - 1))
+    check_pool_fits(spec, geometry)
+    if geometry.max_request_tokens < 2:
+        raise ValueError(
+            f"n_pages={n_pages} of page_size={geometry.page_size} cannot hold a prompt token and a generated token"
+        )
+    return geometry
+
+
 def check_pool_fits(spec: ModelSpec, geometry: Geometry) -> None:
     """Check that the pools fit into free memory. Raises ValueError with the sizes and the largest n_pages that fits."""
     needed = kv_bytes(spec, geometry)
@@ -142,14 +196,26 @@ class Plan:
         return "\n".join(lines)
 
 
+def pages_held(geometry: Geometry, window: int | None, num_tokens: int) -> int:
+    """Return how many pages a row of `num_tokens` tokens holds while its last token is computed.
+
+    The pages are those in the pool for the layers of `window`.
+    """
+    retained = geometry.pool_of(window)
+    first = 0 if retained is None else max(0, num_tokens - 1 - retained) // geometry.page_size
+    return cdiv(num_tokens, geometry.page_size) - first
+
+
 def make_plan(spec: ModelSpec, geometry: Geometry, prompt_len: int, max_tokens: int) -> Plan:
-    """Compute the plan for requests of these lengths."""
+    """Compute the plan for requests of these lengths. Raises ValueError for lengths less than 1."""
+    check_size("prompt_len", prompt_len, 1)
+    check_size("max_tokens", max_tokens, 1)
     refusal = geometry.refusal(prompt_len)
     num_tokens = min(prompt_len + max_tokens, geometry.max_request_tokens)
     num_layers = Counter(geometry.layer_windows)
     kinds = []
     for window, layers in num_layers.items():
-        pages = geometry.pages_held(window, num_tokens)
+        pages = pages_held(geometry, window, num_tokens)
         per_token = layers * token_bytes(spec)
         usable = geometry.pools[geometry.pool_of(window)] - 1
         kinds.append(LayerKind(window, layers, per_token, usable, pages, pages * geometry.page_size * per_token))

@@ -1,5 +1,12 @@
-"""The Hugging Face model of an engine: loads it, reads its properties, and detects changes of its weights."""
+"""The Hugging Face model of an engine: loads it, reads its properties, checks whether it is supported and can be
+compiled, and detects changes of its weights.
+"""
 
+import functools
+import logging
+import os
+import shutil
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +21,8 @@ from flex_nano_vllm.sampling_params import is_int
 # tests/test_exactness.py compares the tokens of each of these types with Hugging Face's `generate`.
 # Trained for this package (examples/train_tiny_gemma2.py), and small enough to be included in it
 EMBEDDED_MODELS = {"tiny-gemma2": Path(__file__).parent / "tiny_gemma2"}
+logger = logging.getLogger(__name__)
+
 SUPPORTED_MODEL_TYPES = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 
 
@@ -122,6 +131,44 @@ def _eos_token_ids(*configs: object) -> frozenset[int]:
 def layer_masks(model: PreTrainedModel) -> list[LayerMask]:
     """Return the mask of each layer. To try another mask, return it here."""
     return [layer_mask(window) for window in layer_windows(model)]
+
+
+def why_not_compiled(device: torch.device, dtype: torch.dtype, page_size: int) -> str | None:
+    """Return the reason why FlexAttention cannot be compiled here, or None if it can."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"FlexAttention has no kernel for {dtype}"
+    if device.type == "cuda":
+        if page_size < 16 or page_size & (page_size - 1):
+            return f"the CUDA kernel needs page_size to be a power of two of at least 16, not {page_size}"
+        language, variable, default = "C", "CC", "gcc"  # for Triton's launchers
+    elif device.type == "cpu":
+        if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+            return "FlexAttention's CPU kernel needs AVX2"
+        language, variable, default = "C++", "CXX", "g++"
+    else:
+        return f"FlexAttention has no kernel for {device.type}"
+    compiler = os.environ.get(variable, default)
+    if shutil.which(compiler) is None:
+        return f"there is no {language} compiler ({compiler} not found): install {default} or set {variable}"
+    headers = Path(sysconfig.get_path("include"))
+    if not (headers / "Python.h").exists():
+        return f"Python's C headers were not found in {headers}: install python3-dev"
+    return None
+
+
+def resolve_compile(compile: bool | None, spec: ModelSpec, page_size: int) -> bool:
+    """Return whether to compile, given the option of `Inference`. Raises ValueError if it is True but impossible."""
+    obstacle = why_not_compiled(spec.device, spec.dtype, page_size)
+    if compile and obstacle:
+        raise ValueError(f"compile=True, but {obstacle}")
+    if compile is None and obstacle:
+        _warn_uncompiled(obstacle)
+    return obstacle is None if compile is None else compile
+
+
+@functools.cache  # once per process and reason
+def _warn_uncompiled(reason: str) -> None:
+    logger.warning("FlexAttention runs uncompiled: %s", reason)
 
 
 def load(

@@ -1,14 +1,18 @@
-"""Turns sequences into outputs and deltas, with texts and log-probabilities. Independent of steps."""
+"""Turns sequences into outputs and deltas, and steps into statistics. Independent of how a step is computed."""
 
+import time
+from collections import Counter
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from itertools import islice
 
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from flex_nano_vllm.detokenizer import has_text, text_of, token_bytes, token_name
-from flex_nano_vllm.outputs import CompletionDelta, CompletionOutput, Logprob, RequestOutput
+from flex_nano_vllm.outputs import CompletionDelta, CompletionOutput, EngineStats, Logprob, RequestOutput, StepMetrics
+from flex_nano_vllm.scheduler import Chunk, Scheduler
 from flex_nano_vllm.sequence import Sequence, TokenLogprob
 
 
@@ -134,3 +138,109 @@ class OutputReader:
     def has_ended(self) -> bool:
         """Whether the last delta of every sample has been returned."""
         return all(self._ended)
+
+
+class ProgressBar:
+    """The progress bar of `generate`: finished requests, and generated tokens per second. Use it in a `with` block."""
+
+    def __init__(self, num_requests: int, is_shown: bool):
+        self._bar = tqdm(total=num_requests, unit="req", dynamic_ncols=True, disable=not is_shown)
+        self._started, self._num_tokens = time.perf_counter(), 0
+
+    def __enter__(self) -> "ProgressBar":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def announce(self, notice: str) -> None:
+        """Show a notice until the step ends."""
+        self._bar.set_description(notice)
+
+    def count(self, outputs: list[RequestOutput]) -> list[RequestOutput]:
+        """Count the requests that a step has finished, and return them."""
+        if getattr(self._bar, "desc", ""):  # a disabled bar has none
+            self._bar.set_description()
+        for output in outputs:
+            self._num_tokens += sum(len(completion.token_ids) for completion in output.outputs)
+            rate = self._num_tokens / (time.perf_counter() - self._started)
+            self._bar.set_postfix_str(f"{rate:.0f} tok/s", refresh=False)
+            self._bar.update()
+        return outputs
+
+
+class Statistics:
+    """Counts steps, tokens and requests, and sets the time stamps of requests.
+
+    Args:
+        record_steps: append a `StepMetrics` for every step to `steps`.
+    """
+
+    def __init__(self, scheduler: Scheduler, record_steps: bool):
+        self.scheduler, self.record_steps = scheduler, record_steps
+        self.steps: list[StepMetrics] = []
+        self._start_time = time.perf_counter()
+        self._num_steps = self._num_computed_tokens = self._num_finished = 0
+        self._num_prompt_tokens = self._num_cached_tokens = 0  # totals of requests that have computed a chunk
+        self._finish_reasons = Counter()
+
+    def count_step(self, chunks: list[Chunk], started: float) -> None:
+        """Count a committed step that began at `started`, and set the time stamps of its requests."""
+        now = time.perf_counter()
+        for chunk in chunks:
+            metrics = chunk.sequence.metrics
+            if metrics.first_scheduled_time is None:  # the first sample: a fork's shared prompt is no cache hit
+                metrics.first_scheduled_time = started
+                self._num_prompt_tokens += chunk.sequence.num_prompt_tokens
+                self._num_cached_tokens += chunk.start
+            if metrics.first_token_time is None and chunk.sequence.output_len:
+                metrics.first_token_time = now
+        num_tokens = sum(chunk.length for chunk in chunks)
+        num_decode_tokens = sum(
+            chunk.length == 1 and chunk.start >= chunk.sequence.num_prompt_tokens for chunk in chunks
+        )
+        self._num_steps += 1
+        self._num_computed_tokens += num_tokens
+        if self.record_steps:
+            stats = self.stats()
+            self.steps.append(
+                StepMetrics(
+                    step=self._num_steps,
+                    time=now - self._start_time,
+                    duration=now - started,
+                    num_prefill_tokens=num_tokens - num_decode_tokens,
+                    num_decode_tokens=num_decode_tokens,
+                    num_running=stats.num_running,
+                    num_waiting=stats.num_waiting,
+                    num_preemptions=stats.num_preemptions,
+                    num_used_pages=stats.num_used_pages,
+                    kv_usage=stats.kv_usage,
+                )
+            )
+
+    def count_request(self, group: list[Sequence]) -> None:
+        """Count a request that has ended."""
+        group[0].metrics.finished_time = time.perf_counter()
+        self._num_finished += 1
+        self._finish_reasons.update(sequence.finish_reason for sequence in group)
+
+    def stats(self) -> EngineStats:
+        """Return the current state and the counters."""
+        table = self.scheduler.kv.primary
+        return EngineStats(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            num_used_pages=table.num_used_pages,
+            num_free_pages=table.num_free_pages,
+            kv_usage=table.num_used_pages / table.num_usable_pages,
+            num_preemptions=self.scheduler.num_preemptions,
+            num_steps=self._num_steps,
+            num_computed_tokens=self._num_computed_tokens,
+            num_generated_tokens=self.scheduler.num_generated_tokens,
+            num_finished_requests=self._num_finished,
+            finish_reasons=dict(self._finish_reasons),
+            num_evictable_pages=table.num_evictable_pages,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_cached_tokens=self._num_cached_tokens,
+            cache_hit_rate=self._num_cached_tokens / max(1, self._num_prompt_tokens),
+        )

@@ -4,12 +4,8 @@ import functools
 import gc
 import logging
 import math
-import os
-import shutil
-import sysconfig
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -48,29 +44,6 @@ LARGE_TILE_ROWS = {"cuda": 128, "cpu": 16}
 logger = logging.getLogger(__name__)
 
 
-def why_not_compiled(device: torch.device, dtype: torch.dtype, page_size: int) -> str | None:
-    """Return the reason why FlexAttention cannot be compiled here, or None if it can."""
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"FlexAttention has no kernel for {dtype}"
-    if device.type == "cuda":
-        if page_size < 16 or page_size & (page_size - 1):
-            return f"the CUDA kernel needs page_size to be a power of two of at least 16, not {page_size}"
-        language, variable, default = "C", "CC", "gcc"  # for Triton's launchers
-    elif device.type == "cpu":
-        if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-            return "FlexAttention's CPU kernel needs AVX2"
-        language, variable, default = "C++", "CXX", "g++"
-    else:
-        return f"FlexAttention has no kernel for {device.type}"
-    compiler = os.environ.get(variable, default)
-    if shutil.which(compiler) is None:
-        return f"there is no {language} compiler ({compiler} not found): install {default} or set {variable}"
-    headers = Path(sysconfig.get_path("include"))
-    if not (headers / "Python.h").exists():
-        return f"Python's C headers were not found in {headers}: install python3-dev"
-    return None
-
-
 class ModelRunner:
     """Owns the patched model, in two compiled forms.
 
@@ -107,7 +80,7 @@ class ModelRunner:
         self.flex = compile_flex_attention(model.device.type, compiled)
         self.model_of_any_length, self.model_of_decodes = model, None
         self._compiled_shapes: set[tuple] = set()  # what identifies the graphs of the steps so far
-        self.on_compile: Callable[[], None] | None = None  # called before a step that compiles
+        self.on_compile: Callable[[str], None] | None = None  # called with a notice before a step that compiles
         if compiled:
             make = functools.partial(torch.compile, fullgraph=True, backend=inductor(model.device.type))
             self.model_of_any_length = make(model, dynamic=True, options=dict(UNGUARDED))
@@ -162,17 +135,13 @@ class ModelRunner:
         self._compiled_shapes |= shapes
         return logits[: len(logits) - num_padding]
 
-    @property
-    def compile_notice(self) -> str:
-        """What a user should know before the first step."""
-        return f"compiling up to {self.max_graphs} graphs: 2-3 minutes the first time, seconds later"
-
     def _announce_compilation(self) -> None:
         """Log the first compilation, and call `on_compile` before each one."""
+        notice = f"compiling up to {self.max_graphs} graphs: 2-3 minutes the first time, seconds later"
         if not self._compiled_shapes:
-            logger.info(self.compile_notice)
+            logger.info(notice)
         if self.on_compile is not None:
-            self.on_compile()
+            self.on_compile(notice)
 
     def _copy_pages(self) -> None:
         """Copy pages for forked sequences, in every layer, before the step writes to the pages."""

@@ -79,7 +79,6 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preemptions = 0
-        self.num_prompt_tokens = self.num_cached_tokens = 0  # totals of requests that have computed a chunk
         self.num_generated_tokens = 0
 
     def has_unfinished_requests(self) -> bool:
@@ -202,9 +201,6 @@ class Scheduler:
             sequence = chunk.sequence
             if sequence.num_cached_tokens is None:
                 sequence.num_cached_tokens = chunk.start
-                if sequence.index == 0:  # forks are not counted: their shared prompt is not a cache hit
-                    self.num_prompt_tokens += sequence.num_prompt_tokens
-                    self.num_cached_tokens += chunk.start
             sequence.prompt_logprobs += sample.prompt_logprobs
             if sample.token_ids is None:
                 sequence.fail()  # its pages are released without being cached

@@ -508,7 +508,8 @@ def serve(
         defaults = server_defaults(engine) if generation_config == GenerationConfigSource.model else {}
     except ValueError as error:
         raise SystemExit(f"invalid generation_config: {error}; --generation-config none ignores it") from None
-    engine.warns_of_defaults = False  # --generation-config decides, and settings that are not applied are logged
+    # --generation-config decides, and settings that are not applied are logged
+    engine.input_processor.warns_of_defaults = False
     shared = AsyncInference(engine, max_waiting)
     if engine.runner.compiled:
         asyncio.run(shared.warmup())

@@ -16,6 +16,7 @@ from flex_nano_vllm import SamplingParams, async_inference, inference
 from flex_nano_vllm import output_processor as answers_module
 from flex_nano_vllm.async_inference import AsyncInference, EngineBusy, EngineClosing, EngineDead, EngineError
 from flex_nano_vllm.detokenizer import Detokenizer
+from flex_nano_vllm.output_processor import Statistics
 from flex_nano_vllm.page_table import PageTable
 from flex_nano_vllm.runner import ModelRunner
 from flex_nano_vllm.sampler import Sampler
@@ -620,8 +621,8 @@ SEAMS = [
     (Scheduler, "_release", 2),
     (inference.Inference, "_close", 1),
     (inference.Inference, "_close", 2),
-    (inference.Inference, "_measure", 1),
-    (inference.Inference, "_measure", 4),
+    (Statistics, "count_step", 1),
+    (Statistics, "count_step", 4),
     (inference, "request_output", 1),
     (inference, "request_output", 2),
 ]

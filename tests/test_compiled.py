@@ -14,16 +14,15 @@ from tiny_models import VOCABULARY, hf_generate, tiny_model
 from torch.torch_version import TorchVersion
 from tqdm import tqdm
 
-from flex_nano_vllm import Inference, SamplingParams, inference
+from flex_nano_vllm import Inference, SamplingParams, models, output_processor
 from flex_nano_vllm.attention import PagedKVCache, kernel_options, step_in_progress
-from flex_nano_vllm.compiling import DYNAMO_CONFIG, inductor
+from flex_nano_vllm.compiling import DYNAMO_CONFIG, inductor, why_not_compiled
 from flex_nano_vllm.geometry import Geometry
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.runner import (
     compile_flex_attention,
     decode_buckets,
     tile_kinds,
-    why_not_compiled,
 )
 from flex_nano_vllm.scheduler import Chunk
 from flex_nano_vllm.step import StepBatch, TileKind
@@ -119,7 +118,7 @@ def test_compiled_tokens_of_other_architectures_equal_generate(architecture, mon
             descriptions.append(desc)
             super().set_description(desc, refresh)
 
-    monkeypatch.setattr(inference, "tqdm", Bar)
+    monkeypatch.setattr(output_processor, "tqdm", Bar)
     with caplog.at_level(logging.INFO), Inference(model, None, 1, **sizes) as engine:
         for use_tqdm in (True, False):
             outputs = engine.generate(PROMPTS[:3], SamplingParams(temperature=0, max_tokens=24), use_tqdm)
@@ -386,7 +385,7 @@ def test_compiled_bfloat16_tokens_are_within_half_a_nat_of_hugging_faces_choice(
 
 def test_engines_without_a_compiler_warn_once_and_run_uncompiled(caplog):
     model = tiny_model("llama", torch.float32)
-    inference._warn_uncompiled.cache_clear()
+    models._warn_uncompiled.cache_clear()
     with mock.patch("shutil.which", return_value=None):
         Inference(model, None, n_pages=8, page_size=16)
         engine = Inference(model, None, n_pages=8, page_size=16)

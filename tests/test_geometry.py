@@ -11,6 +11,7 @@ from flex_nano_vllm import Inference
 from flex_nano_vllm.geometry import Geometry
 from flex_nano_vllm.invariants import check_scheduler
 from flex_nano_vllm.kv_manager import KVManager
+from flex_nano_vllm.memory import pages_held
 from flex_nano_vllm.scheduler import Scheduler
 
 
@@ -61,7 +62,7 @@ def test_secondary_pools_never_run_out_and_no_row_holds_more_pages_than_predicte
         check_scheduler(scheduler)
         for window, sequence in itertools.product(sizes.layer_windows, scheduler.running):
             table = scheduler.kv.table(window)
-            assert table.num_pages(sequence.row) <= sizes.pages_held(window, sequence.num_computed_tokens)
+            assert table.num_pages(sequence.row) <= pages_held(sizes, window, sequence.num_computed_tokens)
     assert most > 1
 
 

@@ -223,7 +223,7 @@ def test_settings_of_the_model_that_a_request_does_not_apply_are_logged_once(rep
 @pytest.mark.parametrize("warns", [True, False])
 def test_a_shared_engine_logs_these_settings_unless_warns_of_defaults_is_false(repetitive, caplog, warns):
     with Inference(repetitive, None, **SIZES) as engine:
-        engine.warns_of_defaults = warns
+        engine.input_processor.warns_of_defaults = warns
 
         async def ask():
             async with AsyncInference(engine) as shared:
