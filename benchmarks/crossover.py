@@ -20,10 +20,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.report import device_name
 from flex_nano_vllm.attention import PagedKVCache, step_in_progress
+from flex_nano_vllm.device import why_not_compiled
 from flex_nano_vllm.geometry import Geometry, cdiv
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.masks import Causal
-from flex_nano_vllm.models import why_not_compiled
 from flex_nano_vllm.page_table import PageTable
 from flex_nano_vllm.runner import compile_flex_attention, decode_buckets, padding_chunk, tile_kinds
 from flex_nano_vllm.scheduler import Chunk

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 
+from flex_nano_vllm.device import kernel_options
 from flex_nano_vllm.masks import softcapped
 from flex_nano_vllm.step import StepBatch, TiledQueries
 
@@ -215,25 +216,6 @@ def _only_finite(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     finite = (key.isfinite() & value.isfinite()).all(dim=-1, keepdim=True).all(dim=1, keepdim=True)  # [1, 1, T, 1]
     return torch.where(finite, key, 0), torch.where(finite, value, 0), finite.flatten()
-
-
-def kernel_options(device: torch.device, q_block: int, page_size: int) -> dict[str, object] | None:
-    """Return kernel options with which the tile sizes of the Triton kernel divide the blocks of the mask.
-
-    Torch before 2.14 does not ensure this. The default sizes are tuned for the device and the head dim, and divide
-    blocks of 128. If a block is not a multiple of 128, the options set a small size, which does not need more shared
-    memory than the default.
-    "TRITON" is the main kernel. "AUTO" would select the flex-decoding kernel for few query rows. It has not been
-    measured whether that kernel is faster on small tiles.
-    """
-    if device.type != "cuda":
-        return None
-    options: dict[str, object] = {"BACKEND": "TRITON"}
-    if q_block % 128:
-        options["BLOCK_M"] = min(32, q_block & -q_block)  # the largest power of two that divides q_block
-    if page_size % 128:
-        options["BLOCK_N"] = 16
-    return options
 
 
 def paged_flex_attention(

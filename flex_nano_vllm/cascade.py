@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from flex_nano_vllm.device import upload
 from flex_nano_vllm.geometry import cdiv
 from flex_nano_vllm.masks import LayerMask, of_queries
 from flex_nano_vllm.page_table import PageTable, RowOf, widen
-from flex_nano_vllm.transfer import upload
 
 # Decodes are packed if that saves at least this many visits of a page by one kv head of one decode. The host's work for
 # packing costs about as much.

@@ -53,18 +53,6 @@ class Geometry:
         """The most tokens of one request, prompt and output together."""
         return min(self.max_seq_length, self.max_row_tokens)
 
-    def refusal(self, prompt_len: int) -> str | None:
-        """Return why a prompt of `prompt_len` tokens is rejected, None if it is accepted."""
-        if prompt_len < self.max_request_tokens:
-            return None
-        pool = f"{self.n_pages - 1} usable pages x {self.page_size}"
-        to_raise = "max_seq_length" if self.max_request_tokens == self.max_seq_length else "n_pages"
-        return (
-            f"has {prompt_len} tokens, but the maximum context length is {self.max_request_tokens} tokens, prompt and "
-            f"output together (max_seq_length={self.max_seq_length}; the pool has {pool} tokens): shorten the prompt "
-            f"or raise {to_raise}"
-        )
-
     @cached_property
     def layer_windows(self) -> tuple[int | None, ...]:
         """The window of each layer, None for full attention or if no row is longer than the window."""

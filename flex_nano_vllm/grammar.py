@@ -189,6 +189,23 @@ class Follower:
         self._matcher, self._is_shared, self._num_consumed = self._grammar.new_matcher(), False, 0
         return self._allowed(token_ids, start)
 
+    def allowed_of(self, token_ids: list[int], start: int, others: np.ndarray | None) -> tuple[np.ndarray, str | None]:
+        """Return the tokens that may follow the output and are in the bit mask `others`; the reason if there are none.
+
+        The arguments are those of `allowed`. `others` is None if it contains all tokens.
+        """
+        num_tokens = len(token_ids) - start
+        try:
+            mask = self.allowed(token_ids, start)
+        except ValueError as error:
+            reason = f"the grammar cannot be followed after {num_tokens} output tokens: {error}"
+            return np.zeros(self.num_words, dtype=np.int32), reason
+        if others is None:
+            return mask, None
+        mask = mask & others
+        reason = f"no token of allowed_token_ids continues the structured output after {num_tokens} tokens"
+        return mask, None if mask.any() else reason
+
     def _allowed(self, token_ids: list[int], start: int) -> np.ndarray:
         assert len(token_ids) - start >= self._num_consumed
         for token in token_ids[start + self._num_consumed :]:

@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from flex_nano_vllm.detokenizer import Detokenizer, decode, special_token_names
 from flex_nano_vllm.geometry import Geometry, cdiv
 from flex_nano_vllm.grammar import Grammar, GrammarCompiler, string_limit
+from flex_nano_vllm.memory import refusal
 from flex_nano_vllm.models import ModelSpec
 from flex_nano_vllm.outputs import RequestMetrics
 from flex_nano_vllm.sampling_params import MAX_SEED, InvalidRequestError, SamplingParams, is_int, not_applied, shortened
@@ -241,9 +242,9 @@ class InputProcessor:
             prompt = _of_dict(prompt, name)
         with self.lock:
             token_ids = self.token_ids(prompt, name)
-            refusal = self.geometry.refusal(len(token_ids))
-            if refusal is not None:
-                raise InvalidRequestError(f"{name} {refusal}", "prompt", "context_length_exceeded")
+            reason = refusal(self.geometry, len(token_ids))
+            if reason is not None:
+                raise InvalidRequestError(f"{name} {reason}", "prompt", "context_length_exceeded")
             eos_token_ids = frozenset() if params.ignore_eos else self.eos_token_ids
             self._check_texts(params, follow, name)
             stop_string_ids = self._stop_string_ids(params)

@@ -1,6 +1,7 @@
-"""Checks of all bookkeeping: recomputes it from scratch and compares. Slow, but simple.
+"""Views of all bookkeeping: checks, which recompute it from scratch and compare, and the row that holds each page.
 
-It reads private fields, and changes nothing except that it uploads the changes of the page tables (`PageTable.sync`).
+The functions are slow, but simple. They read private fields. They change nothing except that the checks upload the
+changes of the page tables (`PageTable.sync`).
 """
 
 import numpy as np
@@ -45,6 +46,18 @@ def check_kv(kv: KVManager) -> None:
         for table in kv.pools.values():
             new = {table.page(row, i) for i in range(first_new, table.pages_for(table.num_tokens(row)))}
             assert new.isdisjoint(table.cached), f"a page of row {row} is cached before it is computed"
+
+
+def holders(table: PageTable) -> list[int]:
+    """Return for each page the lowest row that uses it: 0 if it is free, -1 if it is evictable, -2 for page 0."""
+    result = [0] * table.n_pages
+    for page in table._evictable:
+        result[page] = -1
+    for row in sorted(table._pages, reverse=True):
+        for page in table._pages[row].values():
+            result[page] = row
+    result[0] = -2
+    return result
 
 
 def check_page_table(table: PageTable) -> None:

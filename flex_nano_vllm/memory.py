@@ -1,38 +1,20 @@
 """Free memory of a device, the memory that KV pools need, and plans: how many requests fit. Independent of requests."""
 
 import bisect
-import contextlib
 from collections import Counter
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-import psutil
-import torch
-
+from flex_nano_vllm.device import free_bytes
 from flex_nano_vllm.geometry import Geometry, cdiv
+from flex_nano_vllm.logprobs import LOGPROB_ROWS_AT_ONCE
 from flex_nano_vllm.models import ModelSpec
-from flex_nano_vllm.sampler import BYTES_PER_LOGIT, LOGPROB_ROWS_AT_ONCE
+from flex_nano_vllm.sampler import BYTES_PER_LOGIT
 from flex_nano_vllm.sampling_params import is_int, shortened
 from flex_nano_vllm.scheduler import MAX_PROMPT_LOGITS
 
 # Share of the free memory that the default pool takes. On a CPU, other processes need memory too.
 DEFAULT_SHARE = {"cuda": 0.9}
 DEFAULT_SHARE_ELSEWHERE = 0.5
-
-
-def free_bytes(device: torch.device) -> int:
-    """Return the bytes that can still be allocated on the device, within the memory limit of a container if any."""
-    if device.type == "cuda":
-        # Memory that torch's caching allocator has reserved but does not use counts as free.
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    free = psutil.virtual_memory().available
-    cgroup = Path("/sys/fs/cgroup")  # version 2, as Docker and Kubernetes mount it
-    with contextlib.suppress(OSError, ValueError):  # no cgroup, or its limit is "max"
-        limit, used = (int((cgroup / name).read_text(encoding="utf-8")) for name in ("memory.max", "memory.current"))
-        statistics = dict(line.split() for line in (cgroup / "memory.stat").read_text(encoding="utf-8").splitlines())
-        free = min(free, limit - used + int(statistics["file"]))  # the system can evict its page cache
-    return free
 
 
 def step_bytes(spec: ModelSpec, geometry: Geometry) -> int:
@@ -196,6 +178,19 @@ class Plan:
         return "\n".join(lines)
 
 
+def refusal(geometry: Geometry, prompt_len: int) -> str | None:
+    """Return why a prompt of `prompt_len` tokens is rejected, None if it is accepted."""
+    if prompt_len < geometry.max_request_tokens:
+        return None
+    pool = f"{geometry.n_pages - 1} usable pages x {geometry.page_size}"
+    to_raise = "max_seq_length" if geometry.max_request_tokens == geometry.max_seq_length else "n_pages"
+    return (
+        f"has {prompt_len} tokens, but the maximum context length is {geometry.max_request_tokens} tokens, prompt and "
+        f"output together (max_seq_length={geometry.max_seq_length}; the pool has {pool} tokens): shorten the prompt "
+        f"or raise {to_raise}"
+    )
+
+
 def pages_held(geometry: Geometry, window: int | None, num_tokens: int) -> int:
     """Return how many pages a row of `num_tokens` tokens holds while its last token is computed.
 
@@ -210,7 +205,7 @@ def make_plan(spec: ModelSpec, geometry: Geometry, prompt_len: int, max_tokens: 
     """Compute the plan for requests of these lengths. Raises ValueError for lengths less than 1."""
     check_size("prompt_len", prompt_len, 1)
     check_size("max_tokens", max_tokens, 1)
-    refusal = geometry.refusal(prompt_len)
+    reason = refusal(geometry, prompt_len)
     num_tokens = min(prompt_len + max_tokens, geometry.max_request_tokens)
     num_layers = Counter(geometry.layer_windows)
     kinds = []
@@ -222,4 +217,4 @@ def make_plan(spec: ModelSpec, geometry: Geometry, prompt_len: int, max_tokens: 
     rows = min(geometry.max_batch_size, geometry.max_num_batched_tokens)  # each needs a token per step
     at_once = min(rows, (geometry.n_pages - 1) // geometry.most_pages(num_tokens))
     new_tokens = max(0, num_tokens - prompt_len)
-    return Plan(prompt_len, max_tokens, tuple(kinds), new_tokens, 0 if refusal else at_once, refusal)
+    return Plan(prompt_len, max_tokens, tuple(kinds), new_tokens, 0 if reason else at_once, reason)

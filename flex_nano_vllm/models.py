@@ -4,9 +4,6 @@ compiled, and detects changes of its weights.
 
 import functools
 import logging
-import os
-import shutil
-import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from flex_nano_vllm.device import why_not_compiled
 from flex_nano_vllm.masks import LayerMask, layer_mask
 from flex_nano_vllm.sampling_params import is_int
 
@@ -131,29 +129,6 @@ def _eos_token_ids(*configs: object) -> frozenset[int]:
 def layer_masks(model: PreTrainedModel) -> list[LayerMask]:
     """Return the mask of each layer. To try another mask, return it here."""
     return [layer_mask(window) for window in layer_windows(model)]
-
-
-def why_not_compiled(device: torch.device, dtype: torch.dtype, page_size: int) -> str | None:
-    """Return the reason why FlexAttention cannot be compiled here, or None if it can."""
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"FlexAttention has no kernel for {dtype}"
-    if device.type == "cuda":
-        if page_size < 16 or page_size & (page_size - 1):
-            return f"the CUDA kernel needs page_size to be a power of two of at least 16, not {page_size}"
-        language, variable, default = "C", "CC", "gcc"  # for Triton's launchers
-    elif device.type == "cpu":
-        if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-            return "FlexAttention's CPU kernel needs AVX2"
-        language, variable, default = "C++", "CXX", "g++"
-    else:
-        return f"FlexAttention has no kernel for {device.type}"
-    compiler = os.environ.get(variable, default)
-    if shutil.which(compiler) is None:
-        return f"there is no {language} compiler ({compiler} not found): install {default} or set {variable}"
-    headers = Path(sysconfig.get_path("include"))
-    if not (headers / "Python.h").exists():
-        return f"Python's C headers were not found in {headers}: install python3-dev"
-    return None
 
 
 def resolve_compile(compile: bool | None, spec: ModelSpec, page_size: int) -> bool:

@@ -38,10 +38,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from flex_nano_vllm.device import upload
 from flex_nano_vllm.geometry import cdiv
 from flex_nano_vllm.masks import MaskMod, ScoreMod
 from flex_nano_vllm.prefix_cache import CachedPage
-from flex_nano_vllm.transfer import upload
 
 RowOf = Callable[[Tensor, Tensor], Tensor]  # (tile, q_idx) -> page-table row of a query
 
@@ -216,17 +216,6 @@ class PageTable:
     def page(self, row: int, logical: int) -> int | None:
         """Return the physical page of a logical page; None if `row` does not hold it."""
         return self._pages[row].get(logical)
-
-    def holders(self) -> list[int]:
-        """Return for each page the lowest row that uses it: 0 if it is free, -1 if it is evictable, -2 for page 0."""
-        holders = [0] * self.n_pages
-        for page in self._evictable:
-            holders[page] = -1
-        for row in sorted(self._pages, reverse=True):
-            for page in self._pages[row].values():
-                holders[page] = row
-        holders[0] = -2
-        return holders
 
     def cache_page(self, page: int, entry: CachedPage) -> None:
         """Cache a page in use: without users it becomes evictable, not free. `entry.pages` has it until eviction."""

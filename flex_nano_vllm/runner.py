@@ -3,7 +3,6 @@
 import functools
 import gc
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 from flex_nano_vllm.attention import ATTN_IMPLEMENTATION, step_in_progress
 from flex_nano_vllm.cascade import CascadeRule, PackedDecodes
 from flex_nano_vllm.compiling import UNGUARDED, compile_settings, inductor
+from flex_nano_vllm.device import num_processors, packed_tiles, tile_lens, upload
 from flex_nano_vllm.geometry import Geometry, cdiv
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.models import ModelSpec, attention_layers
@@ -34,12 +34,6 @@ from flex_nano_vllm.step import (
     pack_decodes,
     packed_queries,
 )
-from flex_nano_vllm.transfer import upload
-
-# Query rows of a large tile: tokens times G. On a GPU they fill a matrix-multiply tile. On a CPU this number was the
-# fastest. (With 64 and more query rows, torch's bfloat16 kernel first transposes the whole pool on CPUs that multiply
-# bfloat16 in hardware.)
-LARGE_TILE_ROWS = {"cuda": 128, "cpu": 16}
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +66,7 @@ class ModelRunner:
             kinds = (TileKind(tile_len=1, buckets=None),)
         masks, indices = distinct_masks(spec, geometry)
         most = min(max_batch_size, budget)
-        rule = cascade_rule(kinds, num_kv_heads, group_size, geometry, model.device) if cascade else None
+        rule = cascade_rule(num_kv_heads, group_size, geometry, model.device) if cascade else None
         self.layout = TileLayout(kinds, num_kv_heads, group_size, masks, indices[-1], compiled, rule)
         self._tables = self.layout.tables(kv)
         decodes = TileKind(kinds[0].tile_len, decode_buckets(most))
@@ -261,36 +255,22 @@ def tile_kinds(
     Small tiles have one bucket only: in a step with a prompt, the cost of padding tiles is negligible.
 
     The buckets are bounded, because each chunk has at most one unfilled tile and a step has at most `max_batch_size`
-    chunks. A CUDA tile has at least 16 query rows, the size of a matrix instruction. On a CPU the G query rows of one
-    decode are best. (A single query row is avoided: for it, torch 2.13 to 2.15 select a decoding kernel that does not
-    support our masks.)
+    chunks.
     """
-    small = 16 // math.gcd(16, group_size) if device_type == "cuda" else cdiv(2, group_size)
-    large = max(small * 2, LARGE_TILE_ROWS[device_type] // group_size)
-    large = 1 << (large.bit_length() - 1)  # a power of two, as are kernel tiles, which must divide the query block
+    small, large = tile_lens(group_size, device_type)
     bound = max_num_batched_tokens // large + max_batch_size
     return TileKind(small, (max(2, max_batch_size),)), TileKind(large, tuple(sorted({cdiv(bound, 4), bound})))
 
 
-def cascade_rule(
-    kinds: tuple[TileKind, ...], num_kv_heads: int, group_size: int, geometry: Geometry, device: torch.device
-) -> CascadeRule | None:
+def cascade_rule(num_kv_heads: int, group_size: int, geometry: Geometry, device: torch.device) -> CascadeRule | None:
     """Return the rule for packed tiles; None if they can never be faster.
 
-    Packed tiles are for steps with more than half of the largest number of decodes. On a CPU a tile of 8 query rows is
-    best: one of 16 query rows loses more on pages that are not shared than it saves on shared pages. On a GPU the tile
-    of a single decode already has 16 query rows, so a packed tile costs no more. But it reads its pages one after the
-    other. The rule for GPUs has not been measured.
+    Packed tiles are for steps with more than half of the largest number of decodes.
     """
-    if device.type == "cuda":
-        tile_len, costs = kinds[0].tile_len, (1.0, 1.0)
-        num_processors = torch.cuda.get_device_properties(device).multi_processor_count
-    else:
-        tile_len, costs = max(2, 8 // group_size), (2.0, 2.5)
-        num_processors = torch.get_num_threads()
+    tile_len, *costs = packed_tiles(group_size, device.type)
     most = min(geometry.max_batch_size, geometry.max_num_batched_tokens)
     num_tiles = max(2, cdiv(most, tile_len))
-    rule = CascadeRule(tile_len, num_tiles, cdiv(most, 2) + 1, *costs, num_kv_heads / num_processors)
+    rule = CascadeRule(tile_len, num_tiles, cdiv(most, 2) + 1, *costs, num_kv_heads / num_processors(device))
     return rule if rule.can_pay(most, geometry.max_pages_per_row) else None
 
 

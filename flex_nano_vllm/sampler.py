@@ -1,4 +1,4 @@
-"""Samples tokens from the logits of a step, and computes log-probabilities. Independent of pages and of the model.
+"""Samples tokens from the logits of a step. Independent of pages and of the model.
 
 logits [W, V]: for each chunk the logits for the logprobs of its prompt tokens, then the logits of its last token
     ─► draws, one for each chunk ─► weights [S, V] ─► tokens
@@ -15,19 +15,18 @@ import torch
 from torch import Tensor
 
 from flex_nano_vllm.compiling import UNGUARDED, compile_settings, inductor
+from flex_nano_vllm.device import upload
 from flex_nano_vllm.geometry import cdiv
+from flex_nano_vllm.logprobs import with_logprobs
 from flex_nano_vllm.penalties import LogitEdits
 from flex_nano_vllm.scheduler import Chunk
-from flex_nano_vllm.sequence import Sample, Sequence, TokenLogprob
-from flex_nano_vllm.transfer import upload
+from flex_nano_vllm.sequence import Sample, Sequence
 
 NOT_FINITE = -1
 # Weights are summed in float32 in blocks of this size, and the sums of blocks are added in float64. The rounding of
 # a float32 sum over 256,000 tokens would change the probabilities of rare tokens.
 BLOCK = 512
 BYTES_PER_LOGIT = 16  # most temporaries at once, for each logit of the rows that are sampled
-# Logits rows for each call of `logprobs_of`, which bounds its float32 copies.
-LOGPROB_ROWS_AT_ONCE = 64
 MAX_TOP_K = 2**31  # larger than any vocabulary; an unlimited int could overflow a float
 
 
@@ -104,36 +103,12 @@ class Sampler:
     def __call__(self, logits: Tensor, chunks: list[Chunk]) -> list[Sample]:
         """Return a `Sample` for each chunk, given the logits [W, V] of the step."""
         draws = [draw_of(chunk.sequence) if chunk.needs_sample else ARGMAX for chunk in chunks]
-        asked = [chunk.sequence.params for chunk in chunks]
-        rated = [i for i, chunk in enumerate(chunks) if chunk.needs_sample and asked[i].logprobs is not None]
-        if not rated and not any(chunk.logprob_positions for chunk in chunks):
-            return [Sample(_tokens(token_id)) for token_id in self.choose(logits, draws).tolist()]
-
-        num_logits = np.array([chunk.num_logits for chunk in chunks])
-        ends = np.cumsum(num_logits) - 1
-        firsts = ends + 1 - num_logits
-        prompt_rows = [firsts[i] + j for i, chunk in enumerate(chunks) for j in range(len(chunk.logprob_positions))]
-        prompt_tokens = [chunk.sequence.token_ids[i + 1] for chunk in chunks for i in chunk.logprob_positions]
-        num_top = max(max(params.logprobs or 0, params.prompt_logprobs or 0) for params in asked)
-        arrays = [
-            np.array(numbers, dtype=np.int64) for numbers in (ends, ends[rated], rated, prompt_rows, prompt_tokens)
-        ]
-        ends, rated_rows, rated_chunks, prompt_rows, prompt_tokens = upload(arrays, logits.device)
-        tokens = self.choose(logits[ends], draws)
-        rows = torch.cat([rated_rows, prompt_rows])
-        logprobs = _rate(logits, rows, torch.cat([tokens[rated_chunks].clamp(min=0), prompt_tokens]), num_top)
-        numbers = torch.cat([tokens.double(), logprobs.flatten()]).cpu().numpy()  # here the host waits for the step
-        token_ids, logprobs = (
-            numbers[: len(chunks)].astype(int).tolist(),
-            numbers[len(chunks) :].reshape(-1, 2 + 2 * num_top),
-        )
-        of_tokens, of_prompts = iter(logprobs[: len(rated)].tolist()), iter(logprobs[len(rated) :].tolist())
-        samples = []
-        for i, (chunk, params) in enumerate(zip(chunks, asked)):
-            of_sampled = (_token_logprob(next(of_tokens), params.logprobs),) if i in rated else ()
-            of_prompt = (_token_logprob(next(of_prompts), params.prompt_logprobs) for _ in chunk.logprob_positions)
-            samples.append(Sample(_tokens(token_ids[i]), of_sampled, tuple(of_prompt)))
-        return samples
+        last = logits
+        if len(logits) > len(chunks):
+            (ends,) = upload([np.cumsum([chunk.num_logits for chunk in chunks]) - 1], logits.device)
+            last = logits[ends]
+        samples = zip(*with_logprobs(self.choose(last, draws), logits, chunks))  # here the host waits for the step
+        return [Sample(None if token_id == NOT_FINITE else [token_id], *logprobs) for token_id, *logprobs in samples]
 
     @torch.inference_mode(False)  # graphs distinguish tensors that are made in that mode
     @torch.no_grad()
@@ -186,11 +161,6 @@ class Sampler:
     def warmup(self, num_logits: int, device: torch.device) -> None:
         """Compile the graph for logits rows of `num_logits` tokens."""
         self.choose(torch.zeros(2, num_logits, device=device), [Draw(temperature=1.0, top_k=1)] * 2)
-
-
-def _tokens(token_id: int) -> list[int] | None:
-    """Return the tokens of a `Sample`, given a result of `Sampler.choose`."""
-    return None if token_id == NOT_FINITE else [token_id]
 
 
 def block_sums(weights: Tensor) -> Tensor:
@@ -276,34 +246,3 @@ def _edit(logits: Tensor, draws: list[Draw]) -> None:
     edited = logits[place] + bias
     edited = torch.where(edited > 0, edited / divisor, edited * divisor) - penalty
     logits[place] = edited.to(logits.dtype)
-
-
-def logprobs_of(logits: Tensor, token_ids: Tensor, num_top: int) -> Tensor:
-    """Return log-probability and rank of one token for each logits row, and the most likely tokens.
-
-    Args:
-        logits: [S, V].
-        token_ids: [S].
-    Returns:
-        [S, 2 + 2 * num_top] float64: the token's log-probability and rank (1: the most likely), then the ids of the
-        `num_top` most likely tokens, then their log-probabilities.
-    """
-    logprobs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
-    own = logprobs.gather(1, token_ids[:, None])
-    rank = (logprobs > own).sum(dim=-1, keepdim=True, dtype=torch.int32) + 1
-    top = logprobs.topk(num_top)
-    return torch.cat([own.double(), rank.double(), top.indices.double(), top.values.double()], dim=1)
-
-
-def _rate(logits: Tensor, rows: Tensor, token_ids: Tensor, num_top: int) -> Tensor:
-    """Apply `logprobs_of` to the given logits rows, `LOGPROB_ROWS_AT_ONCE` rows at a time."""
-    parts = zip(rows.split(LOGPROB_ROWS_AT_ONCE), token_ids.split(LOGPROB_ROWS_AT_ONCE))
-    return torch.cat([logprobs_of(logits[some], tokens, num_top) for some, tokens in parts])
-
-
-def _token_logprob(numbers: list[float], num_top: int) -> TokenLogprob:
-    logprob, rank, *top = numbers
-    half = len(top) // 2
-    return TokenLogprob(
-        logprob, int(rank), [(int(i), value) for i, value in zip(top[:num_top], top[half : half + num_top])]
-    )

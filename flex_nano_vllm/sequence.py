@@ -122,22 +122,11 @@ class Sequence:
         """
         if self.grammar is None:
             return self.allowed
-        try:
-            allowed = self.grammar.allowed(self.token_ids, self.num_prompt_tokens)
-        except ValueError as error:
-            logger.warning("request %s: the grammar cannot be followed any further: %s", self.request_id, error)
-            self._note(f"the grammar cannot be followed after {self.output_len} output tokens: {error}")
-            return np.zeros(self.grammar.num_words, dtype=np.int32)
-        if self.allowed is not None:
-            allowed = allowed & self.allowed
-            if not allowed.any():
-                self._note(
-                    f"no token of allowed_token_ids continues the structured output after {self.output_len} tokens"
-                )
+        allowed, reason = self.grammar.allowed_of(self.token_ids, self.num_prompt_tokens, self.allowed)
+        if reason is not None:
+            logger.warning("request %s: %s", self.request_id, reason)
+            self.error = RequestError(reason, "structured_outputs")
         return allowed
-
-    def _note(self, message: str) -> None:
-        self.error = RequestError(message, "structured_outputs")
 
     def append(self, token_id: int, logprob: TokenLogprob | None = None) -> None:
         """Append a sampled token, and set `finish_reason` if it is the last one. Only here an output ends by itself."""

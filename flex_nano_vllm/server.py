@@ -32,11 +32,11 @@ from starlette.types import Receive, Scope, Send
 
 from flex_nano_vllm import __version__
 from flex_nano_vllm import server_protocol as protocol
-from flex_nano_vllm import server_replies as replies
 from flex_nano_vllm import server_responses as responses
 from flex_nano_vllm.async_inference import AsyncInference, EngineBusy, EngineClosing, EngineError, Submission
 from flex_nano_vllm.inference import Inference
 from flex_nano_vllm.input_processor import template_of
+from flex_nano_vllm.invariants import holders
 from flex_nano_vllm.outputs import CompletionDelta, CompletionOutput, RequestOutput
 from flex_nano_vllm.sampling_params import InvalidRequestError, not_expressed, sampling_defaults
 from flex_nano_vllm.server_chat import (
@@ -59,7 +59,7 @@ PAGE = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 MAX_SHOWN_PAGES, MAX_SHOWN_REQUESTS = 4096, 64
 MAX_CHARS_PER_TOKEN = 32  # limit per token of the context; longer texts are rejected without being tokenized
-ERRORS = {status: {"model": replies.ErrorResponse} for status in (400, 401, 404, 413, 415, 429, 500, 503)}
+ERRORS = {status: {"model": protocol.ErrorResponse} for status in (400, 401, 404, 413, 415, 429, 500, 503)}
 
 
 class EventStream(StreamingResponse):
@@ -186,11 +186,11 @@ class API:
         for index, completion in enumerate(outputs[0].outputs):
             logprobs = None
             if completion.logprobs is not None:
-                content = replies.chat_logprobs(completion.token_ids, completion.logprobs, body.num_top)
+                content = protocol.chat_logprobs(completion.token_ids, completion.logprobs, body.num_top)
                 logprobs = dict(content=content, refusal=None)
             message = turn.message(index, completion.text)
             choice = dict(index=index, message=message, logprobs=logprobs)
-            choices.append(choice | replies.ending(completion, turn.ends_with_calls(index)))
+            choices.append(choice | protocol.ending(completion, turn.ends_with_calls(index)))
         return self.answer("chat.completion", "chatcmpl-", choices, outputs)
 
     async def responses(self, body: ResponsesRequest, request: Request) -> Response:
@@ -270,7 +270,7 @@ class API:
 
         pools = []
         for window, table in self.engine.kv.pools.items():
-            pages = table.holders()[:MAX_SHOWN_PAGES]
+            pages = holders(table)[:MAX_SHOWN_PAGES]
             pools.append(dict(window=window, page_size=table.page_size, num_pages=table.n_pages, pages=pages))
         queues = dict(running=shown(scheduler.running), waiting=shown(scheduler.waiting))
         return dict(stats=asdict(self.engine.stats()), pools=pools, **queues)
@@ -316,8 +316,8 @@ class API:
         return outputs
 
     def answer(self, kind: str, prefix: str, choices: list[dict], outputs: list[RequestOutput]) -> Response:
-        envelope = replies.Envelope(kind, prefix, self.model_name)
-        return JSONResponse(envelope.with_choices(choices, usage=replies.usage_of(outputs)))
+        envelope = protocol.Envelope(kind, prefix, self.model_name)
+        return JSONResponse(envelope.with_choices(choices, usage=protocol.usage_of(outputs)))
 
     async def events(self, submission: Submission, writer: EventWriter) -> AsyncIterator[bytes]:
         """Yield the events of a stream. Events that are available at the same time are sent together."""
@@ -413,17 +413,17 @@ def create_app(
     def streamed(model: type) -> dict:
         return {200: {"model": model, "content": {"text/event-stream": {}}}}
 
-    app.post("/v1/completions", responses=streamed(replies.Completion))(api.completions)
-    app.post("/v1/chat/completions", responses=streamed(replies.ChatCompletion))(api.chat_completions)
+    app.post("/v1/completions", responses=streamed(protocol.Completion))(api.completions)
+    app.post("/v1/chat/completions", responses=streamed(protocol.ChatCompletion))(api.chat_completions)
     app.post("/v1/responses", responses=streamed(responses.Response))(api.responses)
-    app.get("/v1/models", response_model=replies.ModelList)(api.models)
-    app.get("/v1/models/{name:path}", responses={200: {"model": replies.ServedModel}})(api.model)
-    app.post("/tokenize", response_model=replies.Tokens)(api.tokenize)
-    app.post("/detokenize", response_model=replies.Detokenized)(api.detokenize)
-    app.get("/health", responses={200: {"model": replies.Health}})(api.health)
+    app.get("/v1/models", response_model=protocol.ModelList)(api.models)
+    app.get("/v1/models/{name:path}", responses={200: {"model": protocol.ServedModel}})(api.model)
+    app.post("/tokenize", response_model=protocol.Tokens)(api.tokenize)
+    app.post("/detokenize", response_model=protocol.Detokenized)(api.detokenize)
+    app.get("/health", responses={200: {"model": protocol.Health}})(api.health)
     app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})(api.prometheus)
-    app.get("/version", response_model=replies.Version)(api.version)
-    app.get("/state", response_model=None, responses={200: {"model": replies.State}})(api.state)
+    app.get("/version", response_model=protocol.Version)(api.version)
+    app.get("/state", response_model=None, responses={200: {"model": protocol.State}})(api.state)
     app.get("/", include_in_schema=False)(api.page)
     return app
 

@@ -17,9 +17,10 @@ from flex_nano_vllm.input_processor import InputProcessor
 from flex_nano_vllm.outputs import CompletionDelta, CompletionOutput, RequestOutput
 from flex_nano_vllm.sampling_params import InvalidRequestError, SamplingParams, StructuredOutputsParams
 from flex_nano_vllm.server_guard import APIError
-from flex_nano_vllm.server_protocol import ChatCompletionRequest, CompletionRequest
-from flex_nano_vllm.server_replies import (
+from flex_nano_vllm.server_protocol import (
     DONE,
+    ChatCompletionRequest,
+    CompletionRequest,
     Envelope,
     chat_logprobs,
     completion_logprobs,

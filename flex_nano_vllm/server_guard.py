@@ -23,8 +23,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from flex_nano_vllm.async_inference import EngineBusy, EngineClosing, EngineDead, EngineError
 from flex_nano_vllm.sampling_params import InvalidRequestError
-from flex_nano_vllm.server_protocol import MAX_PROMPTS
-from flex_nano_vllm.server_replies import DONE, server_sent_event
+from flex_nano_vllm.server_protocol import DONE, MAX_PROMPTS, server_sent_event
 
 logger = logging.getLogger(__name__)
 

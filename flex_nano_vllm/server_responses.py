@@ -13,6 +13,7 @@ from flex_nano_vllm.sampling_params import MAX_LOGPROBS, InvalidRequestError
 from flex_nano_vllm.server_chat import ChatTurn
 from flex_nano_vllm.server_guard import APIError
 from flex_nano_vllm.server_protocol import (
+    DONE,
     MAX_MESSAGES,
     MAX_PARTS,
     ChatCompletionRequest,
@@ -22,9 +23,12 @@ from flex_nano_vllm.server_protocol import (
     Name,
     Strict,
     Text,
+    chat_logprobs,
+    new_call_id,
+    new_id,
+    server_sent_event,
     unsupported,
 )
-from flex_nano_vllm.server_replies import DONE, chat_logprobs, new_call_id, new_id, server_sent_event
 from flex_nano_vllm.server_tools import MAX_TOOLS, CallArguments, CallStart, TextPiece
 
 # Chat or engine name of a parameter -> name in this API, where the two differ

@@ -35,12 +35,12 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flex_nano_vllm.cascade import CascadeRule, PackedDecodes, pack, packed_block_mask
+from flex_nano_vllm.device import upload
 from flex_nano_vllm.geometry import cdiv
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.masks import LayerMask, Pages, ScoreMod, of_queries, score_of_queries
 from flex_nano_vllm.page_table import PageTable, RowOf
 from flex_nano_vllm.scheduler import Chunk
-from flex_nano_vllm.transfer import upload
 
 
 @dataclass(frozen=True)

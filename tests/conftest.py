@@ -13,7 +13,7 @@ from tiny_models import hf_generate, tiny_model
 
 from flex_nano_vllm import Inference, cascade, runner, step
 from flex_nano_vllm.cascade import pack
-from flex_nano_vllm.models import why_not_compiled
+from flex_nano_vllm.device import why_not_compiled
 from flex_nano_vllm.runner import compile_flex_attention
 
 # How many random cases a test runs: `HYPOTHESIS_PROFILE=deep uv run pytest` runs ten times as many as `uv run pytest`.

@@ -29,7 +29,7 @@ from flex_nano_vllm.cascade import CascadeRule, PackedDecodes, pack
 from flex_nano_vllm.geometry import Geometry
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.masks import layer_mask
-from flex_nano_vllm.runner import cascade_rule, decode_buckets, tile_kinds
+from flex_nano_vllm.runner import cascade_rule, decode_buckets
 from flex_nano_vllm.sampling_params import SamplingParams
 from flex_nano_vllm.scheduler import Chunk
 from flex_nano_vllm.step import StepBatch, TileKind
@@ -179,8 +179,7 @@ def test_decodes_are_not_packed_if_each_head_of_each_decode_has_a_processor():
 def test_an_engine_with_too_short_or_too_few_sequences_has_no_cascade_rule():
     def rule(max_batch_size, max_seq_length):
         geometry = Geometry(10_000, 64, max_batch_size, max_seq_length, 1024)
-        kinds = tile_kinds(2, max_batch_size, 1024, "cpu")
-        return cascade_rule(kinds, 8, 2, geometry, torch.device("cpu"))
+        return cascade_rule(8, 2, geometry, torch.device("cpu"))
 
     assert rule(32, 4096) is not None
     assert rule(1, 4096) is None and rule(32, 64) is None

@@ -10,8 +10,7 @@ import pytest
 from engines import assert_empty
 from serving import MODEL, TEMPLATE, events_of, new_engine, serving
 
-from flex_nano_vllm import Inference, SamplingParams
-from flex_nano_vllm import server_replies as replies
+from flex_nano_vllm import Inference, SamplingParams, server_protocol
 from flex_nano_vllm.server import server_defaults, valid_origins
 
 COMPLETIONS, CHATS, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
@@ -39,7 +38,7 @@ def error_of(served, path, body, headers=None):
 @pytest.mark.parametrize(("path", "body"), [(COMPLETIONS, SMALL), (CHATS, CHAT)])
 def test_all_chunks_of_a_stream_have_the_same_creation_time_and_fingerprint(served, monkeypatch, path, body):
     clock = itertools.count()
-    monkeypatch.setattr(replies, "time", SimpleNamespace(time=lambda: 1000 + next(clock)))
+    monkeypatch.setattr(server_protocol, "time", SimpleNamespace(time=lambda: 1000 + next(clock)))
     *chunks, _ = events_of(served.ask("POST", path, body | {"stream": True})[2])
     assert len({chunk["created"] for chunk in chunks}) == 1
     assert {chunk["system_fingerprint"][:15] for chunk in chunks} == {"flex-nano-vllm-"}

@@ -15,8 +15,9 @@ from torch.torch_version import TorchVersion
 from tqdm import tqdm
 
 from flex_nano_vllm import Inference, SamplingParams, models, output_processor
-from flex_nano_vllm.attention import PagedKVCache, kernel_options, step_in_progress
-from flex_nano_vllm.compiling import DYNAMO_CONFIG, inductor, why_not_compiled
+from flex_nano_vllm.attention import PagedKVCache, step_in_progress
+from flex_nano_vllm.compiling import DYNAMO_CONFIG, inductor
+from flex_nano_vllm.device import kernel_options, why_not_compiled
 from flex_nano_vllm.geometry import Geometry
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.runner import (

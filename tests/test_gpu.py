@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from flex_nano_vllm import Inference, cascade
 from flex_nano_vllm.async_inference import AsyncInference
 from flex_nano_vllm.attention import PagedKVCache
-from flex_nano_vllm.memory import free_bytes
+from flex_nano_vllm.device import free_bytes
 from flex_nano_vllm.sampler import BYTES_PER_LOGIT, Draw, Sampler, uniform
 
 pytestmark = [pytest.mark.gpu, pytest.mark.flex]

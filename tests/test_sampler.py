@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 from flex_nano_vllm import Inference, sampler
+from flex_nano_vllm.logprobs import logprobs_of
 from flex_nano_vllm.penalties import LogitEdits
-from flex_nano_vllm.sampler import ARGMAX, BYTES_PER_LOGIT, NOT_FINITE, Draw, Sampler, logprobs_of, uniform
+from flex_nano_vllm.sampler import ARGMAX, BYTES_PER_LOGIT, NOT_FINITE, Draw, Sampler, uniform
 
 sample_tokens = Sampler(compiled=False, device_type="cpu").choose
 

@@ -23,7 +23,7 @@ from engines import (
 )
 from tiny_models import VOCABULARY, tiny_model
 
-from flex_nano_vllm import Inference, SamplingParams, sampler, scheduler
+from flex_nano_vllm import Inference, SamplingParams, logprobs, sampler, scheduler
 from flex_nano_vllm.sampler import Draw, uniform
 
 EOS = 1
@@ -224,7 +224,7 @@ def test_penalties_count_output_tokens_and_repetition_penalty_also_prompt_tokens
 
 
 def test_prompt_logprobs_of_a_long_prompt_are_computed_in_parts(engine, monkeypatch):
-    monkeypatch.setattr(sampler, "LOGPROB_ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(logprobs, "LOGPROB_ROWS_AT_ONCE", 4)
     prompt, params = prompt_of(21), SamplingParams(temperature=0, prompt_logprobs=3, logprobs=2, max_tokens=3)
     check(engine.generate(prompt, params, use_tqdm=False)[0], prompt, params)
 

@@ -25,7 +25,7 @@ from flex_nano_vllm import Inference, SamplingParams, StructuredOutputsParams
 from flex_nano_vllm.detokenizer import Detokenizer, OffsetCounter, TextWriter, echo, text_of, token_bytes, token_name
 from flex_nano_vllm.models import EMBEDDED_MODELS
 from flex_nano_vllm.outputs import Logprob
-from flex_nano_vllm.server_replies import chat_logprobs, completion_logprobs
+from flex_nano_vllm.server_protocol import chat_logprobs, completion_logprobs
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<end_of_turn>", "<unk>"]
 BYTES = [f"<0x{i:02X}>" for i in range(256)]
