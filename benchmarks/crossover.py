@@ -27,7 +27,7 @@ from flex_nano_vllm.masks import Causal
 from flex_nano_vllm.page_table import PageTable
 from flex_nano_vllm.runner import compile_flex_attention, decode_buckets, padding_chunk, tile_kinds
 from flex_nano_vllm.scheduler import Chunk
-from flex_nano_vllm.step import StepBatch, TileKind, TileLayout
+from flex_nano_vllm.step import StepBatch, StepVectors, TileKind, TileLayout, num_pages
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 4, 128  # as in gemma2-small
 KV_LENS, BATCH_SIZES, PAGE_SIZES = [128, 512, 2048], [1, 8, 32], [16, 64, 128]
@@ -67,10 +67,10 @@ def measure_crossover(
         for pool in (cache.k_cache, cache.v_cache):
             pool.normal_(generator=torch.Generator(device).manual_seed(0))
         kinds = tile_kinds(group_size, largest, longest, device.type)
-        layout = TileLayout(kinds, NUM_KV_HEADS, group_size, masks=(Causal(),), last_mask=0, whole_pool=True)
-        decode_layout = replace(layout, kinds=(TileKind(kinds[0].tile_len, decode_buckets(largest)),))
+        decode_kinds = (TileKind(kinds[0].tile_len, decode_buckets(largest)),)
         for kv_len, batch_size in itertools.product(kv_lens, batch_sizes):
             kv = KVManager(Geometry(n_pages, page_size, largest, longest, longest), device, prefix_caching=False)
+            layout = TileLayout(kinds, NUM_KV_HEADS, group_size, (Causal(),), (kv.primary,), 0, whole_pool=True)
             rows = [kv.allocate([]) for _ in range(batch_size)]
             # One page for each row in turn, so that the pages of a row are scattered
             for num_tokens in range(page_size, kv_len + page_size, page_size):
@@ -81,7 +81,10 @@ def measure_crossover(
                     continue
                 sequences = [replace(padding_chunk(kv_len).sequence, row=row) for row in rows]
                 chunks = [Chunk(sequence, kv_len - num_queries, num_queries) for sequence in sequences]
-                step = StepBatch.build(chunks, kv, decode_layout if phase == "decode" else layout)
+                of_phase = replace(layout, kinds=decode_kinds) if phase == "decode" else layout
+                kv.sync()
+                vectors = StepVectors.build(chunks, of_phase, device)
+                step = StepBatch.build(vectors, num_pages(chunks, page_size), of_phase)
                 ways = _ways(cache, kv.primary, rows, kv_len, num_queries, step, flex)
                 outputs = {way: attend() for way, attend in ways.items()}
                 for way, output in outputs.items():

@@ -66,16 +66,10 @@ class PackedDecodes:
     full: np.ndarray  # [tiles, L * N] bool, which pages to visit as full: all decodes of the tile see them completely
 
     @classmethod
-    def empty(cls, tile_len: int) -> "PackedDecodes":
-        """Return one tile without decodes."""
-        nothing = np.zeros((1, 1), dtype=bool)
-        return cls(np.full((1, tile_len), -1), nothing.astype(np.int32), nothing, nothing)
-
-    def padded(self, num_tiles: int) -> "PackedDecodes":
-        """Return the tiles padded to `num_tiles` with empty ones."""
-        more = ((0, num_tiles - len(self.members)), (0, 0))
-        members = np.pad(self.members, more, constant_values=-1)
-        return PackedDecodes(members, *(np.pad(array, more) for array in (self.pages, self.partial, self.full)))
+    def empty(cls, rule: CascadeRule) -> "PackedDecodes":
+        """Return tiles without decodes."""
+        nothing = np.zeros((rule.num_tiles, 1), dtype=bool)
+        return cls(np.full((rule.num_tiles, rule.tile_len), -1), nothing.astype(np.int32), nothing, nothing)
 
 
 def pack(
@@ -95,7 +89,7 @@ def pack(
     width = positions.max() // table.page_size + 1
     pages_of_rows = np.ascontiguousarray(table.host_table[rows, :width])  # [C, width]
     order = np.argsort(pages_of_rows.view(f"V{4 * width}")[:, 0], kind="stable")
-    members = np.full((cdiv(len(rows), rule.tile_len), rule.tile_len), -1)
+    members = np.full((rule.num_tiles, rule.tile_len), -1)
     members.ravel()[: len(rows)] = order
     pages = pages_of_rows[members]  # [tiles, L, width]; a page is in the same column of every row that lists it
     seen, full = _seen_pages(mask, np.where(members >= 0, positions[members], -1), table.page_size, width)
@@ -105,7 +99,7 @@ def pack(
         repeated[:, later] = same.any(axis=1)
     by_all = ((full & (pages == pages[:, :1])) | (members < 0)[:, :, None]).all(axis=1, keepdims=True)
     first = np.arange(rule.tile_len)[:, None] == 0
-    full, partial = by_all & first, seen & ~repeated & ~by_all
+    full, partial = by_all & first & seen, seen & ~repeated & ~by_all
     packed = rule.cost(rule.full_cost * full.sum(axis=(1, 2)) + rule.partial_cost * partial.sum(axis=(1, 2)))
     saving = rule.cost(seen.sum(axis=2)[members >= 0]) - packed
     if saving < LEAST_SAVING:

@@ -19,7 +19,6 @@ from flex_nano_vllm.device import num_processors, packed_tiles, tile_lens, uploa
 from flex_nano_vllm.geometry import Geometry, cdiv
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.models import ModelSpec, attention_layers
-from flex_nano_vllm.page_table import PageTable
 from flex_nano_vllm.patching import distinct_masks, patch_model
 from flex_nano_vllm.sampling_params import SamplingParams
 from flex_nano_vllm.scheduler import Chunk
@@ -67,8 +66,8 @@ class ModelRunner:
         masks, indices = distinct_masks(spec, geometry)
         most = min(max_batch_size, budget)
         rule = cascade_rule(num_kv_heads, group_size, geometry, model.device) if cascade else None
-        self.layout = TileLayout(kinds, num_kv_heads, group_size, masks, indices[-1], compiled, rule)
-        self._tables = self.layout.tables(kv)
+        tables = tuple(kv.table(mask.window) for mask in masks)
+        self.layout = TileLayout(kinds, num_kv_heads, group_size, masks, tables, indices[-1], compiled, rule)
         decodes = TileKind(kinds[0].tile_len, decode_buckets(most))
         self.decode_layout = replace(self.layout, kinds=(decodes,)) if compiled else None
         self.flex = compile_flex_attention(model.device.type, compiled)
@@ -79,7 +78,7 @@ class ModelRunner:
             make = functools.partial(torch.compile, fullgraph=True, backend=inductor(model.device.type))
             self.model_of_any_length = make(model, dynamic=True, options=dict(UNGUARDED))
             cuda_graphs = {"triton.cudagraphs": True} if model.device.type == "cuda" else {}
-            decode = decode_function(model, self._tables, self.decode_layout)
+            decode = decode_function(model, self.decode_layout)
             self.model_of_decodes = make(decode, dynamic=False, options=UNGUARDED | cuda_graphs)
         patch_model(model, spec, geometry)  # last, because nothing here would undo it
 
@@ -102,7 +101,7 @@ class ModelRunner:
             raise RuntimeError("set_attn_implementation was called on the engine's model: close the engine first")
         with compile_settings(self.model.device.type):
             self._copy_pages()
-            return self._run(chunks, pack_decodes(chunks, self.kv, self.layout))
+            return self._run(chunks, pack_decodes(chunks, self.layout))
 
     def _run(self, chunks: list[Chunk], packed: PackedDecodes | None = None) -> Tensor:
         num_chunks = len(chunks)
@@ -116,12 +115,12 @@ class ModelRunner:
         chunks = chunks + [padding_chunk(1)] * num_padding
         self.kv.sync()
         vectors = StepVectors.build(chunks, layout, self.kv.device)
-        packed = packed_queries(packed, chunks, self._tables, layout)
+        packed = packed_queries(packed, chunks, layout)
         if as_decodes:
             shapes, run = {("decodes", len(chunks), packed is not None)}, self.model_of_decodes
             inputs = (vectors, packed)
         else:
-            step = StepBatch.of(vectors, num_pages(chunks, self.kv), self._tables, layout, packed)
+            step = StepBatch.build(vectors, num_pages(chunks, self.kv.geometry.page_size), layout, packed)
             shapes, run, inputs = _shapes(step), self._run_any_length, (step,)
         if self.compiled and not shapes <= self._compiled_shapes:
             self._announce_compilation()
@@ -144,7 +143,7 @@ class ModelRunner:
             pairs = np.array([(source, target) for other, source, target in copies if other is table])
             sources, targets = upload([*pairs.T], table.table.device)
             for attention in attention_layers(self.model):
-                if self._tables[attention.kv_cache.mask] is table:
+                if self.layout.tables[attention.kv_cache.mask] is table:
                     attention.kv_cache.copy_pages(sources, targets, table.page_size)
         self.kv.copies.clear()
 
@@ -176,7 +175,7 @@ class ModelRunner:
         rule, buckets = self.layout.cascade, self.decode_layout.kinds[0].buckets
         decodes = [(bucket, None) for bucket in buckets]
         if rule is not None:
-            decodes.append((buckets[-1], PackedDecodes.empty(rule.tile_len)))
+            decodes.append((buckets[-1], PackedDecodes.empty(rule)))
         for bucket, packed in decodes:
             for _ in range(2 if self.model.device.type == "cuda" else 1):  # the second run records the CUDA graph
                 self._run([padding_chunk(1)] * bucket, packed)
@@ -209,13 +208,11 @@ def model_inputs(vectors: StepVectors) -> dict[str, object]:
     )
 
 
-def decode_function(
-    model: PreTrainedModel, tables: list[PageTable], layout: TileLayout
-) -> Callable[[StepVectors, TiledQueries | None], Tensor]:
+def decode_function(model: PreTrainedModel, layout: TileLayout) -> Callable[[StepVectors, TiledQueries | None], Tensor]:
     """Return the function to compile for steps of decodes. Its graph also computes the page lists of the step."""
 
     def decode(vectors: StepVectors, packed: TiledQueries | None) -> Tensor:
-        step = StepBatch.of(vectors, tables[0].max_pages_per_row, tables, layout, packed)
+        step = StepBatch.build(vectors, layout.tables[0].max_pages_per_row, layout, packed)
         return model(**model_inputs(vectors), step=step).logits[0]
 
     return decode

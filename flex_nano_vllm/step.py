@@ -37,7 +37,6 @@ from torch.nn.attention.flex_attention import BlockMask
 from flex_nano_vllm.cascade import CascadeRule, PackedDecodes, pack, packed_block_mask
 from flex_nano_vllm.device import upload
 from flex_nano_vllm.geometry import cdiv
-from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.masks import LayerMask, Pages, ScoreMod, of_queries, score_of_queries
 from flex_nano_vllm.page_table import PageTable, RowOf
 from flex_nano_vllm.scheduler import Chunk
@@ -63,6 +62,7 @@ class TileLayout:
         num_kv_heads: K.
         group_size: G; the heads of a group share their keys, so they become rows of one query block.
         masks: the distinct masks of the layers. Their indices identify them in a step.
+        tables: the page table of each mask.
         last_mask: index of the mask of the last layer.
         whole_pool: attention always receives the whole pool, so that its shape never changes. If False, it receives
             only the used part, because uncompiled FlexAttention evaluates every slot that it receives.
@@ -73,6 +73,7 @@ class TileLayout:
     num_kv_heads: int
     group_size: int
     masks: tuple[LayerMask, ...]
+    tables: tuple[PageTable, ...]
     last_mask: int
     whole_pool: bool
     cascade: CascadeRule | None = None
@@ -81,10 +82,6 @@ class TileLayout:
     def packed_mask(self) -> int:
         """Index of the mask with the widest window, whose layers use packed tiles."""
         return max(range(len(self.masks)), key=lambda index: self.masks[index].window or math.inf)
-
-    def tables(self, kv: KVManager) -> list[PageTable]:
-        """Return the page table of each mask."""
-        return [kv.table(mask.window) for mask in self.masks]
 
     def kind_index(self, chunk_len: int) -> int:
         """Return the index of the smallest kind of tile that holds the chunk, or of the largest kind if none does."""
@@ -162,13 +159,12 @@ class TiledQueries:
         places: Tensor,
         masks: Iterable[int],
         width: int,
-        tables: list[PageTable],
         layout: TileLayout,
         packed: PackedDecodes | None = None,
     ) -> "TiledQueries":
         """Put queries into tiles, with block masks for some of the masks of the layout.
 
-        `width`: logical pages up to the last position, or more. `tables`: of all masks of the layout.
+        `width`: logical pages up to the last position, or more.
         """
         num_kv_heads, group_size = layout.num_kv_heads, layout.group_size
         num_heads = num_kv_heads * group_size
@@ -181,7 +177,7 @@ class TiledQueries:
             num_rows += query_rows.numel()
             row_of, block_masks, score_mods = _row_of(cut.rows, group_size), {}, {}
             for index in masks:
-                mask, table = layout.masks[index], tables[index]
+                mask, table = layout.masks[index], layout.tables[index]
                 kv_len = (table.n_pages if layout.whole_pool else table.num_live_pages) * table.page_size
                 if packed is None:
                     logical = logical_block_mask(cut.q_pos, mask, group_size, table.page_size, width)
@@ -211,70 +207,53 @@ class StepBatch:
 
     @classmethod
     def build(
-        cls, chunks: list[Chunk], kv: KVManager, layout: TileLayout, packed: PackedDecodes | None = None
-    ) -> "StepBatch":
-        """Build the step of chunks whose pages are reserved. `packed`: see `packed_queries`."""
-        kv.sync()
-        vectors, tables = StepVectors.build(chunks, layout, kv.device), layout.tables(kv)
-        return cls.of(vectors, num_pages(chunks, kv), tables, layout, packed_queries(packed, chunks, tables, layout))
-
-    @classmethod
-    def of(
-        cls,
-        vectors: StepVectors,
-        width: int,
-        tables: list[PageTable],
-        layout: TileLayout,
-        packed: TiledQueries | None = None,
+        cls, vectors: StepVectors, width: int, layout: TileLayout, packed: TiledQueries | None = None
     ) -> "StepBatch":
         """Build the step from its vectors, with torch operations only, so that a compiled graph can contain them.
 
         `width`: logical pages up to the last position, or more. `packed`: the queries of decodes in packed tiles.
         """
-        slots = tuple(table.slots(vectors.rows, vectors.positions) for table in tables)
+        slots = tuple(table.slots(vectors.rows, vectors.positions) for table in layout.tables)
         all_masks = range(len(layout.masks))
         others = [index for index in all_masks if packed is None or index != layout.packed_mask]
         queries = packed
         if others:
-            queries = TiledQueries.build(vectors.cuts, vectors.places, others, width, tables, layout)
+            queries = TiledQueries.build(vectors.cuts, vectors.places, others, width, layout)
         by_mask = tuple(queries if index in others else packed for index in all_masks)
         end_queries = by_mask[layout.last_mask]
         if vectors.end_places is not None:
             masks = [layout.last_mask]
-            end_queries = TiledQueries.build(vectors.end_cuts, vectors.end_places, masks, width, tables, layout)
+            end_queries = TiledQueries.build(vectors.end_cuts, vectors.end_places, masks, width, layout)
         return cls(vectors, slots, by_mask, end_queries)
 
 
-def num_pages(chunks: list[Chunk], kv: KVManager) -> int:
+def num_pages(chunks: list[Chunk], page_size: int) -> int:
     """Return the number of logical pages up to the last position of a step."""
-    return cdiv(max(chunk.start + chunk.length for chunk in chunks), kv.geometry.page_size)
+    return cdiv(max(chunk.start + chunk.length for chunk in chunks), page_size)
 
 
-def packed_queries(
-    packed: PackedDecodes | None, chunks: list[Chunk], tables: list[PageTable], layout: TileLayout
-) -> TiledQueries | None:
+def packed_queries(packed: PackedDecodes | None, chunks: list[Chunk], layout: TileLayout) -> TiledQueries | None:
     """Return the queries of decodes in packed tiles; None if they are not packed.
 
     Chunks in none of the tiles are padding. Their output is undefined.
     """
     if packed is None:
         return None
-    packed = packed.padded(layout.cascade.num_tiles)
     positions, rows = (np.array(numbers) for numbers in zip(*((chunk.start, chunk.sequence.row) for chunk in chunks)))
     tokens, q_pos, _ = in_tiles([packed.members], positions, rows)
     rows = np.where(tokens < 0, 0, rows[tokens]).astype(np.int32)
     arrays = [places([tokens], len(chunks)), tokens, q_pos, rows]
-    places_of_decodes, *cut = upload(arrays, tables[0].table.device)
-    return TiledQueries.build((Cut(*cut),), places_of_decodes, [layout.packed_mask], 0, tables, layout, packed)
+    places_of_decodes, *cut = upload(arrays, layout.tables[0].table.device)
+    return TiledQueries.build((Cut(*cut),), places_of_decodes, [layout.packed_mask], 0, layout, packed)
 
 
-def pack_decodes(chunks: list[Chunk], kv: KVManager, layout: TileLayout) -> PackedDecodes | None:
+def pack_decodes(chunks: list[Chunk], layout: TileLayout) -> PackedDecodes | None:
     """Return how the decodes of a step share tiles in the layers of the cascade; None if they should not."""
     if layout.cascade is None or any(chunk.length > 1 for chunk in chunks):
         return None
     rows, positions = np.array([(chunk.sequence.row, chunk.start) for chunk in chunks]).T
-    mask = layout.masks[layout.packed_mask]
-    return pack(rows, positions, mask, kv.table(mask.window), layout.cascade)
+    index = layout.packed_mask
+    return pack(rows, positions, layout.masks[index], layout.tables[index], layout.cascade)
 
 
 def cut_into_tiles(lengths: np.ndarray, layout: TileLayout) -> list[np.ndarray]:

@@ -11,6 +11,7 @@ import random
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from flex_nano_vllm import SamplingParams
 from flex_nano_vllm.masks import layer_mask
 from flex_nano_vllm.sampler import NOT_FINITE
 from flex_nano_vllm.sequence import Sample, Sequence
-from flex_nano_vllm.step import TileLayout
+from flex_nano_vllm.step import StepBatch, StepVectors, TileLayout, num_pages, packed_queries
 
 # Settings of both state machines, whose steps take long
 MACHINE = dict(
@@ -243,7 +244,15 @@ def dense_flex(query, key, value, score_mod=None, block_mask=None, scale=None, k
 def layout_of(kinds, num_kv_heads, group_size, windows, last_window, whole_pool, cascade=None):
     """Return the layout of a model whose layers have these windows."""
     masks, last = tuple(map(layer_mask, windows)), windows.index(last_window)
-    return TileLayout(kinds, num_kv_heads, group_size, masks, last, whole_pool, cascade)
+    return TileLayout(kinds, num_kv_heads, group_size, masks, (), last, whole_pool, cascade)
+
+
+def build_step(chunks, kv, layout, packed=None):
+    """Build the step of chunks whose pages are reserved. `packed`: decodes in packed tiles."""
+    layout = replace(layout, tables=tuple(kv.table(mask.window) for mask in layout.masks))
+    kv.sync()
+    vectors, width = StepVectors.build(chunks, layout, kv.device), num_pages(chunks, kv.geometry.page_size)
+    return StepBatch.build(vectors, width, layout, packed_queries(packed, chunks, layout))
 
 
 def windows_of(layout):

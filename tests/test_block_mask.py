@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from engines import layout_of, make_sequence, num_cases, windows_of
+from engines import build_step, layout_of, make_sequence, num_cases, windows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -203,7 +203,7 @@ def test_a_query_sees_exactly_the_tokens_in_its_window_of_its_own_sequence(page_
     @settings(max_examples=num_cases(40))
     @given(scene=scenes(page_size), layout=layouts(tile_lens, group_size))
     def holds(scene, layout):
-        batch = StepBatch.build(scene.chunks, scene.kv, layout)
+        batch = build_step(scene.chunks, scene.kv, layout)
         assert_isolated(scene, batch, layout)
 
     holds()
@@ -214,7 +214,7 @@ def test_a_query_sees_exactly_the_tokens_in_its_window_of_its_own_sequence(page_
 def test_a_step_has_the_id_the_position_and_the_slots_of_each_token(data):
     scene = data.draw(st.sampled_from([1, 2, 4]).flatmap(scenes))
     layout = data.draw(st.sampled_from([(1,), (4,), (1, 4), (2, 3)]).flatmap(lambda lens: layouts(lens, 2)))
-    batch = StepBatch.build(scene.chunks, scene.kv, layout)
+    batch = build_step(scene.chunks, scene.kv, layout)
     tokens = scene.tokens()
     assert batch.vectors.input_ids.tolist() == [token_id(row, position) for row, position in tokens]
     assert batch.vectors.positions.tolist() == [position for _, position in tokens]
@@ -241,7 +241,7 @@ def test_output_rows_are_the_inverse_of_query_rows_for_all_tokens_and_heads(data
     num_kv_heads, group_size = data.draw(st.sampled_from([(1, 1), (1, 3), (2, 1), (2, 3)]))
     layout = data.draw(st.sampled_from([(1,), (4,), (1, 4), (2, 3)]).flatmap(lambda lens: layouts(lens, group_size)))
     layout = replace(layout, num_kv_heads=num_kv_heads)
-    batch = StepBatch.build(scene.chunks, scene.kv, layout)
+    batch = build_step(scene.chunks, scene.kv, layout)
     values = torch.randn(len(scene.tokens()), num_kv_heads * group_size)
     in_tiles = [values.flatten()[tiles.query_rows] for tiles in queries_of(batch).tiles]
     assert torch.equal(torch.cat([part.flatten() for part in in_tiles])[queries_of(batch).output_rows], values)
@@ -259,9 +259,9 @@ def test_output_rows_are_the_inverse_of_query_rows_for_all_tokens_and_heads(data
 def test_end_queries_equal_the_queries_of_a_step_with_only_the_last_tokens_of_chunks(data):
     scene = data.draw(st.sampled_from([1, 2, 4]).flatmap(scenes))
     layout = data.draw(st.sampled_from([(1,), (4,), (1, 4), (2, 3)]).flatmap(lambda lens: layouts(lens, 2)))
-    batch = StepBatch.build(scene.chunks, scene.kv, layout)
+    batch = build_step(scene.chunks, scene.kv, layout)
     last_tokens = [Chunk(chunk.sequence, chunk.start + chunk.length - 1, 1) for chunk in scene.chunks]
-    alone = queries_of(StepBatch.build(last_tokens, scene.kv, layout))
+    alone = queries_of(build_step(last_tokens, scene.kv, layout))
     assert torch.equal(batch.end_queries.output_rows, alone.output_rows)
     last = layout.last_mask
     for tiles, tiles_alone in zip(batch.end_queries.tiles, alone.tiles, strict=True):
@@ -279,7 +279,7 @@ def test_end_queries_equal_the_queries_of_a_step_with_only_the_last_tokens_of_ch
 def test_a_chunk_uses_the_smallest_tile_that_holds_it_and_tiles_are_padded_to_a_bucket(data):
     scene = data.draw(st.sampled_from([1, 2, 4]).flatmap(scenes))
     layout = data.draw(st.sampled_from([(1,), (4,), (1, 4), (2, 3)]).flatmap(lambda lens: layouts(lens, 1)))
-    batch = StepBatch.build(scene.chunks, scene.kv, layout)
+    batch = build_step(scene.chunks, scene.kv, layout)
     num_tiles: dict[int, int] = {}  # tile length -> tiles
     for chunk in scene.chunks:
         fitting = [kind.tile_len for kind in layout.kinds if kind.tile_len >= chunk.length]
@@ -300,7 +300,7 @@ def test_a_chunk_uses_the_smallest_tile_that_holds_it_and_tiles_are_padded_to_a_
 def test_attention_gets_the_whole_or_the_used_pool_and_lists_as_wide_as_the_cpu_kernel_needs(whole_pool, data):
     scene = data.draw(st.sampled_from([1, 2, 4]).flatmap(scenes))
     kinds = (TileKind(1, (2, 64)), TileKind(4, (2, 64)))
-    batch = StepBatch.build(scene.chunks, scene.kv, layout_of(kinds, 1, 2, (None, 3), 3, whole_pool))
+    batch = build_step(scene.chunks, scene.kv, layout_of(kinds, 1, 2, (None, 3), 3, whole_pool))
     highest = max(page for pages in scene.pages.values() for page in pages)
     assert kv_len(batch) == (N_PAGES if whole_pool else highest + 1) * scene.page_size
     for tiles in queries_of(batch).tiles:
@@ -330,7 +330,7 @@ def test_the_uploads_of_a_step_do_not_grow_with_max_seq_length(monkeypatch):
             assert kv.reserve(row, start + length)
             chunks.append(Chunk(sequence_of(row, start + length), start, length))
         kinds = (TileKind(1, (2, 4)), TileKind(4, (2, 4)))
-        StepBatch.build(chunks, kv, layout_of(kinds, 1, 1, (None, 6), 6, whole_pool=True))
+        build_step(chunks, kv, layout_of(kinds, 1, 1, (None, 6), 6, whole_pool=True))
     assert uploads[64] == uploads[65_536] and len(uploads[64]) > 10
 
 
@@ -352,7 +352,7 @@ def test_the_drawing_in_the_docstring_of_step_holds():
         last_window=None,
         whole_pool=True,
     )
-    batch = StepBatch.build(scene.chunks, scene.kv, layout)
+    batch = build_step(scene.chunks, scene.kv, layout)
     c_ids = [token_id(c, position) for position in range(5)]
     assert batch.vectors.input_ids.tolist() == [token_id(a, 0), token_id(b, 7), *c_ids]
     assert batch.vectors.chunk_ends.tolist() == [0, 1, 6]
@@ -385,7 +385,7 @@ def test_padding_in_row_0_sees_nothing_and_writes_to_page_0():
         whole_pool=True,
     )
     chunks = [Chunk(sequence_of(0, 3), 0, 3), Chunk(sequence_of(0, 1), 0, 1)]
-    batch = StepBatch.build(chunks, scene.kv, layout)
+    batch = build_step(chunks, scene.kv, layout)
     assert all(0 <= slot < scene.page_size for slots in batch.slots for slot in slots.tolist())
     for tiles in queries_of(batch).tiles:
         for block_mask in tiles.block_masks.values():
@@ -401,9 +401,9 @@ def test_a_row_sees_no_tokens_of_the_sequence_that_used_its_pages_before():
     for row in (old, new, old, old, new):
         scene.grow(row)
     scene.chunks = [Chunk(sequence_of(old, 6), 0, 6), Chunk(sequence_of(new, 4), 0, 4)]
-    assert_isolated(scene, StepBatch.build(scene.chunks, scene.kv, layout), layout)
+    assert_isolated(scene, build_step(scene.chunks, scene.kv, layout), layout)
     scene.erase(old)
     for _ in range(3):
         scene.grow(new)
     scene.chunks = [Chunk(sequence_of(new, 10), 3, 7)]
-    assert_isolated(scene, StepBatch.build(scene.chunks, scene.kv, layout), layout)
+    assert_isolated(scene, build_step(scene.chunks, scene.kv, layout), layout)

@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from engines import COMPILED, dense_flex, greedy, layout_of, make_sequence, num_graphs, prompt_of, tokens_of
+from engines import COMPILED, build_step, dense_flex, greedy, layout_of, make_sequence, num_graphs, prompt_of, tokens_of
 from tiny_models import VOCABULARY, hf_generate, tiny_model
 from torch.torch_version import TorchVersion
 from tqdm import tqdm
@@ -211,7 +211,7 @@ class Scene:
 
     def step(self, kinds: tuple[TileKind, ...], whole_pool: bool) -> StepBatch:
         layout = layout_of(kinds, self.num_kv_heads, self.group_size, (self.window,), self.window, whole_pool)
-        return StepBatch.build(self.chunks, self.kv, layout)
+        return build_step(self.chunks, self.kv, layout)
 
 
 SHAPE = ("page_size", "num_heads", "num_kv_heads", "head_dim", "window", "dtype")

@@ -14,6 +14,7 @@ from random import Random
 import pytest
 from engines import (
     MACHINE,
+    build_step,
     device_tables_kept,
     layout_of,
     make_sequence,
@@ -33,7 +34,7 @@ from flex_nano_vllm.policies import POLICIES, queue_key
 from flex_nano_vllm.sampling_params import SamplingParams
 from flex_nano_vllm.scheduler import Scheduler
 from flex_nano_vllm.sequence import Sequence
-from flex_nano_vllm.step import StepBatch, TileKind
+from flex_nano_vllm.step import TileKind
 
 EOS, NOT_FINITE, NEVER = 0, -1, 99
 ZEROS = "zeros, because the values were not finite"
@@ -144,7 +145,7 @@ class Texts(RuleBasedStateMachine):
         chunks = self.schedule()
         if chunks and copies:
             self.copy_pages()
-            batch = StepBatch.build(chunks, self.kv, self.layout)
+            batch = build_step(chunks, self.kv, self.layout)
             for window, slots in zip(windows_of(self.layout), batch.slots):
                 self.written[window] |= dict.fromkeys(slots.tolist()[:num_written], FAILED)
 
@@ -205,7 +206,7 @@ class Texts(RuleBasedStateMachine):
         if not chunks:
             return
         self.copy_pages()
-        batch = StepBatch.build(chunks, self.kv, self.layout)
+        batch = build_step(chunks, self.kv, self.layout)
         tokens = []  # (chunk, text up to the token)
         for chunk in chunks:
             text = tuple(chunk.sequence.token_ids)

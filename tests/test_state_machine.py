@@ -18,6 +18,7 @@ import pytest
 import torch
 from engines import (
     MACHINE,
+    build_step,
     device_tables_kept,
     layout_of,
     make_sequence,
@@ -37,7 +38,7 @@ from flex_nano_vllm.policies import queue_key
 from flex_nano_vllm.sampling_params import SamplingParams
 from flex_nano_vllm.scheduler import Scheduler
 from flex_nano_vllm.sequence import Sequence
-from flex_nano_vllm.step import StepBatch, TileKind
+from flex_nano_vllm.step import TileKind
 
 EOS, NOT_FINITE = 0, -1
 FAILED = "written by a step that failed"
@@ -186,7 +187,7 @@ class Engine(RuleBasedStateMachine):
         """The forward pass raises after it has written some tokens, or some layers of them. Their slots are invalid."""
         chunks = self.schedule()
         if chunks:
-            for slot in StepBatch.build(chunks, self.kv, LAYOUT).slots[0].tolist()[:num_written]:
+            for slot in build_step(chunks, self.kv, LAYOUT).slots[0].tolist()[:num_written]:
                 self.kv_pool[slot] = FAILED
 
     @rule(pick=st.integers(0, 30))
@@ -346,7 +347,7 @@ class Engine(RuleBasedStateMachine):
         """Write every token of the step into the fake pool, then check what each query sees."""
         if not chunks:
             return
-        batch = StepBatch.build(chunks, self.kv, LAYOUT)
+        batch = build_step(chunks, self.kv, LAYOUT)
         slots = batch.slots[0].tolist()
         tokens = [  # (request, position) of each token of the step
             (self.live[chunk.sequence.request_id], position)
