@@ -63,7 +63,7 @@ def measure_crossover(
         torch.compiler.reset()  # a pool of another size needs other graphs
         max_pages = cdiv(longest, page_size)
         n_pages = 1 + largest * max_pages
-        cache = PagedKVCache(0, n_pages * page_size, NUM_KV_HEADS, HEAD_DIM, dtype, device)
+        cache = PagedKVCache(0, (NUM_KV_HEADS, n_pages * page_size, HEAD_DIM), dtype, device)
         for pool in (cache.k_cache, cache.v_cache):
             pool.normal_(generator=torch.Generator(device).manual_seed(0))
         kinds = tile_kinds(group_size, largest, longest, device.type)

@@ -67,7 +67,8 @@ def step_in_progress(step: StepBatch, flex: Callable[..., Tensor]) -> Iterator[T
 
 def _current(num_tokens: int, ends: bool) -> StepInProgress:
     current = _in_progress.get()
-    if current is None or num_tokens != (len(current.step.vectors.logits_indices) if ends else current.step.num_tokens):
+    vectors = None if current is None else current.step.vectors
+    if vectors is None or num_tokens != len(vectors.logits_indices if ends else vectors.input_ids):
         raise RuntimeError(
             "this model is patched for paged attention and belongs to an Inference engine: it cannot be called "
             "directly. Use the engine, or restore the model first with engine.close()"
@@ -81,25 +82,23 @@ def attend(
     query: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    mask: int,
     scale: float,
     cap: float | None,
 ) -> Tensor:
-    """Compute attention of queries [1, H, T, D] over the pool. Returns [1, T, H, D]. `mask`: index in the layout."""
+    """Compute attention of queries [1, H, T, D] over the pool. Returns [1, T, H, D]."""
     head_dim = query.shape[-1]
     rows = query.transpose(1, 2).reshape(-1, head_dim)  # [T * H, D]
     outputs = []
     for tiles in queries.tiles:
-        block_mask = tiles.block_masks[mask]
-        kv_len = block_mask.seq_lengths[1]
+        kv_len = tiles.block_mask.seq_lengths[1]
         output = flex(
             rows[tiles.query_rows],  # [tiles, K, L * G, D]
             k_cache[:, :, :kv_len],  # shared by all tiles: the batch of 1 is broadcast
             v_cache[:, :, :kv_len],
-            score_mod=tiles.score_mods[mask] if cap is None else softcapped(cap, tiles.score_mods[mask]),
-            block_mask=block_mask,
+            score_mod=tiles.score_mod if cap is None else softcapped(cap, tiles.score_mod),
+            block_mask=tiles.block_mask,
             scale=scale,
-            kernel_options=kernel_options(query.device, *block_mask.BLOCK_SIZE),
+            kernel_options=kernel_options(query.device, *tiles.block_mask.BLOCK_SIZE),
         )
         outputs.append(output.reshape(-1, head_dim))
     together = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -125,7 +124,7 @@ def attend_op(
     """Operator form of `attend`. `ends`: only logits indices have queries (see `patching.pruned_forward`)."""
     current = _current(query.shape[2], ends)
     queries = current.step.end_queries if ends else current.step.queries[mask]
-    return attend(queries, current.flex, query, k_cache, v_cache, mask, scale, cap)
+    return attend(queries, current.flex, query, k_cache, v_cache, scale, cap)
 
 
 OPS = torch.library.Library("flex_nano_vllm", "DEF")
@@ -153,22 +152,17 @@ class PagedKVCache(nn.Module):
     `k_cache` and `v_cache` are two separate buffers [1, K, P * page_size, D]. The heads are outermost, so that a page
     of one head is contiguous. The buffers are separate, because the CPU template copies a buffer that K and V share
     (and torch 2.11 rejects it). They start as zeros and always contain finite numbers.
+
+    Args:
+        mask: index of the mask of the layer in the layout.
+        shape: (K, P * page_size, D).
     """
 
-    def __init__(
-        self,
-        mask: int,
-        num_slots: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ):
+    def __init__(self, mask: int, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device):
         super().__init__()
         self.mask = mask
-        shape = (1, num_kv_heads, num_slots, head_dim)
-        self.register_buffer("k_cache", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
-        self.register_buffer("v_cache", torch.zeros(shape, dtype=dtype, device=device), persistent=False)
+        for name in ("k_cache", "v_cache"):
+            self.register_buffer(name, torch.zeros((1, *shape), dtype=dtype, device=device), persistent=False)
 
     def update(self, key: Tensor, value: Tensor) -> None:
         """Write keys and values [1, K, T, D] of the step in progress into their slots."""
@@ -199,7 +193,7 @@ class PagedKVCache(nn.Module):
         key, value, finite = _only_finite(key, value)
         write_kv(decodes.slots[self.mask], key, value, self.k_cache, self.v_cache)
         flex = functools.partial(flex_in_graph, self.mask)
-        output = attend(decodes.queries[self.mask], flex, query, self.k_cache, self.v_cache, self.mask, scale, cap)
+        output = attend(decodes.queries[self.mask], flex, query, self.k_cache, self.v_cache, scale, cap)
         return output.masked_fill(~finite[:, None, None], torch.nan)
 
 

@@ -215,6 +215,13 @@ class Follower:
         return self._grammar.compiler._mask(self._matcher)
 
 
+def has_others(mask: np.ndarray, token_ids: frozenset[int]) -> bool:
+    """Return whether a bit mask contains a token that is not one of `token_ids`."""
+    bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
+    bits[list(token_ids)] = 0
+    return bool(bits.any())
+
+
 def schema_grammar(
     source: str | dict | bool | None,
     whitespace_pattern: str = WHITESPACE_PATTERN,

@@ -195,9 +195,8 @@ class Inference:
         `add_request` can queue other requests, whose outputs `run_one_step` returns later.
         """
         with self._exclusively():
-            params = SamplingParams() if sampling_params is None else sampling_params
-            check_streamed(params)
-            group = self.input_processor.request(prompt, params, cache_salt, follow=True)
+            check_streamed(sampling_params)
+            group = self.input_processor.request(prompt, sampling_params, cache_salt, follow=True)
         return self._stream(group)
 
     def _stream(self, group: list[Sequence]) -> Iterator[CompletionDelta]:
@@ -256,8 +255,7 @@ class Inference:
     ) -> int:
         """Queue one request and return its id. Raises ValueError for an invalid request, which is not queued."""
         with self._exclusively():
-            params = SamplingParams() if sampling_params is None else sampling_params
-            return self._add(self.input_processor.request(prompt, params, cache_salt))
+            return self._add(self.input_processor.request(prompt, sampling_params, cache_salt))
 
     def add(self, group: list[Sequence]) -> None:
         """Queue a request made by `input_processor`. Callers can thus validate prompts while a step runs."""
@@ -284,22 +282,18 @@ class Inference:
         self._close(aborted[0].group)
         return self._unreported.pop(request_id)
 
-    def abort_failed_step(self) -> list[int]:
-        """Abort the requests of a failed step, and return their ids. Call it after `run_one_step` raised.
+    def abort_failed_step(self) -> None:
+        """Abort the requests of a failed step. Call it after `run_one_step` raised.
 
         The requests end with finish_reason "error", their pages are freed, and their outputs are not returned. If the
         step itself succeeded and only building outputs failed, only the finished requests are dropped.
         """
         with self._exclusively():
-            if self._unreported:
-                failed = set(self._unreported)
-                self._unreported.clear()
-            else:
-                queue = self.scheduler.running or self.scheduler.waiting  # waiting: nothing was admitted yet
-                failed = {sequence.request_id for sequence in queue}
-                for request_id in failed:
+            if not self._unreported:
+                failed = self.scheduler.running or self.scheduler.waiting  # waiting: nothing was admitted yet
+                for request_id in {sequence.request_id for sequence in failed}:
                     self._abort(request_id, "error")
-            return sorted(failed)
+            self._unreported.clear()
 
     def run_one_step(self) -> list[RequestOutput]:
         """Compute one step and return the requests that finished in it.

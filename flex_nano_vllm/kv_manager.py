@@ -58,14 +58,6 @@ class KVManager:
         # Pages to copy before the next step, by row: (page table, source page, target page)
         self.copies: dict[int, list[tuple[PageTable, int, int]]] = {}
 
-    @property
-    def num_free_pages(self) -> int:
-        return self.primary.num_free_pages
-
-    def num_pages(self, row: int) -> int:
-        """Return how many pages of the primary pool `row` holds."""
-        return self.primary.num_pages(row)
-
     def num_cached_tokens(self, row: int) -> int:
         """Return how many computed tokens `row` started with."""
         return self._rows[row].num_cached_tokens

@@ -91,29 +91,21 @@ class SlidingWindow(LayerMask):
         return Causal() if self.window >= num_tokens else self
 
 
-def of_queries(mask: MaskMod, q_pos: Tensor, group_size: int) -> MaskMod:
-    """Return `mask` for tiles: it takes the kv head and the index of a query row instead of query head and position.
+def of_queries(mod: Callable[..., Tensor], q_pos: Tensor, group_size: int) -> Callable[..., Tensor]:
+    """Return a mask_mod or score_mod for tiles: it takes the kv head and the index of a query row instead of query head
+    and position.
 
     Args:
         q_pos: [tiles, L], the position of each query in its sequence; -1 for padding, which sees nothing.
         group_size: G; a tile has L * G query rows for each kv head, G consecutive ones for each token.
     """
 
-    def mask_of_queries(tile: Tensor, kv_head: Tensor, q_idx: Tensor, kv_pos: Tensor) -> Tensor:
+    def mod_of_queries(*args: Tensor) -> Tensor:
+        *score, tile, kv_head, q_idx, kv_pos = args  # the first argument of a score_mod is the score
         head = kv_head * group_size + q_idx % group_size
-        return mask(tile, head, q_pos[tile, q_idx // group_size], kv_pos)
+        return mod(*score, tile, head, q_pos[tile, q_idx // group_size], kv_pos)
 
-    return mask_of_queries
-
-
-def score_of_queries(score_mod: ScoreMod, q_pos: Tensor, group_size: int) -> ScoreMod:
-    """Return `score_mod` for tiles, see `of_queries`."""
-
-    def score_of_queries(score: Tensor, tile: Tensor, kv_head: Tensor, q_idx: Tensor, kv_pos: Tensor) -> Tensor:
-        head = kv_head * group_size + q_idx % group_size
-        return score_mod(score, tile, head, q_pos[tile, q_idx // group_size], kv_pos)
-
-    return score_of_queries
+    return mod_of_queries
 
 
 def layer_mask(window: int | None) -> LayerMask:

@@ -30,13 +30,13 @@ def patch_model(model: PreTrainedModel, spec: ModelSpec, geometry: Geometry) -> 
     if is_patched(model):
         raise ValueError(f"{type(model).__name__} is patched already: call unpatch_model(model) first")
     AttentionInterface.register(ATTN_IMPLEMENTATION, paged_flex_attention)  # no mask function: masks are ours
-    sizes = spec.num_kv_heads, spec.head_dim, spec.dtype, spec.device
     try:
         masks, indices = distinct_masks(spec, geometry)
         for attention, mask in zip(attention_layers(model), indices, strict=True):
             num_slots = geometry.pools[geometry.pool_of(masks[mask].window)] * geometry.page_size
             attention.unpatched_implementation = model.config._attn_implementation  # set first: marks it as patched
-            attention.kv_cache = PagedKVCache(mask, num_slots, *sizes)
+            shape = spec.num_kv_heads, num_slots, spec.head_dim
+            attention.kv_cache = PagedKVCache(mask, shape, spec.dtype, spec.device)
         last = model.get_decoder().layers[-1]
         last.unpatched_forward = vars(last).get("forward")  # set if a library such as accelerate wraps the layer
         last.forward = pruned_forward(last)

@@ -62,7 +62,7 @@ def draw_of(sequence: Sequence) -> Draw:
     edits = None
     if sequence.penalties is not None:
         sequence.penalties.take(sequence.token_ids, sequence.num_prompt_tokens)
-        may_end = sequence.output_len >= params.min_tokens or _has_to_end(sequence, allowed)
+        may_end = sequence.output_len >= params.min_tokens or sequence.must_end(allowed)
         edits = sequence.penalties.edits(may_end)
     if params.greedy:
         return ARGMAX if edits is None and allowed is None else Draw(edits=edits, allowed=allowed)
@@ -75,15 +75,6 @@ def draw_of(sequence: Sequence) -> Draw:
         edits=edits,
         allowed=allowed,
     )
-
-
-def _has_to_end(sequence: Sequence, allowed: np.ndarray | None) -> bool:
-    """Return whether the grammar allows stop tokens only, so that the output must end, even before `min_tokens`."""
-    if sequence.grammar is None:
-        return False
-    others = np.unpackbits(allowed.view(np.uint8), bitorder="little")
-    others[list(sequence.stop_token_ids)] = 0
-    return not others.any()
 
 
 class Sampler:

@@ -128,8 +128,8 @@ class Scheduler:
         `watermark` tokens. The sequence shares cached pages, or the prompt of another sample of its request. If no
         other sequence runs, the watermark is ignored: requests that exceed the pool were rejected on arrival.
         """
-        needed = sum(map(self._growth, self.running))
-        if len(self.running) == self.kv.geometry.max_batch_size or (self.running and needed >= self.kv.num_free_pages):
+        needed, pool = sum(map(self._growth, self.running)), self.kv.primary
+        if len(self.running) == pool.max_batch_size or (self.running and needed >= pool.num_free_pages):
             return False
         siblings = [sibling for sibling in sequence.group if sibling.row is not None]
         if siblings and sequence.num_tokens == sequence.num_prompt_tokens:
@@ -145,7 +145,7 @@ class Scheduler:
             sequence.row = self.kv.allocate(sequence.token_ids, sequence.cache_salt, find=may_hit)
             if sequence.row is None:
                 return False  # wait until the current step has computed pages that the sequence can share
-        if self.running and needed + self._growth(sequence) > self.kv.num_free_pages:
+        if self.running and needed + self._growth(sequence) > pool.num_free_pages:
             self.kv.erase(sequence.row)
             sequence.row = None
             return False
@@ -155,7 +155,7 @@ class Scheduler:
     def _growth(self, sequence: Sequence) -> int:
         """Return how many more pages a sequence with a row may need to grow by the watermark."""
         grown = min(sequence.num_tokens + self.watermark, sequence.max_total_tokens)
-        return self.kv.geometry.most_pages(grown) - self.kv.num_pages(sequence.row)
+        return self.kv.geometry.most_pages(grown) - self.kv.primary.num_pages(sequence.row)
 
     def _reserve(self, chunk: Chunk) -> bool:
         """Reserve the pages of a chunk; preempt the last running sequence while too few pages are free.

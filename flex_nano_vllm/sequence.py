@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flex_nano_vllm.detokenizer import Detokenizer
-from flex_nano_vllm.grammar import Follower
+from flex_nano_vllm.grammar import Follower, has_others
 from flex_nano_vllm.outputs import RequestError, RequestMetrics
 from flex_nano_vllm.penalties import Penalties
 from flex_nano_vllm.sampling_params import SamplingParams
@@ -127,6 +127,10 @@ class Sequence:
             logger.warning("request %s: %s", self.request_id, reason)
             self.error = RequestError(reason, "structured_outputs")
         return allowed
+
+    def must_end(self, allowed: np.ndarray | None) -> bool:
+        """Return whether the grammar allows stop tokens only, so that the output must end, even before `min_tokens`."""
+        return self.grammar is not None and not has_others(allowed, self.stop_token_ids)
 
     def append(self, token_id: int, logprob: TokenLogprob | None = None) -> None:
         """Append a sampled token, and set `finish_reason` if it is the last one. Only here an output ends by itself."""

@@ -25,9 +25,7 @@ physical pages, N logical pages of a row, L tile_len.
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import torch
@@ -37,7 +35,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from flex_nano_vllm.cascade import CascadeRule, PackedDecodes, pack, packed_block_mask
 from flex_nano_vllm.device import upload
 from flex_nano_vllm.geometry import cdiv
-from flex_nano_vllm.masks import LayerMask, Pages, ScoreMod, of_queries, score_of_queries
+from flex_nano_vllm.masks import LayerMask, Pages, ScoreMod, of_queries
 from flex_nano_vllm.page_table import PageTable, RowOf
 from flex_nano_vllm.scheduler import Chunk
 
@@ -98,6 +96,19 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class InTiles:
+    """Tokens in tiles, and the way back."""
+
+    cuts: tuple[Cut, ...]  # one for each kind in use
+    places: Tensor  # [T] int64, index of each token in the tiles of `cuts`, concatenated
+
+    @classmethod
+    def of(cls, places: Tensor, *cuts: Tensor) -> "InTiles":
+        """Take the uploaded arrays of `in_tiles`."""
+        return cls(tuple(Cut(*cuts[i : i + 3]) for i in range(0, len(cuts), 3)), places)
+
+
+@dataclass(frozen=True)
 class StepVectors:
     """One step as the host uploads it: token, position and row of each query, in order and in tiles.
 
@@ -109,10 +120,8 @@ class StepVectors:
     rows: Tensor  # [T] int64, page-table row of each token
     chunk_ends: Tensor  # [C] int64, index of the last token of each chunk
     logits_indices: Tensor  # [W] int64, tokens whose logits are computed: chunk ends, and more for prompt logprobs
-    places: Tensor  # [T] int64, index of each token in the tiles of `cuts`, concatenated
-    cuts: tuple[Cut, ...]  # one for each kind in use
-    end_places: Tensor | None  # [W] int64, as `places`, for the logits indices; None if they are all tokens
-    end_cuts: tuple[Cut, ...]
+    queries: InTiles
+    end_queries: InTiles | None  # only the logits indices; None if they are all tokens
 
     @classmethod
     def build(cls, chunks: list[Chunk], layout: TileLayout, device: torch.device) -> "StepVectors":
@@ -124,25 +133,22 @@ class StepVectors:
         input_ids = [i for chunk in chunks for i in chunk.sequence.token_ids[chunk.start : chunk.start + chunk.length]]
         num_logits = np.array([chunk.num_logits for chunk in chunks])
         indices = np.arange(num_logits.sum()) + np.repeat(ends + 1 - np.cumsum(num_logits), num_logits)
-        arrays = [np.array(input_ids), positions, rows, ends, indices]
-        tiles, end_tiles = cut_into_tiles(lengths, layout), []
-        arrays += [places(tiles, len(positions)), *in_tiles(tiles, positions, rows)]
+        vectors, last = [np.array(input_ids), positions, rows, ends, indices], []
+        queries = in_tiles(cut_into_tiles(lengths, layout), positions, rows)
         if len(positions) > len(indices):
-            end_tiles = cut_into_tiles(num_logits, layout)
-            arrays += [places(end_tiles, len(indices)), *in_tiles(end_tiles, positions[indices], rows[indices])]
-        uploaded = iter(upload(arrays, device))
-        vectors = [next(uploaded) for _ in range(5)]
-        vectors += [next(uploaded), tuple(Cut(*islice(uploaded, 3)) for _ in tiles)]
-        return cls(*vectors, next(uploaded, None), tuple(Cut(*islice(uploaded, 3)) for _ in end_tiles))
+            last = in_tiles(cut_into_tiles(num_logits, layout), positions[indices], rows[indices])
+        uploaded = iter(upload([*vectors, *queries, *last], device))
+        vectors, queries, last = ([next(uploaded) for _ in part] for part in (vectors, queries, last))
+        return cls(*vectors, InTiles.of(*queries), InTiles.of(*last) if last else None)
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """All tiles of one kind in a step."""
+    """All tiles of one kind in a step, for the layers of one mask."""
 
     query_rows: Tensor  # [tiles, K, L * G] int64, token * H + head of each query; token 0 for padding
-    block_masks: dict[int, BlockMask]  # physical masks, by the index of the mask
-    score_mods: dict[int, ScoreMod | None]
+    block_mask: BlockMask  # physical
+    score_mod: ScoreMod | None
 
 
 @dataclass(frozen=True)
@@ -154,42 +160,32 @@ class TiledQueries:
 
     @classmethod
     def build(
-        cls,
-        cuts: tuple[Cut, ...],
-        places: Tensor,
-        masks: Iterable[int],
-        width: int,
-        layout: TileLayout,
-        packed: PackedDecodes | None = None,
+        cls, queries: InTiles, index: int, width: int, layout: TileLayout, packed: PackedDecodes | None = None
     ) -> "TiledQueries":
-        """Put queries into tiles, with block masks for some of the masks of the layout.
+        """Build the tiles of the layers with mask `index` of the layout.
 
-        `width`: logical pages up to the last position, or more.
+        `width`: logical pages up to the last position, or more. `packed`: the pages of packed tiles.
         """
-        num_kv_heads, group_size = layout.num_kv_heads, layout.group_size
-        num_heads = num_kv_heads * group_size
-        heads = torch.arange(num_heads, device=places.device).view(num_kv_heads, 1, group_size)
+        mask, table, group_size = layout.masks[index], layout.tables[index], layout.group_size
+        num_heads, device = layout.num_kv_heads * group_size, queries.places.device
+        heads = torch.arange(num_heads, device=device).view(layout.num_kv_heads, 1, group_size)
+        kv_len = (table.n_pages if layout.whole_pool else table.num_live_pages) * table.page_size
         tiles, output_rows, num_rows = [], [], 0
-        for cut in cuts:
+        for cut in queries.cuts:
             query_rows = cut.tokens.clamp(min=0)[:, None, :, None] * num_heads + heads  # [tiles, K, L, G]
-            numbers = num_rows + torch.arange(query_rows.numel(), device=places.device).view(query_rows.shape)
+            numbers = num_rows + torch.arange(query_rows.numel(), device=device).view(query_rows.shape)
             output_rows.append(numbers.transpose(1, 2).reshape(-1, num_heads))
             num_rows += query_rows.numel()
-            row_of, block_masks, score_mods = _row_of(cut.rows, group_size), {}, {}
-            for index in masks:
-                mask, table = layout.masks[index], layout.tables[index]
-                kv_len = (table.n_pages if layout.whole_pool else table.num_live_pages) * table.page_size
-                if packed is None:
-                    logical = logical_block_mask(cut.q_pos, mask, group_size, table.page_size, width)
-                    block_masks[index] = table.convert_logical_block_mask(logical, cut.rows, kv_len)
-                else:
-                    block_masks[index] = packed_block_mask(packed, row_of, cut.q_pos, mask, group_size, table, kv_len)
-                score_mods[index] = None
-                if mask.score_mod is not None:
-                    score_mod = score_of_queries(mask.score_mod, cut.q_pos, group_size)
-                    score_mods[index] = table.physical_score(score_mod, row_of)
-            tiles.append(Tiles(query_rows.flatten(2), block_masks, score_mods))
-        return cls(tuple(tiles), torch.cat(output_rows)[places])
+            row_of, score_mod = _row_of(cut.rows, group_size), None
+            if packed is None:
+                logical = logical_block_mask(cut.q_pos, mask, group_size, table.page_size, width)
+                block_mask = table.convert_logical_block_mask(logical, cut.rows, kv_len)
+            else:
+                block_mask = packed_block_mask(packed, row_of, cut.q_pos, mask, group_size, table, kv_len)
+            if mask.score_mod is not None:
+                score_mod = table.physical_score(of_queries(mask.score_mod, cut.q_pos, group_size), row_of)
+            tiles.append(Tiles(query_rows.flatten(2), block_mask, score_mod))
+        return cls(tuple(tiles), torch.cat(output_rows)[queries.places])
 
 
 @dataclass(frozen=True)
@@ -201,10 +197,6 @@ class StepBatch:
     queries: tuple[TiledQueries, ...]  # by the index of the mask
     end_queries: TiledQueries  # for the logits indices, the only queries of the last layer
 
-    @property
-    def num_tokens(self) -> int:
-        return len(self.vectors.input_ids)
-
     @classmethod
     def build(
         cls, vectors: StepVectors, width: int, layout: TileLayout, packed: TiledQueries | None = None
@@ -214,17 +206,13 @@ class StepBatch:
         `width`: logical pages up to the last position, or more. `packed`: the queries of decodes in packed tiles.
         """
         slots = tuple(table.slots(vectors.rows, vectors.positions) for table in layout.tables)
+        given = {} if packed is None else {layout.packed_mask: packed}
         all_masks = range(len(layout.masks))
-        others = [index for index in all_masks if packed is None or index != layout.packed_mask]
-        queries = packed
-        if others:
-            queries = TiledQueries.build(vectors.cuts, vectors.places, others, width, layout)
-        by_mask = tuple(queries if index in others else packed for index in all_masks)
-        end_queries = by_mask[layout.last_mask]
-        if vectors.end_places is not None:
-            masks = [layout.last_mask]
-            end_queries = TiledQueries.build(vectors.end_cuts, vectors.end_places, masks, width, layout)
-        return cls(vectors, slots, by_mask, end_queries)
+        queries = [given.get(i) or TiledQueries.build(vectors.queries, i, width, layout) for i in all_masks]
+        end_queries = queries[layout.last_mask]
+        if vectors.end_queries is not None:
+            end_queries = TiledQueries.build(vectors.end_queries, layout.last_mask, width, layout)
+        return cls(vectors, slots, tuple(queries), end_queries)
 
 
 def num_pages(chunks: list[Chunk], page_size: int) -> int:
@@ -240,11 +228,10 @@ def packed_queries(packed: PackedDecodes | None, chunks: list[Chunk], layout: Ti
     if packed is None:
         return None
     positions, rows = (np.array(numbers) for numbers in zip(*((chunk.start, chunk.sequence.row) for chunk in chunks)))
-    tokens, q_pos, _ = in_tiles([packed.members], positions, rows)
-    rows = np.where(tokens < 0, 0, rows[tokens]).astype(np.int32)
-    arrays = [places([tokens], len(chunks)), tokens, q_pos, rows]
-    places_of_decodes, *cut = upload(arrays, layout.tables[0].table.device)
-    return TiledQueries.build((Cut(*cut),), places_of_decodes, [layout.packed_mask], 0, layout, packed)
+    *arrays, _ = in_tiles([packed.members], positions, rows)
+    arrays.append(np.where(packed.members < 0, 0, rows[packed.members]).astype(np.int32))  # a row for each query
+    queries = InTiles.of(*upload(arrays, layout.tables[0].table.device))
+    return TiledQueries.build(queries, layout.packed_mask, 0, layout, packed)
 
 
 def pack_decodes(chunks: list[Chunk], layout: TileLayout) -> PackedDecodes | None:
@@ -279,21 +266,19 @@ def _cut(kind: TileKind, firsts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def in_tiles(tiles: list[np.ndarray], positions: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
-    """Return the arrays of a `Cut` for each kind of tile, given the position and the row of each token [T]."""
-    arrays = []
+    """Return the arrays of `InTiles`, given the tokens of each kind of tile, and position and row of each token [T].
+
+    The place of a token in none of the tiles is 0.
+    """
+    every = np.concatenate([tokens.ravel() for tokens in tiles])
+    used = np.flatnonzero(every >= 0)
+    places = np.zeros(len(positions), dtype=np.int64)
+    places[every[used]] = used
+    arrays = [places]
     for tokens in tiles:
         q_pos, first = np.where(tokens < 0, -1, positions[tokens]), tokens[:, 0]
         arrays += [tokens, q_pos.astype(np.int32), np.where(first < 0, 0, rows[first]).astype(np.int32)]
     return arrays
-
-
-def places(tiles: list[np.ndarray], num_tokens: int) -> np.ndarray:
-    """Return the index of each token in the tiles of all kinds, concatenated; 0 for tokens in none of them."""
-    tokens = np.concatenate([of_kind.ravel() for of_kind in tiles])
-    used = np.flatnonzero(tokens >= 0)
-    result = np.zeros(num_tokens, dtype=np.int64)
-    result[tokens[used]] = used
-    return result
 
 
 def _row_of(rows: Tensor, group_size: int) -> RowOf:

@@ -266,7 +266,7 @@ def visible_slots(batch, index):
     queries = batch.queries[index]
     in_tiles = queries.output_rows[:, 0].tolist()  # one head: each query row is a token
     for tiles in queries.tiles:
-        mask = tiles.block_masks[index]
+        mask = tiles.block_mask
         tile_len, page_size = mask.BLOCK_SIZE
         all_slots = torch.arange(mask.seq_lengths[1], dtype=torch.int32)
         queries = torch.arange(tiles.query_rows.numel(), dtype=torch.int32)[:, None]

@@ -115,32 +115,39 @@ def layouts(draw, tile_lens: tuple[int, ...], group_size: int) -> TileLayout:
 
 
 def queries_of(batch: StepBatch) -> TiledQueries:
-    """Return the queries, which are equal for all layers because no decodes are packed here."""
+    """Return the queries of the first mask. Those of other masks have the same tiles, because no decodes are packed."""
     queries, *others = batch.queries
-    assert all(other is queries for other in others)
+    for other in others:
+        assert torch.equal(other.output_rows, queries.output_rows)
+        for tiles, expected in zip(other.tiles, queries.tiles, strict=True):
+            assert torch.equal(tiles.query_rows, expected.query_rows)
     return queries
 
 
 def tiles_of(batch: StepBatch, layout: TileLayout):
-    """Yield (tiles, tile length, token of each query or None for padding) for each kind in use. For one kv head."""
+    """Yield (block mask of each layer mask, tile length, token of each query or None for padding) for each kind in use.
+
+    For one kv head.
+    """
     token_at = {
         row // layout.group_size: token for token, (row, *_) in enumerate(queries_of(batch).output_rows.tolist())
     }
     lengths = {kind.tile_len for kind in layout.kinds}
     before = 0
-    for tiles in queries_of(batch).tiles:
-        q_block = next(iter(tiles.block_masks.values())).BLOCK_SIZE[0]
+    for kind, tiles in enumerate(queries_of(batch).tiles):
+        q_block = tiles.block_mask.BLOCK_SIZE[0]
         assert q_block % layout.group_size == 0
         tile_len = q_block // layout.group_size
         assert tile_len in lengths
         queries = len(tiles.query_rows) * tile_len
-        yield tiles, tile_len, [token_at.get(before + query) for query in range(queries)]
+        masks = [queries_of_mask.tiles[kind].block_mask for queries_of_mask in batch.queries]
+        yield masks, tile_len, [token_at.get(before + query) for query in range(queries)]
         before += queries
 
 
 def kv_len(batch: StepBatch) -> int:
     """Return how many slots of the pool attention receives."""
-    return next(iter(queries_of(batch).tiles[0].block_masks.values())).seq_lengths[1]
+    return queries_of(batch).tiles[0].block_mask.seq_lengths[1]
 
 
 def evaluate(block_mask, kv_len: int) -> np.ndarray:
@@ -162,12 +169,11 @@ def listed(counts: torch.Tensor, lists: torch.Tensor) -> list[list[int]]:
 def assert_isolated(scene: Scene, batch: StepBatch, layout: TileLayout) -> None:
     tokens, page_size = scene.tokens(), scene.page_size
     seen_tokens = []
-    for tiles, tile_len, token_of_query in tiles_of(batch, layout):
+    for block_masks, tile_len, token_of_query in tiles_of(batch, layout):
         rows_per_tile = tile_len * layout.group_size
         num_q_rows = len(token_of_query) * layout.group_size
         seen_tokens += [token for token in token_of_query if token is not None]
-        assert list(tiles.block_masks) == list(range(len(layout.masks)))
-        for window, block_mask in zip(windows_of(layout), tiles.block_masks.values()):
+        for window, block_mask in zip(windows_of(layout), block_masks, strict=True):
             assert tuple(block_mask.BLOCK_SIZE) == (rows_per_tile, page_size)
             highest = max(page for pages in scene.pages.values() for page in pages)
             in_use = N_PAGES if layout.whole_pool else highest + 1
@@ -261,12 +267,12 @@ def test_end_queries_equal_the_queries_of_a_step_with_only_the_last_tokens_of_ch
     layout = data.draw(st.sampled_from([(1,), (4,), (1, 4), (2, 3)]).flatmap(lambda lens: layouts(lens, 2)))
     batch = build_step(scene.chunks, scene.kv, layout)
     last_tokens = [Chunk(chunk.sequence, chunk.start + chunk.length - 1, 1) for chunk in scene.chunks]
-    alone = queries_of(build_step(last_tokens, scene.kv, layout))
-    assert torch.equal(batch.end_queries.output_rows, alone.output_rows)
-    last = layout.last_mask
+    alone = build_step(last_tokens, scene.kv, layout)
+    assert torch.equal(batch.end_queries.output_rows, queries_of(alone).output_rows)
+    alone = alone.queries[layout.last_mask]
     for tiles, tiles_alone in zip(batch.end_queries.tiles, alone.tiles, strict=True):
         assert torch.equal(tiles.query_rows, tiles_alone.query_rows)
-        mask, expected = tiles.block_masks[last], tiles_alone.block_masks[last]
+        mask, expected = tiles.block_mask, tiles_alone.block_mask
         assert mask.seq_lengths == expected.seq_lengths and mask.BLOCK_SIZE == expected.BLOCK_SIZE
         for counts, lists in (("kv_num_blocks", "kv_indices"), ("full_kv_num_blocks", "full_kv_indices")):
             ours = listed(getattr(mask, counts), getattr(mask, lists))
@@ -303,8 +309,8 @@ def test_attention_gets_the_whole_or_the_used_pool_and_lists_as_wide_as_the_cpu_
     batch = build_step(scene.chunks, scene.kv, layout_of(kinds, 1, 2, (None, 3), 3, whole_pool))
     highest = max(page for pages in scene.pages.values() for page in pages)
     assert kv_len(batch) == (N_PAGES if whole_pool else highest + 1) * scene.page_size
-    for tiles in queries_of(batch).tiles:
-        for block_mask in tiles.block_masks.values():
+    for queries in batch.queries:
+        for block_mask in (tiles.block_mask for tiles in queries.tiles):
             for pages in (block_mask.kv_indices, block_mask.full_kv_indices):
                 assert pages.shape[-1] >= kv_len(batch) // scene.page_size
                 assert pages.dtype == block_mask.kv_num_blocks.dtype == torch.int32
@@ -363,10 +369,10 @@ def test_the_drawing_in_the_docstring_of_step_holds():
     assert queries_of(batch).output_rows.tolist() == [[0, 1], [2, 3], [8, 9], [10, 11], [12, 13], [14, 15], [16, 17]]
     # The token of a sees a quarter of its page. The token of b sees both of its pages completely. Token c4 sees the
     # first page of c completely, but tokens c0 to c2 do not.
-    assert small.block_masks[0].kv_num_blocks.flatten().tolist() == [1, 0, 0, 0]
-    assert small.block_masks[0].full_kv_num_blocks.flatten().tolist() == [0, 2, 0, 0]
-    assert large.block_masks[0].kv_num_blocks.flatten().tolist() == [1, 1]
-    assert large.block_masks[0].full_kv_num_blocks.flatten().tolist() == [0, 1]
+    assert small.block_mask.kv_num_blocks.flatten().tolist() == [1, 0, 0, 0]
+    assert small.block_mask.full_kv_num_blocks.flatten().tolist() == [0, 2, 0, 0]
+    assert large.block_mask.kv_num_blocks.flatten().tolist() == [1, 1]
+    assert large.block_mask.full_kv_num_blocks.flatten().tolist() == [0, 1]
     assert_isolated(scene, batch, layout)
 
 
@@ -387,8 +393,8 @@ def test_padding_in_row_0_sees_nothing_and_writes_to_page_0():
     chunks = [Chunk(sequence_of(0, 3), 0, 3), Chunk(sequence_of(0, 1), 0, 1)]
     batch = build_step(chunks, scene.kv, layout)
     assert all(0 <= slot < scene.page_size for slots in batch.slots for slot in slots.tolist())
-    for tiles in queries_of(batch).tiles:
-        for block_mask in tiles.block_masks.values():
+    for queries in batch.queries:
+        for block_mask in (tiles.block_mask for tiles in queries.tiles):
             assert not evaluate(block_mask, kv_len(batch)).any()
 
 

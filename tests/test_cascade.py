@@ -107,7 +107,7 @@ def test_a_packed_query_sees_the_same_slots_as_alone_and_its_tile_reads_each_pag
     assert together.queries[layout.packed_mask] is not alone.queries[layout.packed_mask]
 
     (tiles,) = together.queries[layout.packed_mask].tiles
-    mask = tiles.block_masks[layout.packed_mask]
+    mask = tiles.block_mask
     assert tiles.query_rows.shape == (4, 1, 3)
     members = [[i for i in tile if i >= 0] for tile in packed.members.tolist()]
     assert sorted(itertools.chain(*members)) == list(range(len(scene.chunks)))

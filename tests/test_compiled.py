@@ -203,7 +203,7 @@ class Scene:
                 kv.reserve(sequence.row, min(end, sequence.num_tokens))
         self.chunks = [Chunk(s, s.num_tokens - n, n) for s, n in zip(sequences, lengths)]
         num_slots = geometry.n_pages * page_size
-        self.cache = PagedKVCache(0, num_slots, num_kv_heads, head_dim, dtype, torch.device("cpu"))
+        self.cache = PagedKVCache(0, (num_kv_heads, num_slots, head_dim), dtype, torch.device("cpu"))
         generator = torch.Generator().manual_seed(0)
         self.query = torch.randn(1, num_heads, sum(lengths), head_dim, generator=generator).to(dtype)
         for pool in (self.cache.k_cache, self.cache.v_cache):

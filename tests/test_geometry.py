@@ -55,7 +55,7 @@ def test_secondary_pools_never_run_out_and_no_row_holds_more_pages_than_predicte
     while scheduler.has_unfinished_requests():
         chunks = scheduler.schedule()
         for sequence in scheduler.running:
-            held = scheduler.kv.num_pages(sequence.row)
+            held = scheduler.kv.primary.num_pages(sequence.row)
             assert held <= sizes.most_pages(sequence.num_tokens)
             most = max(most, held)
         scheduler.commit(chunks, samples_of(rng.randrange(3) for _ in chunks))
