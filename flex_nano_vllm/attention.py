@@ -32,6 +32,8 @@ from flex_nano_vllm.step import StepBatch, TiledQueries
 # Must not contain the name of an implementation in transformers, which tests names by prefix and substring.
 ATTN_IMPLEMENTATION = "paged_flex"
 
+Flex = Callable[..., Tensor]  # `flex_attention`, compiled or not
+
 _in_progress: ContextVar["StepInProgress | None"] = ContextVar("step_in_progress", default=None)
 
 
@@ -50,12 +52,12 @@ class StepInProgress:
     """Inputs of the two operators during a call of the model."""
 
     step: StepBatch
-    flex: Callable[..., Tensor]  # a compiled `flex_attention`
+    flex: Flex  # a compiled `flex_attention`
     finite: Tensor  # [T] bool; an operator clears the tokens whose keys or values are not finite
 
 
 @contextmanager
-def step_in_progress(step: StepBatch, flex: Callable[..., Tensor]) -> Iterator[Tensor]:
+def step_in_progress(step: StepBatch, flex: Flex) -> Iterator[Tensor]:
     """Make `step` the input of the operators. Yields `finite`, which is complete after the model has returned."""
     finite = torch.ones_like(step.vectors.input_ids, dtype=torch.bool)
     token = _in_progress.set(StepInProgress(step, flex, finite))
@@ -77,13 +79,7 @@ def _current(num_tokens: int, ends: bool) -> StepInProgress:
 
 
 def attend(
-    queries: TiledQueries,
-    flex: Callable[..., Tensor],
-    query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    scale: float,
-    cap: float | None,
+    queries: TiledQueries, flex: Flex, query: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, cap: float | None
 ) -> Tensor:
     """Compute attention of queries [1, H, T, D] over the pool. Returns [1, T, H, D]."""
     head_dim = query.shape[-1]

@@ -25,7 +25,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from flex_nano_vllm.device import upload
 from flex_nano_vllm.geometry import cdiv
 from flex_nano_vllm.masks import LayerMask, of_queries
-from flex_nano_vllm.page_table import PageTable, RowOf, widen
+from flex_nano_vllm.page_table import PageTable, RowOf, mask_of_tiles, widen
 
 # Decodes are packed if that saves at least this many visits of a page by one kv head of one decode. The host's work for
 # packing costs about as much.
@@ -108,13 +108,7 @@ def pack(
 
 
 def packed_block_mask(
-    packed: PackedDecodes,
-    row_of: RowOf,
-    q_pos: Tensor,
-    mask: LayerMask,
-    group_size: int,
-    table: PageTable,
-    kv_len: int,
+    packed: PackedDecodes, row_of: RowOf, q_pos: Tensor, mask: LayerMask, group_size: int, table: PageTable, kv_len: int
 ) -> BlockMask:
     """Return the physical block mask of packed decodes, in tiles of L * G query rows.
 
@@ -128,17 +122,9 @@ def packed_block_mask(
     lists = [*_lists(packed.pages, packed.partial), *_lists(packed.pages, packed.full)]
     num_partial, partial, num_full, full = upload(lists, table.table.device, np.int32)
     partial, full = (widen(pages, most, cdiv(kv_len, page_size)) for pages in (partial, full))
-    q_block = num_members * group_size
-    return BlockMask.from_kv_blocks(
-        num_partial[:, None],  # [tiles, 1, 1]
-        partial[:, None, None],  # [tiles, 1, 1, >= kv_len / page_size]
-        num_full[:, None],
-        full[:, None, None],
-        BLOCK_SIZE=(q_block, page_size),
-        mask_mod=table.physical_mask(of_queries(mask.mask_mod, q_pos, group_size), row_of),
-        seq_lengths=(q_block, kv_len),
-        compute_q_blocks=False,
-    )
+    mask_mod = table.physical_mask(of_queries(mask.mask_mod, q_pos, group_size), row_of)
+    block_size = num_members * group_size, page_size
+    return mask_of_tiles((num_partial, partial), (num_full, full), block_size, mask_mod, kv_len)
 
 
 def _seen_pages(mask: LayerMask, positions: np.ndarray, page_size: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -152,7 +138,7 @@ def _seen_pages(mask: LayerMask, positions: np.ndarray, page_size: int, width: i
 
 
 def _lists(pages: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the chosen pages of each tile: their number, [tiles, 1], and their list, [tiles, width], padded."""
-    counts = chosen.sum(axis=1, keepdims=True)
+    """Return the chosen pages of each tile: their number, [tiles], and their list, [tiles, width], padded."""
+    counts = chosen.sum(axis=1)
     first = np.argsort(~chosen, axis=1, kind="stable")[:, : counts.max()]
     return counts, np.take_along_axis(pages, first, axis=1)

@@ -97,6 +97,8 @@ class Inference:
         self.model, self.spec, self.tokenizer = model, spec, tokenizer
         with torch.inference_mode(False):  # buffers made in that mode cannot be written outside of it
             self.kv = KVManager(geometry, spec.device, enable_prefix_caching)
+            self.runner = ModelRunner(model, spec, self.kv, compiled, enable_cascade)
+        self._give_back = weakref.finalize(self, unpatch_model, model)
         self.max_seq_length, self.max_request_tokens = geometry.max_seq_length, geometry.max_request_tokens
         self.scheduler = Scheduler(self.kv, geometry.max_num_batched_tokens, watermark)
         self.input_processor = InputProcessor(spec, tokenizer, geometry, key, model.generation_config)
@@ -106,11 +108,8 @@ class Inference:
         self._abandoned: deque[int] = deque()  # requests of closed streams, aborted by the next call
         self._in_use = threading.Lock()
         self.owner: threading.Thread | None = None  # set by `AsyncInference`: the only thread that may call
-        with torch.inference_mode(False):
-            self.runner = ModelRunner(model, spec, self.kv, compiled, enable_cascade)
         self.sampler = Sampler(compiled, spec.device.type)
         self._weights = WeightsWatch(model)  # of the patched model
-        self._give_back = weakref.finalize(self, unpatch_model, model)
         logger.info("KV memory for %s", self.plan(self.max_request_tokens - 1, 1))
         _engine_of_model[model] = weakref.ref(self)
 
@@ -412,10 +411,9 @@ class Inference:
 def _release_model(model: PreTrainedModel) -> None:
     """Close the idle engine that the model belongs to, if any, to free its pool before the new pool is allocated."""
     engine = _engine_of_model.get(model, lambda: None)()
-    if engine is None:
-        return
-    if engine.has_unfinished_requests():
+    if engine is not None and engine.has_unfinished_requests():
         raise ValueError(
             "the model belongs to an engine with unfinished requests: finish or abort them, or close the engine"
         )
-    engine.close()
+    if engine is not None:
+        engine.close()

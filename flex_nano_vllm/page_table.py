@@ -44,6 +44,8 @@ from flex_nano_vllm.masks import MaskMod, ScoreMod
 from flex_nano_vllm.prefix_cache import CachedPage
 
 RowOf = Callable[[Tensor, Tensor], Tensor]  # (tile, q_idx) -> page-table row of a query
+# Number of pages of each tile, [tiles], and the pages, [tiles, N]. Entries past the number are undefined.
+PageList = tuple[Tensor, Tensor]
 
 
 class PageTable:
@@ -296,21 +298,15 @@ class PageTable:
             The physical BlockMask: `kv_indices` [tiles, 1, 1, >= kv_len / page_size], with equal blocks.
         """
 
-        def physical_pages(logical_pages: Tensor) -> Tensor:  # [tiles, 1, 1, <= N]
-            existing = logical_pages[:, 0, 0].clamp(max=self.max_pages_per_row - 1)
+        def physical(number: Tensor, logical: Tensor) -> PageList:  # [tiles, 1, 1] and [tiles, 1, 1, <= N]
+            existing = logical[:, 0, 0].clamp(max=self.max_pages_per_row - 1)
             pages = self.table[rows[:, None], existing]
-            return widen(pages, self.max_pages_per_row, cdiv(kv_len, self.page_size))[:, None, None]
+            return number[:, 0, 0], widen(pages, self.max_pages_per_row, cdiv(kv_len, self.page_size))
 
-        return BlockMask.from_kv_blocks(
-            block_mask.kv_num_blocks,
-            physical_pages(block_mask.kv_indices),
-            block_mask.full_kv_num_blocks,
-            physical_pages(block_mask.full_kv_indices),
-            BLOCK_SIZE=block_mask.BLOCK_SIZE,
-            mask_mod=self.physical_mask(block_mask.mask_mod, lambda tile, q_idx: rows[tile]),
-            seq_lengths=(block_mask.seq_lengths[0], kv_len),
-            compute_q_blocks=False,  # only the backward pass uses the transposed lists
-        )
+        partial = physical(block_mask.kv_num_blocks, block_mask.kv_indices)
+        full = physical(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
+        mask_mod = self.physical_mask(block_mask.mask_mod, lambda tile, q_idx: rows[tile])
+        return mask_of_tiles(partial, full, block_mask.BLOCK_SIZE, mask_mod, kv_len)
 
     def physical_mask(self, logical_mask: MaskMod, row_of: RowOf) -> MaskMod:
         """Rewrite a mask_mod(tile, h, q_idx, kv_pos) into one over the slots of the pool.
@@ -342,6 +338,23 @@ class PageTable:
             return lambda row, slot: physical_to_logical[row, slot // page_size] * page_size + slot % page_size
         shift = page_size.bit_length() - 1  # a power of two: vector instructions of the kernel have no integer division
         return lambda row, slot: physical_to_logical[row, slot >> shift] * page_size + (slot & (page_size - 1))
+
+
+def mask_of_tiles(
+    partial: PageList, full: PageList, block_size: tuple[int, int], mask_mod: MaskMod, kv_len: int
+) -> BlockMask:
+    """Return the mask of tiles. Each tile is a batch entry with one query block, and all heads have the same pages.
+
+    Args:
+        partial: the pages on which the kernel runs `mask_mod`.
+        full: the pages that all queries of a tile see completely.
+        block_size: query rows of a tile, and tokens per page.
+        kv_len: slots, or logical positions, that the mask covers.
+    """
+    pages = [numbers[:, None, None] for numbers in (*partial, *full)]  # [tiles, 1, 1] and [tiles, 1, 1, N] each
+    sizes = dict(BLOCK_SIZE=block_size, seq_lengths=(block_size[0], kv_len))
+    # Only the backward pass uses the transposed lists.
+    return BlockMask.from_kv_blocks(*pages, mask_mod=mask_mod, compute_q_blocks=False, **sizes)
 
 
 def widen(pages: Tensor, stride: int, width: int) -> Tensor:

@@ -3,7 +3,7 @@
 import functools
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -104,21 +104,17 @@ class ModelRunner:
             return self._run(chunks, pack_decodes(chunks, self.layout))
 
     def _run(self, chunks: list[Chunk], packed: PackedDecodes | None = None) -> Tensor:
-        num_chunks = len(chunks)
         as_decodes = self.compiled and all(chunk.length == 1 for chunk in chunks)
-        if as_decodes:
-            layout = self.decode_layout
-            num_padding = layout.kinds[0].num_padded_tiles(num_chunks) - num_chunks
-        else:
-            layout = self.layout
-            num_padding = max(0, 2 - num_chunks)  # a dimension of size 1 would need another graph
+        layout = self.decode_layout if as_decodes else self.layout
+        # A dimension of size 1 would need another graph.
+        padded = layout.kinds[0].num_padded_tiles(len(chunks)) if as_decodes else max(2, len(chunks))
+        num_padding = padded - len(chunks)
         chunks = chunks + [padding_chunk(1)] * num_padding
         self.kv.sync()
         vectors = StepVectors.build(chunks, layout, self.kv.device)
         packed = packed_queries(packed, chunks, layout)
         if as_decodes:
-            shapes, run = {("decodes", len(chunks), packed is not None)}, self.model_of_decodes
-            inputs = (vectors, packed)
+            shapes, run, inputs = {("decodes", padded, packed is not None)}, self.model_of_decodes, (vectors, packed)
         else:
             step = StepBatch.build(vectors, num_pages(chunks, self.kv.geometry.page_size), layout, packed)
             shapes, run, inputs = _shapes(step), self._run_any_length, (step,)
@@ -166,46 +162,40 @@ class ModelRunner:
 
         The padding is in row 0, which sees nothing and writes to page 0.
         """
-        if not self.compiled:
-            return
-        with compile_settings(self.model.device.type):
-            self._warmup()
+        if self.compiled:
+            with compile_settings(self.model.device.type):
+                for chunks, packed in self._warmup_steps():
+                    for _ in range(2 if self.model.device.type == "cuda" else 1):  # the second run records a CUDA graph
+                        self._run(chunks, packed)
+            gc.collect()  # else garbage from compiling would soon pause a step for 0.3 s
 
-    def _warmup(self) -> None:
-        rule, buckets = self.layout.cascade, self.decode_layout.kinds[0].buckets
-        decodes = [(bucket, None) for bucket in buckets]
+    def _warmup_steps(self) -> Iterator[tuple[list[Chunk], PackedDecodes | None]]:
+        """Yield steps that together need every graph."""
+        rule, buckets, geometry = self.layout.cascade, self.decode_layout.kinds[0].buckets, self.kv.geometry
+        for bucket in buckets:
+            yield [padding_chunk(1)] * bucket, None
         if rule is not None:
-            decodes.append((buckets[-1], PackedDecodes.empty(rule)))
-        for bucket, packed in decodes:
-            for _ in range(2 if self.model.device.type == "cuda" else 1):  # the second run records the CUDA graph
-                self._run([padding_chunk(1)] * bucket, packed)
-        geometry = self.kv.geometry
-        longest = geometry.max_row_tokens
+            yield [padding_chunk(1)] * buckets[-1], PackedDecodes.empty(rule)
         # Two tokens and a padding token: with as many tokens as chunks, dynamo would treat both sizes as one.
-        self._run([padding_chunk(2)])
-        shortest = self.layout.kinds[0].tile_len + 1  # shortest chunk that is cut into large tiles
+        yield [padding_chunk(2)], None
+        small, large = self.layout.kinds
+        shortest = small.tile_len + 1  # shortest chunk that is cut into large tiles
         # The last layer uses large tiles for prompt logprobs only. Another layer of the same mask always uses them.
         *others, last = distinct_masks(self.spec, geometry)[1]
-        in_large_tiles = last not in others
-        for kind in self.layout.kinds[1:] if shortest <= longest else ():
-            num_tiles_reached = 0
-            for bucket in kind.buckets:
-                num_tiles = cdiv(bucket, geometry.max_batch_size)  # tiles of each chunk
-                length = min(longest, (num_tiles - 1) * kind.tile_len + shortest)
-                num_chunks = min(bucket // cdiv(length, kind.tile_len), geometry.max_batch_size)
-                if num_chunks * cdiv(length, kind.tile_len) > num_tiles_reached:
-                    self._run([padding_chunk(length, in_large_tiles)] * num_chunks)
-                num_tiles_reached = bucket
-        gc.collect()  # else garbage from compiling would soon pause a step for 0.3 s
+        in_large_tiles, num_tiles_reached = last not in others, 0
+        for bucket in large.buckets if shortest <= geometry.max_row_tokens else ():
+            num_tiles = cdiv(bucket, geometry.max_batch_size)  # tiles of each chunk
+            length = min(geometry.max_row_tokens, (num_tiles - 1) * large.tile_len + shortest)
+            num_chunks = min(bucket // cdiv(length, large.tile_len), geometry.max_batch_size)
+            if num_chunks * cdiv(length, large.tile_len) > num_tiles_reached:
+                yield [padding_chunk(length, in_large_tiles)] * num_chunks, None
+            num_tiles_reached = bucket
 
 
 def model_inputs(vectors: StepVectors) -> dict[str, object]:
     """Return the arguments of the model for a step."""
-    return dict(
-        input_ids=vectors.input_ids[None],
-        position_ids=vectors.positions[None],
-        use_cache=False,  # the default would also append all keys and values to transformers' cache
-    )
+    # `use_cache=True`, the default, would also append all keys and values to transformers' cache.
+    return dict(input_ids=vectors.input_ids[None], position_ids=vectors.positions[None], use_cache=False)
 
 
 def decode_function(model: PreTrainedModel, layout: TileLayout) -> Callable[[StepVectors, TiledQueries | None], Tensor]:
@@ -233,15 +223,10 @@ def padding_chunk(length: int, with_prompt_logprobs: bool = False) -> Chunk:
 
 def compile_flex_attention(device_type: str, compiled: bool) -> Callable[..., Tensor]:
     """Return FlexAttention compiled by inductor, or (`compiled=False`) traced and run operator by operator."""
-    return torch.compile(
-        flex_attention,
-        # Without fullgraph, a call beyond the recompile limit would silently run the uncompiled function.
-        fullgraph=True,
-        # Symbolic sizes break the C++ template: it replaces names in the kernel text, and ks1 is part of ks17.
-        dynamic=False if compiled else None,
-        backend=inductor(device_type) if compiled else "eager",
-        options=dict(UNGUARDED) if compiled else None,
-    )
+    # Symbolic sizes break the C++ template: it replaces names in the kernel text, and ks1 is part of ks17.
+    settings = dict(dynamic=False, backend=inductor(device_type), options=dict(UNGUARDED))
+    # Without fullgraph, a call beyond the recompile limit would silently run the uncompiled function.
+    return torch.compile(flex_attention, fullgraph=True, **(settings if compiled else dict(backend="eager")))
 
 
 def tile_kinds(

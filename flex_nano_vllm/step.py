@@ -36,7 +36,7 @@ from flex_nano_vllm.cascade import CascadeRule, PackedDecodes, pack, packed_bloc
 from flex_nano_vllm.device import upload
 from flex_nano_vllm.geometry import cdiv
 from flex_nano_vllm.masks import LayerMask, Pages, ScoreMod, of_queries
-from flex_nano_vllm.page_table import PageTable, RowOf
+from flex_nano_vllm.page_table import PageList, PageTable, RowOf, mask_of_tiles
 from flex_nano_vllm.scheduler import Chunk
 
 
@@ -312,21 +312,13 @@ def logical_block_mask(q_pos: Tensor, mask: LayerMask, group_size: int, page_siz
         begin, end = torch.maximum(begin, previous_end), torch.minimum(end, last_end)  # ranges may overlap
         partial += [(begin, torch.minimum(end, full_begin)), (torch.maximum(begin, full_end), end)]
         previous_end = torch.maximum(previous_end, end)
-    num_partial, partial_pages = _listed(partial, width)
-    num_full, full_pages = _listed([(full_begin, full_end)], width)
-    return BlockMask.from_kv_blocks(
-        num_partial[:, None, None],  # [tiles, 1, 1]: for all heads, one query block
-        partial_pages[:, None, None],  # [tiles, 1, 1, width]
-        num_full[:, None, None],
-        full_pages[:, None, None],
-        BLOCK_SIZE=(tile_len * group_size, page_size),
-        mask_mod=of_queries(mask.mask_mod, q_pos, group_size),
-        seq_lengths=(tile_len * group_size, width * page_size),
-        compute_q_blocks=False,
-    )
+    block_size = tile_len * group_size, page_size
+    mask_mod = of_queries(mask.mask_mod, q_pos, group_size)
+    full = [(full_begin, full_end)]
+    return mask_of_tiles(_listed(partial, width), _listed(full, width), block_size, mask_mod, width * page_size)
 
 
-def _listed(ranges: list[Pages], width: int) -> tuple[Tensor, Tensor]:
+def _listed(ranges: list[Pages], width: int) -> PageList:
     """Return the number of pages in ascending ranges, [tiles], and their list, [tiles, width].
 
     The entries past the end of a list are undefined.
