@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 import flex_nano_vllm
 from benchmarks.baselines import continuous_batching, padded_batches
 from benchmarks.crossover import report_crossover
-from benchmarks.exactness import NEAR_TIE, compare, greedy_in_all_company, hf_generate
+from benchmarks.exactness import NEAR_TIE, compare, greedy_in_batches, hf_generate
 from benchmarks.overhead import report_overhead
 from benchmarks.random_models import SHAPES, byte_tokenizer, random_model
 from benchmarks.report import (
@@ -304,7 +304,7 @@ def check_exactness(
     prompts += [list(make_workload(1, (n, n), (1, 1), TOKEN_IDS, seed=n)[0].prompt_token_ids) for n in PROMPT_LENS]
     longest = options.max_seq_length - EXACTNESS_TOKENS
     strangers = make_workload(NUM_STRANGERS, (1, longest), (1, 1), TOKEN_IDS, seed=options.seed + 1)
-    scenarios = greedy_in_all_company(engine, prompts, [list(s.prompt_token_ids) for s in strangers], EXACTNESS_TOKENS)
+    scenarios = greedy_in_batches(engine, prompts, [list(s.prompt_token_ids) for s in strangers], EXACTNESS_TOKENS)
     num_preemptions = engine.stats().num_preemptions
     engine.close()
 

@@ -49,7 +49,7 @@ def greedy_tokens(engine: Inference, prompts: list[list[int]], max_tokens: int) 
     return [output.outputs[0].token_ids for output in engine.generate(prompts, greedy, use_tqdm=False)]
 
 
-def greedy_in_all_company(
+def greedy_in_batches(
     engine: Inference, prompts: list[list[int]], strangers: list[list[int]], max_tokens: int
 ) -> dict[str, list[list[int]]]:
     """Return the greedy tokens of the prompts in several ways of scheduling.

@@ -97,8 +97,8 @@ def attend(
             kernel_options=kernel_options(query.device, *tiles.block_mask.BLOCK_SIZE),
         )
         outputs.append(output.reshape(-1, head_dim))
-    together = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return together[queries.output_rows][None]
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return output[queries.output_rows][None]
 
 
 def write_kv(slots: Tensor, key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:

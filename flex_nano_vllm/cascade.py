@@ -52,8 +52,8 @@ class CascadeRule:
 
     def can_pay(self, num_decodes: int, num_pages: int) -> bool:
         """Return whether packing pays if all decodes share all pages."""
-        together = np.full(cdiv(num_decodes, self.tile_len), self.full_cost * num_pages)
-        return self.cost(np.full(num_decodes, num_pages)) - self.cost(together) >= LEAST_SAVING
+        packed = np.full(cdiv(num_decodes, self.tile_len), self.full_cost * num_pages)
+        return self.cost(np.full(num_decodes, num_pages)) - self.cost(packed) >= LEAST_SAVING
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ def pack(
         positions: [C], positions of these tokens.
         mask: the mask of the layers.
     """
-    most = table.num_repeated_pages * max(1, rule.heads_per_processor)  # upper bound of the saving
-    if len(rows) < rule.least_decodes or most < LEAST_SAVING:
+    max_saving = table.num_repeated_pages * max(1, rule.heads_per_processor)  # upper bound of the saving
+    if len(rows) < rule.least_decodes or max_saving < LEAST_SAVING:
         return None
     # Sort the page-table rows as strings of bytes, which puts rows with a common prefix side by side.
     width = positions.max() // table.page_size + 1
@@ -118,10 +118,10 @@ def packed_block_mask(
         kv_len: slots of the pool that attention receives.
     """
     page_size, num_members = table.page_size, q_pos.shape[1]
-    most = min(table.n_pages, num_members * table.max_pages_per_row)  # the most pages that a tile can need
+    max_pages = min(table.n_pages, num_members * table.max_pages_per_row)  # the most pages that a tile can need
     lists = [*_lists(packed.pages, packed.partial), *_lists(packed.pages, packed.full)]
     num_partial, partial, num_full, full = upload(lists, table.table.device, np.int32)
-    partial, full = (widen(pages, most, cdiv(kv_len, page_size)) for pages in (partial, full))
+    partial, full = (widen(pages, max_pages, cdiv(kv_len, page_size)) for pages in (partial, full))
     mask_mod = table.physical_mask(of_queries(mask.mask_mod, q_pos, group_size), row_of)
     block_size = num_members * group_size, page_size
     return mask_of_tiles((num_partial, partial), (num_full, full), block_size, mask_mod, kv_len)

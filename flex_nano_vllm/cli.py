@@ -70,10 +70,10 @@ def answer(engine: Inference, messages: list[dict], params: SamplingParams, cons
     """Print the model's answer while it is generated. Return the conversation with the answer, or without its last turn
     if the request is invalid.
     """
-    said = []
+    texts = []
     try:
         for delta in engine.stream_chat(messages, params):
-            said.append(delta.text)
+            texts.append(delta.text)
             console.print(delta.text, end="", markup=False, soft_wrap=True)
     except KeyboardInterrupt:
         console.print(" [dim](interrupted)[/]", end="")
@@ -81,7 +81,7 @@ def answer(engine: Inference, messages: list[dict], params: SamplingParams, cons
         console.print(f"[red]{escape(str(error))}[/]")
         return messages[:-1]
     console.print()
-    return [*messages, {"role": "assistant", "content": "".join(said)}]
+    return [*messages, {"role": "assistant", "content": "".join(texts)}]
 
 
 def needs_serve() -> None:

@@ -29,8 +29,8 @@ from transformers import PreTrainedTokenizerBase
 MAX_DRIFT = 3  # characters that a tokenizer may remove from a text or add to it, such as spaces
 REPLACEMENT = "\ufffd"  # written by a decoder for bytes that are not UTF-8
 # By tokenizer: (token id, skip_special_tokens, begins_text) to bytes
-_known: "weakref.WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[int, bool, bool], bytes]]"
-_known = weakref.WeakKeyDictionary()
+_bytes_of_token: "weakref.WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[int, bool, bool], bytes]]"
+_bytes_of_token = weakref.WeakKeyDictionary()
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], skip_special_tokens: bool) -> str:
@@ -50,14 +50,14 @@ def token_bytes(
         skip_special_tokens: special tokens add nothing.
         begins_text: no token before this one has text. Some decoders then drop a leading space.
     """
-    known = _known.setdefault(tokenizer, {})
+    cached = _bytes_of_token.setdefault(tokenizer, {})
     key = token_id, skip_special_tokens, begins_text
-    if key not in known:
+    if key not in cached:
         text = _token_bytes(tokenizer, *key)
         if not text and tokenizer.convert_ids_to_tokens(token_id) is None:
             return b""  # id outside the vocabulary; not cached, because tokens can be added later
-        known[key] = text
-    return known[key]
+        cached[key] = text
+    return cached[key]
 
 
 def has_text(tokenizer: PreTrainedTokenizerBase, token_id: int, skip_special_tokens: bool) -> bool:

@@ -65,11 +65,11 @@ def chat_token_ids(
         raise ValueError("tools: the model's chat template does not support them, so the model would not see them")
     control_tokens = sorted({_OPEN, *special_token_names(tokenizer)}, key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, control_tokens)))
-    spoken: list[str] = []
+    plain_texts: list[str] = []
 
     def defused(match: re.Match) -> str:
-        spoken.append(match[0])
-        return f"{_OPEN}{len(spoken) - 1}{_CLOSE}"
+        plain_texts.append(match[0])
+        return f"{_OPEN}{len(plain_texts) - 1}{_CLOSE}"
 
     try:
         conversation = [_message(message, index) for index, message in enumerate(messages)]
@@ -90,10 +90,10 @@ def chat_token_ids(
     written = tokenizer(parts[::2], add_special_tokens=False).input_ids
     token_ids = list(written[0])
     if len(parts) > 1:
-        said = [spoken[int(number)] for number in parts[1::2]]
-        of_said = tokenizer(said, add_special_tokens=False, split_special_tokens=True).input_ids
-        for ids_said, ids_written in zip(of_said, written[1:]):
-            token_ids += ids_said + ids_written
+        texts = [plain_texts[int(number)] for number in parts[1::2]]
+        ids_of_texts = tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids
+        for ids_of_text, ids_written in zip(ids_of_texts, written[1:]):
+            token_ids += ids_of_text + ids_written
     return token_ids
 
 
@@ -135,16 +135,16 @@ def _message(message: dict, index: int) -> dict:
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise ValueError(f"{name}: content must be a string or a list of text parts, got {type(content).__name__}")
-    known = {"role": role, "content": content}
+    result = {"role": role, "content": content}
     if calls:
-        known["tool_calls"] = [_call(call, f"{name}: tool call {i}") for i, call in enumerate(calls)]
+        result["tool_calls"] = [_call(call, f"{name}: tool call {i}") for i, call in enumerate(calls)]
     if role == "tool":
-        known |= {key: message[key] for key in ("tool_call_id", "name") if isinstance(message.get(key), str)}
+        result |= {key: message[key] for key in ("tool_call_id", "name") if isinstance(message.get(key), str)}
     try:
-        json.dumps(known, ensure_ascii=False).encode()
+        json.dumps(result, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{name} is not valid Unicode: {error}") from None
-    return known
+    return result
 
 
 def _call(call: dict, name: str) -> dict:
@@ -221,7 +221,7 @@ class InputProcessor:
     def request(
         self,
         prompt: Prompt,
-        params: SamplingParams | None,
+        params: SamplingParams,
         cache_salt: str | None = None,
         name: str = "prompt",
         follow: bool = False,
@@ -229,7 +229,6 @@ class InputProcessor:
         """Return the samples of one request.
 
         Args:
-            params: None: the default `SamplingParams()`.
             name: name of the prompt in error messages.
             follow: detokenize the output token by token, so that its text can be streamed.
         """
@@ -237,7 +236,6 @@ class InputProcessor:
             raise InvalidRequestError(
                 f"cache_salt must be None or a non-empty string, got {shortened(cache_salt)}", "cache_salt"
             )
-        params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise ValueError(f"{name}: sampling_params must be SamplingParams, got {shortened(params)}")
         if isinstance(prompt, dict):
@@ -349,8 +347,8 @@ class InputProcessor:
             )
         for token_id in prompt:
             if not is_int(token_id) or not 0 <= token_id < self.num_embeddings:
-                known = f"the model's token ids are 0 to {self.num_embeddings - 1}"
-                raise InvalidRequestError(f"{name} holds {shortened(token_id)}, but {known}", "prompt")
+                valid = f"the model's token ids are 0 to {self.num_embeddings - 1}"
+                raise InvalidRequestError(f"{name} holds {shortened(token_id)}, but {valid}", "prompt")
         if not prompt:
             raise InvalidRequestError(f"{name} tokenizes to an empty list", "prompt")
         return [int(token_id) for token_id in prompt]
@@ -363,8 +361,8 @@ class InputProcessor:
         for parameter in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             for token_id in getattr(params, parameter) or ():
                 if token_id >= self.num_logits:
-                    known = f"the model's token ids are 0 to {self.num_logits - 1}"
-                    raise InvalidRequestError(f"{name}: {parameter} holds {token_id}, but {known}", parameter)
+                    valid = f"the model's token ids are 0 to {self.num_logits - 1}"
+                    raise InvalidRequestError(f"{name}: {parameter} holds {token_id}, but {valid}", parameter)
         allowed = params.allowed_token_ids
         if allowed is not None and params.min_tokens and stop_token_ids.issuperset(allowed):
             message = f"{name}: allowed_token_ids holds stop tokens only, but min_tokens={params.min_tokens}"
@@ -425,7 +423,7 @@ class InputProcessor:
             raise InvalidRequestError(f"{name}: structured_outputs: {error}", "structured_outputs") from error
 
 
-def check_streamed(params: SamplingParams | None) -> None:
+def check_streamed(params: SamplingParams) -> None:
     """Check the parameters of a stream. Raises ValueError for `prompt_logprobs`, which deltas do not contain."""
     if isinstance(params, SamplingParams) and params.prompt_logprobs is not None:
         raise ValueError("prompt_logprobs are not supported in a stream: use generate")

@@ -25,7 +25,7 @@ class RowState:
     """The tokens of a row and their entries in the prefix cache."""
 
     token_ids: list[int]  # the list of the sequence itself, which grows
-    entries: list[CachedPage]  # the root of the salt, and one entry for each full page that is computed
+    entries: list[CachedPage]  # the root (`PrefixCache.root`), and one entry for each full page that is computed
     num_cached_tokens: int  # computed tokens that the row started with
     pending: list[CachedPage] = field(default_factory=list)  # entries of the pages that the current step fills
 
@@ -66,15 +66,15 @@ class KVManager:
         """Allocate a free row for a sequence, and share the cached pages that the sequence begins with.
 
         The last token is never taken from the cache, because its logits are needed. Without `find`, no pages are
-        shared. Returns None if another row computes more of these pages in the current step. Raises RuntimeError if all
-        rows are allocated.
+        shared. Returns None if the current step computes more pages that the sequence could share. Raises RuntimeError
+        if all rows are allocated.
         """
         root = self.prefix_cache.root(salt)
         found = self.prefix_cache.find(token_ids[:-1], root) if self.prefix_caching and find else []
         for entry in found[self._first_page(len(found)) :]:
             entry.keep_hint = True
         found, missing = self._usable(found)
-        if missing and not {entry for known in self._rows.values() for entry in known.pending}.isdisjoint(missing):
+        if missing and not {entry for state in self._rows.values() for entry in state.pending}.isdisjoint(missing):
             return None
         row = self._open_row()
         num_cached = len(found) * self.geometry.page_size
@@ -119,11 +119,11 @@ class KVManager:
             reserved = table.reserve(row, num_tokens)
             assert reserved, "a secondary pool ran out of pages before the primary pool"
         if self.prefix_caching:
-            known, page_size = self._rows[row], self.geometry.page_size
-            known.pending = []
-            for start in range((len(known.entries) - 1) * page_size, num_tokens - page_size + 1, page_size):
-                parent = (known.pending or known.entries)[-1]
-                known.pending.append(self.prefix_cache.add(parent, known.token_ids[start : start + page_size]))
+            state, page_size = self._rows[row], self.geometry.page_size
+            state.pending = []
+            for start in range((len(state.entries) - 1) * page_size, num_tokens - page_size + 1, page_size):
+                parent = (state.pending or state.entries)[-1]
+                state.pending.append(self.prefix_cache.add(parent, state.token_ids[start : start + page_size]))
         return True
 
     def commit(self, row: int, num_computed_tokens: int) -> None:
@@ -133,11 +133,11 @@ class KVManager:
         and so of all later tokens. The pages in the window of that token are kept, because a fork computes the last
         token of the prompt again.
         """
-        known = self._rows[row]
-        for entry in known.pending:
-            self._cache(row, len(known.entries) - 1, entry)
-            known.entries.append(entry)
-        known.pending = []
+        state = self._rows[row]
+        for entry in state.pending:
+            self._cache(row, len(state.entries) - 1, entry)
+            state.entries.append(entry)
+        state.pending = []
         for table in self.pools.values():
             table.release_before(row, num_computed_tokens - 1)
 
@@ -154,7 +154,7 @@ class KVManager:
         return rows.pop()
 
     def _first_page(self, num_pages: int) -> int:
-        """Return the first logical page that a query after `num_pages` full pages sees in any layer with a window."""
+        """Return the first page that a query after `num_pages` full pages sees in any layer with a window."""
         windows = [table for table in self.pools.values() if table.window is not None]
         return min((table.first_page(num_pages * self.geometry.page_size) for table in windows), default=num_pages)
 
@@ -163,14 +163,15 @@ class KVManager:
         of `found`.
         """
         # For each pool, the number of consecutive entries up to the current one that have a page in this pool
-        most, in_a_row = 0, dict.fromkeys(self.pools, 0)
+        num_usable, num_consecutive = 0, dict.fromkeys(self.pools, 0)
         for num_pages, entry in enumerate(found, start=1):
-            enough = True
+            is_usable = True
             for window, table in self.pools.items():
-                in_a_row[window] = in_a_row[window] + 1 if window in entry.pages else 0
-                enough &= in_a_row[window] >= num_pages - table.first_page(num_pages * self.geometry.page_size)
-            most = num_pages if enough else most
-        return found[:most], found[most:]
+                num_consecutive[window] = num_consecutive[window] + 1 if window in entry.pages else 0
+                num_needed = num_pages - table.first_page(num_pages * self.geometry.page_size)
+                is_usable &= num_consecutive[window] >= num_needed
+            num_usable = num_pages if is_usable else num_usable
+        return found[:num_usable], found[num_usable:]
 
     def _cache(self, row: int, logical: int, entry: CachedPage) -> None:
         """Cache a computed page of `row`, unless another row has already cached this page in all pools."""

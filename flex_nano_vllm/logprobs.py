@@ -26,21 +26,21 @@ def with_logprobs(
         Three lists with an entry for each chunk: its token, the log-probabilities of the token, and those of prompt
         tokens. They are empty if the chunk does not ask for them.
     """
-    rows, index, known, first = [], [], [], 0  # those of a chunk: prompt tokens, then the sampled token
+    rows, index, token_ids, first = [], [], [], 0  # those of a chunk: prompt tokens, then the sampled token
     is_asked = [chunk.needs_sample and chunk.sequence.params.logprobs is not None for chunk in chunks]
     for i, chunk in enumerate(chunks):
         of_prompt = [chunk.sequence.token_ids[position + 1] for position in chunk.logprob_positions]
         rows += range(first, first + len(of_prompt))
         first += chunk.num_logits
         rows += [first - 1] * is_asked[i]
-        known += of_prompt + [-1] * is_asked[i]  # -1: the sampled token, which only the device knows yet
+        token_ids += of_prompt + [-1] * is_asked[i]  # -1: the sampled token, which only the device knows yet
         index += [i] * (len(of_prompt) + is_asked[i])
     if not rows:
         return tokens.tolist(), [()] * len(chunks), [()] * len(chunks)
     params = [chunk.sequence.params for chunk in chunks]
     num_top = max(max(asked.logprobs or 0, asked.prompt_logprobs or 0) for asked in params)
-    rows, index, known = upload([np.array(rows), np.array(index), np.array(known)], logits.device)
-    token_ids = torch.where(known < 0, tokens[index].clamp(min=0), known)
+    rows, index, token_ids = upload([np.array(rows), np.array(index), np.array(token_ids)], logits.device)
+    token_ids = torch.where(token_ids < 0, tokens[index].clamp(min=0), token_ids)
     parts = zip(rows.split(LOGPROB_ROWS_AT_ONCE), token_ids.split(LOGPROB_ROWS_AT_ONCE))
     results = torch.cat([logprobs_of(logits[some_rows], some_ids, num_top) for some_rows, some_ids in parts])
     numbers = torch.cat([tokens.double(), results.flatten()]).cpu().numpy()

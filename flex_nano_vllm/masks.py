@@ -4,16 +4,19 @@ A `LayerMask` compares two positions *of one sequence*: `q_pos` of the query and
 `of_queries` maps each query of a tile to its position, and `page_table.py` maps each physical slot to the position of
 its key. FlexAttention runs the composition of the three.
 
-A new mask is a subclass here. Only `mask_mod` is required. The other members are bounds that make attention faster:
+A new mask is a subclass here, and `models.layer_masks` gives it to layers. Only `mask_mod` is required. `score_mod`
+changes scores. `visible_pages`, `full_pages` and `window` are bounds that make attention faster:
 
-    page_size = 4, window = 9             page          0        1        2        3
-    query at position 14                  positions   0 1 2 3  4 5 6 7  8 9 . .  12 13 14 ·
-                                          seen        · · · ·  · · 6 7  8 9 . .  12 13 14 ·
-                                                      skipped  partial   full     partial
+    page_size = 4, window = 9      page           0            1            2            3
+    query at position 14           positions   0  1  2  3   4  5  6  7   8  9 10 11  12 13 14
+                                   seen        -  -  -  -   -  -  6  7   8  9 10 11  12 13 14
+                                               skipped      partial      full        partial
 
 Compiled kernels visit only the pages in `visible_pages`, and run `mask_mod` only on those that are not in
-`full_pages`. `window` states which pages no later query needs, so that the engine releases them. The defaults are safe:
-all pages up to the query are visited, `mask_mod` runs on all of them, and no page is released.
+`full_pages`. `window` states how many tokens later queries need, so that the engine releases pages before them. A bound
+may be too generous, but not too tight: `visible_pages` may contain too many pages, `full_pages` too few, and `window`
+may be too large. The opposite gives wrong results without an error. The defaults are safe: all pages up to the query
+are visited, `mask_mod` runs on all of them, and no page is released.
 `tests/test_masks.py` compares the bounds of every mask with `mask_mod` at every position.
 
 References: FlexAttention (Dong et al., 2024, arXiv:2412.05496); Gemma 2 (2024, arXiv:2408.00118) for the
@@ -50,13 +53,14 @@ class LayerMask:
     def visible_pages(self, first: Tensor, last: Tensor, page_size: int) -> list[Pages]:
         """Return the pages that any query of a tile sees at least partly, as ascending ranges.
 
-        `first` and `last` are the positions [tiles] of the first and the last query of each tile. A range is empty if
-        its end is not greater than its start. The end of a range may be after the page of `last`.
+        `first` and `last` are the positions [tiles] of the first and the last query of each tile, -1 for padding. A
+        range is empty if its end is not greater than its start. Ranges may overlap, and a range may end after the page
+        of `last`.
         """
         return [(first_page(self.window, first, page_size), last // page_size + 1)]
 
     def full_pages(self, first: Tensor, last: Tensor, page_size: int) -> Pages:
-        """Return the range of visible pages that all queries of a tile see completely."""
+        """Return a range of pages that all queries of a tile see completely. It is empty as in `visible_pages`."""
         return torch.zeros_like(first), torch.zeros_like(first)
 
     def within(self, num_tokens: int) -> "LayerMask":

@@ -173,8 +173,8 @@ class Plan:
             sees = "full attention" if kind.window is None else f"window {kind.window:,}"
             pages = f"{kind.request_pages:,} of {kind.pool_pages:,} pages"
             lines.append(f"  {kind.num_layers} layers, {sees}: {kind.bytes_per_token:,} bytes a token, {pages}")
-        fate = f"{self.num_new_tokens:,} new tokens each, {self.max_concurrent:,} requests at once"
-        lines.append(f"  {fate}" if self.refusal is None else f"  rejected: the prompt {self.refusal}")
+        result = f"{self.num_new_tokens:,} new tokens each, {self.max_concurrent:,} requests at once"
+        lines.append(f"  {result}" if self.refusal is None else f"  rejected: the prompt {self.refusal}")
         return "\n".join(lines)
 
 

@@ -135,6 +135,6 @@ class EngineStats:
     cache_hit_rate: float  # num_cached_tokens / num_prompt_tokens, 0..1
 
     def _repr_html_(self) -> str:
-        shown = {name: f"{value:g}" if name != "finish_reasons" else value for name, value in asdict(self).items()}
-        rows = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in shown.items())
+        cells = {name: f"{value:g}" if name != "finish_reasons" else value for name, value in asdict(self).items()}
+        rows = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in cells.items())
         return f"<table>{rows}</table>"

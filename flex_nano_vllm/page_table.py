@@ -24,9 +24,10 @@ The life of a page:
                             evict
 
 A page is cached when all its tokens are computed. Only then do other rows share it, and only read it. A row that is
-erased, or whose window has passed the page (`release_before`), stops using it. If a page is needed and none is free,
-the page that has been evictable for the longest time is evicted. Pages that `release_before` moves to the front are
-evicted before all others.
+erased, or whose window has passed the page (`release_before`), stops using it. An evictable page is a cached page that
+no row uses. Free and evictable pages are *available*. If `reserve` needs a page and none is free, the first page in the
+queue of evictable pages is evicted. A page joins the end of the queue, so this is the page that has been evictable for
+the longest time, except that `release_before` puts pages at the front.
 """
 
 import heapq
@@ -161,8 +162,8 @@ class PageTable:
     def reserve(self, row: int, num_tokens: int) -> bool:
         """Reserve pages so that `row` can hold `num_tokens` tokens in total.
 
-        Returns False, and changes nothing, if too few pages are free. Raises ValueError if the row is not allocated, or
-        if the tokens need more pages than a row can list.
+        Returns False, and changes nothing, if too few pages are available. Raises ValueError if the row is not
+        allocated, or if the tokens need more pages than a row can list.
         """
         self._check_row(row)
         needed = self.pages_for(num_tokens)
@@ -194,9 +195,8 @@ class PageTable:
     def release_before(self, row: int, position: int) -> None:
         """Release the pages of `row` that no query at `position` or later sees.
 
-        Pages that become evictable are evicted before all others, because a request that shares the whole sequence
-        needs only its last window. Pages in the last window of a shorter prefix that a request has found before are
-        the exception: their entries have the `keep_hint`.
+        Pages that become evictable are put at the front of the queue for eviction, because a request that shares the
+        whole sequence needs only its last window. Exceptions are pages with the `keep_hint`, see `CachedPage`.
         """
         pages, first_page = self._pages[row], self.first_page(position)
         while pages and (logical := next(iter(pages))) < first_page:
@@ -225,7 +225,7 @@ class PageTable:
         entry.pages[self.window] = page
 
     def uncache_page(self, page: int) -> None:
-        """Undo `cache_page`: an evictable page becomes free."""
+        """Undo `cache_page`: an evictable page becomes free (it is evicted)."""
         del self.cached.pop(page).pages[self.window]
         if page in self._evictable:
             del self._evictable[page]
@@ -283,12 +283,14 @@ class PageTable:
                          [0 · · · ·]  tile of row 1  ──►    [5 · · · ·]
             mask_mod     (q_idx, kv_pos)             ──►    (q_idx, slot)  slot -> page -> logical page -> kv_pos
 
-        The kernel visits only the listed pages. The physical mask_mod does not depend on the list: it masks every slot
-        on a page that the tile's own row does not use. Uncompiled FlexAttention relies on this, because it evaluates
-        every slot. Therefore one line of code isolates requests from each other.
+        Two things isolate requests from each other. A compiled kernel visits only the listed pages, and all of them are
+        pages of the tile's own row. On full pages this is the only protection, because `mask_mod` does not run there.
+        Everywhere else the physical mask_mod masks every slot on a page that the row does not use (`kv_pos >= 0` in
+        `physical_mask`). Uncompiled FlexAttention evaluates every slot, and relies on that alone. Keys that an earlier
+        user of a page has left behind are at positions after the query, where no logical mask sees them.
 
-        Entries of `kv_indices` past `kv_num_blocks` are never visited. They are translated too, which is harmless,
-        because unmapped logical pages point at page 0.
+        Entries of `kv_indices` past `kv_num_blocks` are never visited. They are clamped to the table, so that no index
+        is out of bounds.
 
         Args:
             block_mask: logical; `kv_indices` [tiles, 1, 1, N] with N logical pages, blocks of (query rows, page_size).

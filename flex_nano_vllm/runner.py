@@ -1,4 +1,4 @@
-"""Runs the model on a step: compilation, buckets, warm-up. Independent of the identity of sequences."""
+"""Runs the model on a step: compilation, buckets, warm-up. Independent of scheduling and sampling."""
 
 import functools
 import gc
@@ -45,8 +45,8 @@ class ModelRunner:
     All other steps share one graph for any number of tokens. That graph calls FlexAttention through an operator.
     FlexAttention is then compiled separately with static shapes: one graph for each bucket of a kind of tile and each
     distinct mask.
-    `warmup()` compiles all graphs; without it, the first steps that need them do. There are at most `max_graphs`. A
-    step whose shape is not in a bucket cannot be built.
+    `warmup()` compiles all graphs. Without it, a graph is compiled in the first step that needs it. There are at most
+    `max_graphs`, because the budget and the number of rows bound every step to the largest bucket.
 
     Uncompiled, the model and FlexAttention run operator by operator. This needs no compiler and supports any dtype, but
     it computes scores for every slot up to the last page in use. It is for tests, small models, and machines without a
@@ -64,11 +64,11 @@ class ModelRunner:
         else:
             kinds = (TileKind(tile_len=1, buckets=None),)
         masks, indices = distinct_masks(spec, geometry)
-        most = min(max_batch_size, budget)
+        max_decodes = min(max_batch_size, budget)
         rule = cascade_rule(num_kv_heads, group_size, geometry, model.device) if cascade else None
         tables = tuple(kv.table(mask.window) for mask in masks)
         self.layout = TileLayout(kinds, num_kv_heads, group_size, masks, tables, indices[-1], compiled, rule)
-        decodes = TileKind(kinds[0].tile_len, decode_buckets(most))
+        decodes = TileKind(kinds[0].tile_len, decode_buckets(max_decodes))
         self.decode_layout = replace(self.layout, kinds=(decodes,)) if compiled else None
         self.flex = compile_flex_attention(model.device.type, compiled)
         self.model_of_any_length, self.model_of_decodes = model, None
@@ -80,7 +80,7 @@ class ModelRunner:
             cuda_graphs = {"triton.cudagraphs": True} if model.device.type == "cuda" else {}
             decode = decode_function(model, self.decode_layout)
             self.model_of_decodes = make(decode, dynamic=False, options=UNGUARDED | cuda_graphs)
-        patch_model(model, spec, geometry)  # last, because nothing here would undo it
+        patch_model(model, spec, geometry)  # last: if something above raises, the model is not patched
 
     @property
     def max_graphs(self) -> int:
@@ -117,7 +117,7 @@ class ModelRunner:
             shapes, run, inputs = {("decodes", padded, packed is not None)}, self.model_of_decodes, (vectors, packed)
         else:
             step = StepBatch.build(vectors, num_pages(chunks, self.kv.geometry.page_size), layout, packed)
-            shapes, run, inputs = _shapes(step), self._run_any_length, (step,)
+            shapes, run, inputs = _shapes(step, layout.last_mask), self._run_any_length, (step,)
         if self.compiled and not shapes <= self._compiled_shapes:
             self._announce_compilation()
         logits = self.call_model(run, *inputs)
@@ -126,7 +126,7 @@ class ModelRunner:
 
     def _announce_compilation(self) -> None:
         """Log the first compilation, and call `on_compile` before each one."""
-        notice = f"compiling up to {self.max_graphs} graphs: 2-3 minutes the first time, seconds later"
+        notice = f"compiling up to {self.max_graphs} graphs of the model: 2-3 minutes the first time, seconds later"
         if not self._compiled_shapes:
             logger.info(notice)
         if self.on_compile is not None:
@@ -160,7 +160,7 @@ class ModelRunner:
     def warmup(self) -> None:
         """Compile every graph by running each bucket with padding chunks.
 
-        The padding is in row 0, which sees nothing and writes to page 0.
+        The padding is in row 0: its queries see nothing, and its keys are written to page 0.
         """
         if self.compiled:
             with compile_settings(self.model.device.type):
@@ -180,7 +180,7 @@ class ModelRunner:
         yield [padding_chunk(2)], None
         small, large = self.layout.kinds
         shortest = small.tile_len + 1  # shortest chunk that is cut into large tiles
-        # The last layer uses large tiles for prompt logprobs only. Another layer of the same mask always uses them.
+        # The last layer uses large tiles for prompt logprobs only. Other layers always use them.
         *others, last = distinct_masks(self.spec, geometry)[1]
         in_large_tiles, num_tiles_reached = last not in others, 0
         for bucket in large.buckets if shortest <= geometry.max_row_tokens else ():
@@ -208,9 +208,9 @@ def decode_function(model: PreTrainedModel, layout: TileLayout) -> Callable[[Ste
     return decode
 
 
-def _shapes(step: StepBatch) -> set[tuple]:
+def _shapes(step: StepBatch, last_mask: int) -> set[tuple]:
     """Return what identifies the graphs of a step of any length: the masks and shapes of its tiles."""
-    queries = [*enumerate(step.queries), ("ends", step.end_queries)]
+    queries = [*enumerate(step.queries), (last_mask, step.end_queries)]
     return {(mask, *tiles.query_rows.shape) for mask, tiled in queries for tiles in tiled.tiles}
 
 
@@ -222,7 +222,7 @@ def padding_chunk(length: int, with_prompt_logprobs: bool = False) -> Chunk:
 
 
 def compile_flex_attention(device_type: str, compiled: bool) -> Callable[..., Tensor]:
-    """Return FlexAttention compiled by inductor, or (`compiled=False`) traced and run operator by operator."""
+    """Return FlexAttention compiled by inductor, or (`compiled=False`) traced and then run operator by operator."""
     # Symbolic sizes break the C++ template: it replaces names in the kernel text, and ks1 is part of ks17.
     settings = dict(dynamic=False, backend=inductor(device_type), options=dict(UNGUARDED))
     # Without fullgraph, a call beyond the recompile limit would silently run the uncompiled function.
@@ -250,10 +250,10 @@ def cascade_rule(num_kv_heads: int, group_size: int, geometry: Geometry, device:
     Packed tiles are for steps with more than half of the largest number of decodes.
     """
     tile_len, *costs = packed_tiles(group_size, device.type)
-    most = min(geometry.max_batch_size, geometry.max_num_batched_tokens)
-    num_tiles = max(2, cdiv(most, tile_len))
-    rule = CascadeRule(tile_len, num_tiles, cdiv(most, 2) + 1, *costs, num_kv_heads / num_processors(device))
-    return rule if rule.can_pay(most, geometry.max_pages_per_row) else None
+    max_decodes = min(geometry.max_batch_size, geometry.max_num_batched_tokens)
+    num_tiles = max(2, cdiv(max_decodes, tile_len))
+    rule = CascadeRule(tile_len, num_tiles, cdiv(max_decodes, 2) + 1, *costs, num_kv_heads / num_processors(device))
+    return rule if rule.can_pay(max_decodes, geometry.max_pages_per_row) else None
 
 
 def decode_buckets(max_batch_size: int) -> tuple[int, ...]:

@@ -33,8 +33,8 @@ MAX_TOP_K = 2**31  # larger than any vocabulary; an unlimited int could overflow
 def uniform(seed: int, position: int) -> float:
     """Return a number in [0, 1) that depends only on (seed, position): the 53 leading bits of a hash.
 
-    The state of a random generator would depend on the numbers drawn for other requests, and on draws that are repeated
-    after preemption.
+    `position` counts the tokens of prompt and output. The state of a random generator would depend on the numbers drawn
+    for other requests, and on those drawn in a failed step that is run again.
     """
     digest = hashlib.blake2b(f"{seed}:{position}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53
@@ -42,7 +42,11 @@ def uniform(seed: int, position: int) -> float:
 
 @dataclass(frozen=True)
 class Draw:
-    """How the token of one logits row is chosen. The default is the argmax."""
+    """How the token of one logits row is chosen. The default is the argmax.
+
+    The steps are taken in this order: allowed tokens, logit edits, temperature, min_p, top_k, top_p (of the weight that
+    is left), `u`.
+    """
 
     temperature: float = 0.0  # 0: the argmax
     u: float = 0.0  # in [0, 1): selects the token of the distribution
@@ -196,7 +200,7 @@ def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
     exceeded -= torch.nn.functional.pad(sums, (1, 0)).gather(1, block)
     blocks = weights.unflatten(1, (-1, BLOCK))
     inner = blocks[torch.arange(len(u), device=u.device), block.squeeze(1)].double().cumsum(dim=-1)  # [S, BLOCK]
-    # The float32 sum of the block may be larger than the sum here, which must exceed the bound.
+    # The sum of the block in float32 may be larger than the sum here. So limit the weight that must be exceeded.
     exceeded = torch.minimum(exceeded, inner[:, -1:] * (1 - 2**-52))
     return (block * BLOCK + torch.searchsorted(inner, exceeded, right=True)).squeeze(1)
 
@@ -209,7 +213,8 @@ def _drop_below(weights: Tensor, least: Tensor) -> None:
 def _forbid(logits: Tensor, draws: list[Draw]) -> None:
     """Set the logits of tokens that are not allowed to -inf.
 
-    Among these logits rows, one whose maximum is not finite becomes NaN, so that it still fails.
+    A logits row with a NaN or an infinite maximum becomes NaN as a whole. Otherwise the row would not fail if the bad
+    logit is that of a forbidden token.
     """
     rows = np.array([row for row, draw in enumerate(draws) if draw.allowed is not None], dtype=np.int64)
     if not len(rows):
@@ -233,7 +238,7 @@ def _edit(logits: Tensor, draws: list[Draw]) -> None:
     names = ("token_ids", "bias", "divisor", "penalty")
     arrays = [rows, *(np.concatenate([getattr(edits, name) for _, edits in parts]) for name in names)]
     rows, token_ids, bias, divisor, penalty = upload(arrays, logits.device, np.float64)
-    place = rows.long(), token_ids.long()
-    edited = logits[place] + bias
+    indices = rows.long(), token_ids.long()
+    edited = logits[indices] + bias
     edited = torch.where(edited > 0, edited / divisor, edited * divisor) - penalty
-    logits[place] = edited.to(logits.dtype)
+    logits[indices] = edited.to(logits.dtype)

@@ -8,12 +8,15 @@ steps that mix prefills with decodes, and recomputation after preemption.
                   ▲                                              │
                   └────────────── preempt the last ──────────────┘
 
-Both queues are in the order of the policy: by a key that each request gets on arrival, then by arrival. Hence:
-- Every step makes progress. The first running sequence is never preempted, and if no sequence runs, the first waiting
-  one is admitted.
-- A long prompt never starves a decode, because a step computes at least one token of every running sequence.
-- While a sequence is the first waiting one, no other is admitted. So it starts at the latest when all running sequences
-  have ended.
+Both queues are in the order of the policy: by a key that each request gets on arrival, then by arrival. Only the first
+waiting sequence is admitted, and none in a step that preempts. Hence:
+- Every step makes progress. The first running sequence is never preempted: the others are preempted before it, and
+  alone it fits, because requests that exceed the pool were rejected on arrival. If no sequence runs, the first waiting
+  one is admitted, because it then waits for nothing.
+- A long prompt never starves a decode, because a step computes at least one token of every sequence that it does not
+  preempt.
+- A request is overtaken only by requests that the policy puts before it. While it is the first waiting one, it starts
+  at the latest when all running sequences have ended.
 
 `policies.py` states for each policy which requests can starve.
 """
@@ -122,11 +125,13 @@ class Scheduler:
         return replace(chunk, length=chunk.length - max(0, chunk.num_logits - 1 - num_logits))
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Admit the first waiting sequence if a row is free and the pool has room for it. Returns whether it did.
+        """Admit the first waiting sequence. Returns False if it has to wait:
 
-        The pool must have room for all tokens of the sequence, and for it and every running sequence to grow by
-        `watermark` tokens. The sequence shares cached pages, or the prompt of another sample of its request. If no
-        other sequence runs, the watermark is ignored: requests that exceed the pool were rejected on arrival.
+        - for a free row,
+        - for pages: if other sequences run, the pool must have room for all tokens of the sequence, and for it and all
+          running sequences to grow by `watermark` tokens each,
+        - for a sample of its request that has not computed the prompt yet, which the others share, or
+        - for pages that the current step computes, and that it can share in the next step.
         """
         needed, pool = sum(map(self._growth, self.running)), self.kv.primary
         if len(self.running) == pool.max_batch_size or (self.running and needed >= pool.num_free_pages):
@@ -171,8 +176,8 @@ class Scheduler:
     def preempt_last(self) -> Sequence:
         """Preempt the last running sequence, and return it.
 
-        It moves to the waiting queue, and its row and pages are released. It keeps its tokens, which are computed again
-        later.
+        It moves to the waiting queue, and its row and pages are released. It keeps its tokens. When it is admitted
+        again, tokens on pages that are still cached are cache hits, and the others are computed again.
         """
         last = self.running[-1]
         self._release(last)

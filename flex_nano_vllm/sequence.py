@@ -58,7 +58,7 @@ class Sequence:
     num_computed_tokens: int = 0
     num_cached_tokens: int | None = None  # prompt tokens that were computed before its first step; None until then
     row: int | None = None  # of the page table; None unless running
-    finish_reason: str | None = None
+    finish_reason: str | None = None  # "stop", "length", "error" or the reason given to `abort`; None: not ended
     stop_reason: int | str | None = None
     error: RequestError | None = None  # details of finish_reason "error"
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of the output tokens, if `params.logprobs` is set
@@ -91,7 +91,7 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
-    def stop_token_ids(self) -> frozenset[int]:
+    def ending_token_ids(self) -> frozenset[int]:
         """All tokens that end the output: EOS tokens, stop tokens, and special tokens that are stop strings."""
         return self.eos_token_ids.union(self.params.stop_token_ids or (), self.stop_string_ids)
 
@@ -110,10 +110,10 @@ class Sequence:
     def penalties(self) -> Penalties | None:
         """Tracks the logit edits of this sequence; None if its parameters change no logits."""
         params = self.params
-        if not (params.logit_bias or params.penalises or (params.min_tokens and self.stop_token_ids)):
+        if not (params.logit_bias or params.penalises or (params.min_tokens and self.ending_token_ids)):
             return None
         prompt = self.token_ids[: self.num_prompt_tokens]
-        return Penalties(params, prompt, self.stop_token_ids, self.max_total_tokens - self.num_prompt_tokens)
+        return Penalties(params, prompt, self.ending_token_ids, self.max_total_tokens - self.num_prompt_tokens)
 
     def allowed_tokens(self) -> np.ndarray | None:
         """Return the bit mask of the tokens that may come next, None if all may.
@@ -130,10 +130,15 @@ class Sequence:
 
     def must_end(self, allowed: np.ndarray | None) -> bool:
         """Return whether the grammar allows stop tokens only, so that the output must end, even before `min_tokens`."""
-        return self.grammar is not None and not has_others(allowed, self.stop_token_ids)
+        return self.grammar is not None and not has_others(allowed, self.ending_token_ids)
 
     def append(self, token_id: int, logprob: TokenLogprob | None = None) -> None:
-        """Append a sampled token, and set `finish_reason` if it is the last one. Only here an output ends by itself."""
+        """Append a sampled token, and set `finish_reason` if it is the last one.
+
+        The order of the checks: an EOS token ("stop"), a token in `params.stop_token_ids` ("stop"), the longest length
+        ("length"). Then `_detokenize` replaces the reason by "stop" if it finds a stop string, and by
+        "error" if the text cannot be decoded.
+        """
         self.token_ids.append(token_id)
         if logprob is not None:
             self.logprobs.append(logprob)
@@ -159,7 +164,7 @@ class Sequence:
         self._detokenize()
 
     def _detokenize(self) -> None:
-        """Decode the new tokens if there is a `Detokenizer`. A stop string ends the output, and so does an error."""
+        """Decode the new tokens if there is a `Detokenizer`. A stop string or an error replaces the `finish_reason`."""
         if self.text is None:
             return
         try:

@@ -45,7 +45,7 @@ from flex_nano_vllm.server_chat import (
     CompletionChunks,
     CompletionTexts,
     EventWriter,
-    shown,
+    as_requested,
     with_tools,
 )
 from flex_nano_vllm.server_guard import APIError, Guard, HeaderTimeoutH11, Limits, api_error, invalid_fields, log_error
@@ -169,7 +169,7 @@ class API:
         if body.stream:
             writer = CompletionChunks(self.tokenizer, self.model_name, body, params, submission)
             return EventStream(self.events(submission, writer), submission)
-        outputs = [shown(body, output) for output in await self.whole(submission, request)]
+        outputs = [as_requested(body, output) for output in await self.whole(submission, request)]
         choices = []
         for output in outputs:
             texts = CompletionTexts(self.tokenizer, body, params, output)
@@ -389,8 +389,8 @@ def create_app(
     app.add_middleware(Guard, api_key=api_key, limits=limits or Limits())
     if origins := valid_origins(allowed_origins):  # before the guard: a preflight request does not contain the key
         exposed = ["x-request-id", "x-engine-request-id", "retry-after"]
-        everything = dict(allow_methods=["*"], allow_headers=["*"], expose_headers=exposed)
-        app.add_middleware(CORSMiddleware, allow_origins=origins, **everything)
+        allowed = dict(allow_methods=["*"], allow_headers=["*"], expose_headers=exposed)
+        app.add_middleware(CORSMiddleware, allow_origins=origins, **allowed)
 
     async def on_error(request: Request, error: Exception) -> Response:
         return api_error(error).response()

@@ -38,7 +38,7 @@ from flex_nano_vllm.server_tools import (
     CallStart,
     Piece,
     TextPiece,
-    culprit,
+    first_invalid_tool,
     tools_grammar,
     visible_added_tokens,
 )
@@ -49,24 +49,24 @@ def with_tools(
 ) -> SamplingParams:
     """Return the parameters, with the grammar of valid calls if the request or the form of the calls needs one."""
     response_format, limit = body.response_format, string_limit(input_processor.geometry.max_request_tokens)
-    otherwise = None
+    text_rule = None
     if response_format is not None and response_format.type != "text" and not body.needs_call:
         if response_format.type == "regex":
             message = "response_format of type regex cannot be combined with tools"
             raise InvalidRequestError(message, "response_format")
         pattern = response_format.whitespace_pattern
         try:
-            otherwise = json_rule(
+            text_rule = json_rule(
                 response_format.json_source, WHITESPACE_PATTERN if pattern is None else pattern, limit
             )
         except ValueError as error:
             raise InvalidRequestError(str(error), "response_format") from error
-    if not (body.needs_call or otherwise or find_spec("llguidance")):  # calls can be parsed without a grammar
+    if not (body.needs_call or text_rule or find_spec("llguidance")):  # calls can be parsed without a grammar
         return params
     try:
         added_tokens = visible_added_tokens(input_processor.tokenizer)
         grammar = tools_grammar(
-            form, body.callable_tools, body.needs_call, body.max_calls, otherwise, limit, added_tokens
+            form, body.callable_tools, body.needs_call, body.max_calls, text_rule, limit, added_tokens
         )
         if grammar is not None:
             _check(grammar, form, body, input_processor)
@@ -84,7 +84,9 @@ def _check(grammar: str, form: CallForm, body: ChatCompletionRequest, input_proc
     try:
         input_processor.check_grammar(grammar)
     except ValueError as error:
-        found = culprit(form, body.callable_tools, lambda rule: input_processor.check_grammar(f"start: {rule}"))
+        found = first_invalid_tool(
+            form, body.callable_tools, lambda rule: input_processor.check_grammar(f"start: {rule}")
+        )
         if found is None and body.response_format is not None:
             raise InvalidRequestError(f"response_format: {error}", "response_format") from error
         name, reason = found or ("all tools together", error)
@@ -181,7 +183,7 @@ class ChunkWriter:
         return error.last_events
 
 
-def shown(body: CompletionRequest, output: RequestOutput) -> RequestOutput:
+def as_requested(body: CompletionRequest, output: RequestOutput) -> RequestOutput:
     """Return the part of an output that the response contains: no tokens if `max_tokens` is 0."""
     if body.max_tokens != 0:
         return output
@@ -256,7 +258,7 @@ class CompletionChunks(ChunkWriter):
         return [dict(index=index * self.params.n + delta.index) | self._texts[index].choice(delta)]
 
     def end(self, outputs: list[RequestOutput]) -> bytes:
-        return super().end([shown(self.body, output) for output in outputs])
+        return super().end([as_requested(self.body, output) for output in outputs])
 
 
 class ChatChunks(ChunkWriter):

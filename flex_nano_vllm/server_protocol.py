@@ -561,7 +561,7 @@ class ShownRequest(BaseModel):
 
 
 class ShownPool(BaseModel):
-    """The pool of one attention window. For `pages` see `PageTable.holders`."""
+    """The pool of one attention window. For `pages` see `invariants.holders`."""
 
     window: int | None
     page_size: int

@@ -52,7 +52,7 @@ def tools_grammar(
     tools: dict[str, dict],
     is_required: bool,
     max_calls: int,
-    otherwise: str | None = None,
+    text_rule: str | None = None,
     max_string_len: int | None = None,
     added_tokens: dict[str, int] | None = None,
 ) -> str | None:
@@ -62,16 +62,16 @@ def tools_grammar(
         tools: JSON schemas of the arguments, by tool name.
         is_required: the output must be one call or more. If False, outputs without calls are allowed too.
         max_calls: maximum number of calls in one output.
-        otherwise: right side of a grammar rule for outputs without calls. None allows any text, which calls may follow.
+        text_rule: right side of a grammar rule for outputs without calls. None allows any text, which calls may follow.
         max_string_len: see `grammar.bounded`.
         added_tokens: ids of the tokens that `visible_added_tokens` returns.
     Returns:
-        The grammar. None if calls are optional, `otherwise` is None and `form.begin` is empty: an invalid call could
+        The grammar. None if calls are optional, `text_rule` is None and `form.begin` is empty: an invalid call could
         not be distinguished from text.
     Raises:
         ValueError: a schema is malformed or too large, alone or together with the other schemas.
     """
-    if not is_required and not form.begin and otherwise is None:
+    if not is_required and not form.begin and text_rule is None:
         return None
     rules = []
     for i, (name, schema) in enumerate(tools.items()):
@@ -90,8 +90,8 @@ def tools_grammar(
     calls = f"{opening} call {more} {closing}"
     if is_required:
         return "\n".join([f"start: {calls}", *rules])
-    if otherwise is not None:
-        return "\n".join([f"start: {calls} | otherwise", f"otherwise: {otherwise}", *rules])
+    if text_rule is not None:
+        return "\n".join([f"start: {calls} | otherwise", f"otherwise: {text_rule}", *rules])
     # Lazy: after the begin of a call, the output cannot return to text. A tag may be spelled or be one token, and
     # llguidance does not count added tokens as text.
     tag, choices = form.begin.strip(), ["TEXT", "text_and_tag tool_and_end"]
@@ -146,7 +146,7 @@ def check_tools(tools: dict[str, dict]) -> None:
         raise ValueError(f"all tools together: {error}") from error
 
 
-def culprit(
+def first_invalid_tool(
     form: CallForm, tools: dict[str, dict], compile_rule: Callable[[str], object]
 ) -> tuple[str, ValueError] | None:
     """Return the first tool whose schema cannot be compiled, with the error; None if all schemas compile."""

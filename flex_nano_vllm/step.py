@@ -112,7 +112,8 @@ class InTiles:
 class StepVectors:
     """One step as the host uploads it: token, position and row of each query, in order and in tiles.
 
-    Everything else that attention needs is computed on the device from these vectors and the page tables.
+    Everything else that attention needs is computed on the device from these vectors and the page tables. Only packed
+    decodes have another upload (`packed_queries`).
     """
 
     input_ids: Tensor  # [T] int64

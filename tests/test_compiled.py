@@ -124,7 +124,8 @@ def test_compiled_tokens_of_other_architectures_equal_generate(architecture, mon
         for use_tqdm in (True, False):
             outputs = engine.generate(PROMPTS[:3], SamplingParams(temperature=0, max_tokens=24), use_tqdm)
             assert [output.outputs[0].token_ids for output in outputs] == expected
-        notice = f"compiling up to {engine.runner.max_graphs} graphs: 2-3 minutes the first time, seconds later"
+        number = engine.runner.max_graphs
+        notice = f"compiling up to {number} graphs of the model: 2-3 minutes the first time, seconds later"
     assert caplog.messages.count(notice) == 1 and "runner" in caplog.text
     assert set(descriptions) == {notice, None} and descriptions[-1] is None
     assert len(descriptions) < 10, "a step that compiles nothing changes the description"

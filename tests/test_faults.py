@@ -23,7 +23,7 @@ from tiny_models import hf_generate, tiny_model
 
 from benchmarks.exactness import greedy_under_preemption
 from benchmarks.random_models import byte_tokenizer
-from flex_nano_vllm import Inference, SamplingParams, inference, output_processor, sampler
+from flex_nano_vllm import Inference, SamplingParams, output_processor, sampler
 from flex_nano_vllm.attention import PagedKVCache
 from flex_nano_vllm.page_table import PageTable
 from flex_nano_vllm.runner import ModelRunner
@@ -88,7 +88,7 @@ SEAMS = [
     (Scheduler, "_release", 3),
     (output_processor, "text_of", 1),
     (output_processor, "text_of", 2),
-    (inference.tqdm, "update", 1),
+    (output_processor.tqdm, "update", 1),
 ]
 
 

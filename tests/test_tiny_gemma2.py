@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.exactness import greedy_in_all_company, greedy_tokens, greedy_under_preemption, hf_generate
+from benchmarks.exactness import greedy_in_batches, greedy_tokens, greedy_under_preemption, hf_generate
 from benchmarks.tasks import held_out_questions, is_right, prompt_text
 from flex_nano_vllm import Inference, SamplingParams, masks
 from flex_nano_vllm.models import EMBEDDED_MODELS, layer_windows
@@ -184,7 +184,7 @@ def test_answers_equal_generate_in_batches_of_any_composition(dtype):
     prompts = [prompt for _, prompt in mixture()]
     strangers = [tokenizer()(question.prompt).input_ids for question in held_out_questions("stories", 6, seed=9)]
     with engine_for(loaded(dtype), page_size=32) as engine:
-        scenarios = greedy_in_all_company(engine, prompts, strangers, MAX_TOKENS)
+        scenarios = greedy_in_batches(engine, prompts, strangers, MAX_TOKENS)
         assert engine.stats().num_preemptions > 0
     assert scenarios == dict.fromkeys(scenarios, expected(dtype))
     assert num_right(expected(dtype)) == len(mixture())
