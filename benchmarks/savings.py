@@ -170,7 +170,8 @@ def cascade(engines: Engines) -> list[dict]:
             if all_decode:
                 seconds.append(time.perf_counter() - started)
         next_step = [Chunk(sequence, sequence.num_computed_tokens, 1) for sequence in sequences]
-        packed = pack_decodes(next_step, engine.runner.layout) is not None
+        layout = engine.runner.layout
+        packed = layout.cascade is not None and pack_decodes(next_step, layout) is not None
         for request_id in ids:
             engine.abort(request_id)
         return 1e3 * statistics.median(seconds), packed

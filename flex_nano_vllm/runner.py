@@ -101,7 +101,7 @@ class ModelRunner:
             raise RuntimeError("set_attn_implementation was called on the engine's model: close the engine first")
         with compile_settings(self.model.device.type):
             self._copy_pages()
-            return self._run(chunks, pack_decodes(chunks, self.layout))
+            return self._run(chunks, pack_decodes(chunks, self.layout) if self.layout.cascade else None)
 
     def _run(self, chunks: list[Chunk], packed: PackedDecodes | None = None) -> Tensor:
         as_decodes = self.compiled and all(chunk.length == 1 for chunk in chunks)
@@ -112,7 +112,7 @@ class ModelRunner:
         chunks = chunks + [padding_chunk(1)] * num_padding
         self.kv.sync()
         vectors = StepVectors.build(chunks, layout, self.kv.device)
-        packed = packed_queries(packed, chunks, layout)
+        packed = packed and packed_queries(packed, chunks, layout)
         if as_decodes:
             shapes, run, inputs = {("decodes", padded, packed is not None)}, self.model_of_decodes, (vectors, packed)
         else:
@@ -214,6 +214,7 @@ def _shapes(step: StepBatch, last_mask: int) -> set[tuple]:
     return {(mask, *tiles.query_rows.shape) for mask, tiled in queries for tiles in tiled.tiles}
 
 
+@functools.cache
 def padding_chunk(length: int, with_prompt_logprobs: bool = False) -> Chunk:
     """Return a chunk of padding tokens in row 0, where every logical page is page 0."""
     params = SamplingParams(prompt_logprobs=0 if with_prompt_logprobs else None)

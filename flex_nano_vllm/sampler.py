@@ -102,7 +102,10 @@ class Sampler:
         if len(logits) > len(chunks):
             (ends,) = upload([np.cumsum([chunk.num_logits for chunk in chunks]) - 1], logits.device)
             last = logits[ends]
-        samples = zip(*with_logprobs(self.choose(last, draws), logits, chunks))  # here the host waits for the step
+        tokens, params = self.choose(last, draws), [chunk.sequence.params for chunk in chunks]
+        is_rated = any(asked.logprobs is not None or asked.prompt_logprobs is not None for asked in params)
+        # Here the host waits for the step.
+        samples = zip(*with_logprobs(tokens, logits, chunks)) if is_rated else zip(tokens.tolist())
         return [Sample(None if token_id == NOT_FINITE else [token_id], *logprobs) for token_id, *logprobs in samples]
 
     @torch.inference_mode(False)  # graphs distinguish tensors that are made in that mode

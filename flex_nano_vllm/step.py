@@ -221,13 +221,11 @@ def num_pages(chunks: list[Chunk], page_size: int) -> int:
     return cdiv(max(chunk.start + chunk.length for chunk in chunks), page_size)
 
 
-def packed_queries(packed: PackedDecodes | None, chunks: list[Chunk], layout: TileLayout) -> TiledQueries | None:
-    """Return the queries of decodes in packed tiles; None if they are not packed.
+def packed_queries(packed: PackedDecodes, chunks: list[Chunk], layout: TileLayout) -> TiledQueries:
+    """Return the queries of decodes in packed tiles.
 
     Chunks in none of the tiles are padding. Their output is undefined.
     """
-    if packed is None:
-        return None
     positions, rows = (np.array(numbers) for numbers in zip(*((chunk.start, chunk.sequence.row) for chunk in chunks)))
     *arrays, _ = in_tiles([packed.members], positions, rows)
     arrays.append(np.where(packed.members < 0, 0, rows[packed.members]).astype(np.int32))  # a row for each query
@@ -236,8 +234,8 @@ def packed_queries(packed: PackedDecodes | None, chunks: list[Chunk], layout: Ti
 
 
 def pack_decodes(chunks: list[Chunk], layout: TileLayout) -> PackedDecodes | None:
-    """Return how the decodes of a step share tiles in the layers of the cascade; None if they should not."""
-    if layout.cascade is None or any(chunk.length > 1 for chunk in chunks):
+    """Return how the decodes of a step share tiles, for a layout with a `cascade`; None if they should not."""
+    if any(chunk.length > 1 for chunk in chunks):
         return None
     rows, positions = np.array([(chunk.sequence.row, chunk.start) for chunk in chunks]).T
     index = layout.packed_mask

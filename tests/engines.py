@@ -252,7 +252,7 @@ def build_step(chunks, kv, layout, packed=None):
     layout = replace(layout, tables=tuple(kv.table(mask.window) for mask in layout.masks))
     kv.sync()
     vectors, width = StepVectors.build(chunks, layout, kv.device), num_pages(chunks, kv.geometry.page_size)
-    return StepBatch.build(vectors, width, layout, packed_queries(packed, chunks, layout))
+    return StepBatch.build(vectors, width, layout, packed and packed_queries(packed, chunks, layout))
 
 
 def windows_of(layout):
