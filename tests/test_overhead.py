@@ -1,11 +1,26 @@
 """Measuring the time of a step outside the model leaves the engine unchanged, and the times add up."""
 
+import json
+import threading
+
 import pytest
 import torch
+from rich.console import Console
 from tiny_models import tiny_model
 
-from benchmarks.overhead import decoding_together, distinct_prompts, measure_decode_step
+from benchmarks import overhead
+from benchmarks.overhead import (
+    decoding_together,
+    distinct_prompts,
+    measure_decode_step,
+    measure_followed,
+    measure_streams,
+    report_overhead,
+)
+from benchmarks.random_models import byte_tokenizer
+from benchmarks.workload import RunOptions
 from flex_nano_vllm import Inference
+from flex_nano_vllm.async_inference import AsyncInference
 
 
 @pytest.fixture
@@ -29,6 +44,7 @@ def test_the_given_numbers_of_requests_decode_and_wait(engine, batch_size, num_w
     result = measure_decode_step(engine, batch_size, num_waiting, num_steps=4)
     assert set(queues[-4:]) == {(batch_size, num_waiting)}
     assert (result.batch_size, result.num_waiting, result.n_pages) == (batch_size, num_waiting, 76)
+    assert (result.max_seq_length, result.output_len) == (400, 0)
     assert 0 < result.model_seconds < result.seconds and 0 < result.host_share < 1
     assert "call_model" not in vars(engine.runner) and not engine.has_unfinished_requests()
     engine.check_invariants()
@@ -69,3 +85,110 @@ def test_prompts_of_a_measurement_are_no_cache_hits(engine):
         while engine.scheduler.waiting:
             step()
     assert (engine.stats().num_prompt_tokens, engine.stats().num_cached_tokens) == (3 * 40, 0)
+
+
+@pytest.mark.parametrize("num_waiting", [0, 5])
+def test_the_given_number_of_streams_wait_while_the_thread_of_the_engine_is_measured(engine, num_waiting, monkeypatch):
+    states, step = [], AsyncInference._step
+
+    def noted_step(self):
+        step(self)
+        queues = len(self.engine.scheduler.running), len(self.engine.scheduler.waiting)
+        is_streamed = all(mailbox.reader is not None for mailbox in self._mailboxes.values())
+        states.append((*queues, len(self._mailboxes), is_streamed, threading.current_thread() is self.engine.owner))
+
+    monkeypatch.setattr(AsyncInference, "_step", noted_step)
+    result = measure_streams(engine, num_waiting, num_steps=4)
+    assert states.count((3, num_waiting, 3 + num_waiting, True, True)) >= 4
+    assert (result.batch_size, result.num_waiting, result.output_len) == (3, num_waiting, 0)
+    assert 0 < result.model_seconds < result.seconds
+    assert "call_model" not in vars(engine.runner) and not engine.has_unfinished_requests() and engine.owner is None
+    engine.check_invariants()
+
+
+def test_a_failed_step_ends_the_measurement_of_streams(engine, monkeypatch):
+    forward, num_steps = engine.runner.forward, 0
+
+    def failing_forward(chunks):
+        nonlocal num_steps
+        num_steps += 1
+        if num_steps == 6:
+            raise RuntimeError("the step fails")
+        return forward(chunks)
+
+    monkeypatch.setattr(engine.runner, "forward", failing_forward)
+    with pytest.raises(RuntimeError, match=r"a request ended before 3 requests|the step has failed"):
+        measure_streams(engine, 2, num_steps=20)
+    assert not engine.has_unfinished_requests() and engine.owner is None
+
+
+def test_followed_outputs_have_the_given_lengths_and_are_decoded_in_every_step(monkeypatch):
+    states, step = [], Inference.run_one_step
+
+    def noted_step(self):
+        outputs = step(self)
+        running = self.scheduler.running
+        assert all(len(sequence.text.text) == sequence.output_len for sequence in running)
+        states.append((len(running), min(sequence.output_len for sequence in running)))
+        return outputs
+
+    def model(*args):
+        raise AssertionError("the model was called")
+
+    monkeypatch.setattr(Inference, "run_one_step", noted_step)
+    with Inference(tiny_model("llama"), byte_tokenizer(), 3, 500, page_size=16, compile=False) as engine:
+        monkeypatch.setattr(engine.runner, "_run_any_length", model)
+        times = measure_followed(engine, output_lens=(8, 60), num_steps=4)
+        assert not engine.has_unfinished_requests()
+        engine.check_invariants()
+    assert [(time.batch_size, time.num_waiting, time.output_len) for time in times] == [(3, 0, 8), (3, 0, 60)]
+    assert [length for _, length in states[states.index((3, 8)) :][:6]] == [*range(8, 14)]
+    assert states[-1] == (3, 60 + 1 + 4)  # one step before the measured ones
+
+
+def test_followed_outputs_are_read_after_each_step(monkeypatch):
+    deltas = []
+
+    class NotedReader(overhead.OutputReader):
+        def deltas(self):
+            new = list(super().deltas())
+            deltas.extend(new)
+            return iter(new)
+
+    monkeypatch.setattr(overhead, "OutputReader", NotedReader)
+    with (
+        Inference(tiny_model("llama"), byte_tokenizer(), 1, 400, page_size=16, compile=False) as engine,
+        decoding_together(engine, 1, prompt_len=4, num_steps=3, follow=True) as step,
+    ):
+        (sequence,) = engine.scheduler.waiting
+        assert sequence.params.stops == (overhead.STOP,)
+        for _ in range(3):
+            step()
+        assert [delta.token_ids for delta in deltas] == [[token_id] for token_id in sequence.output_token_ids]
+
+
+def test_the_report_has_all_values_of_each_curve(monkeypatch, capsys):
+    monkeypatch.setattr(overhead, "PROMPT_LEN", 40)
+    sizes = dict(BATCH_SIZES=(1, 2, 3), POOL_FACTORS=(1, 2), NUM_WAITING=(0, 3), NUM_STREAMS=(0, 4))
+    sizes |= dict(MAX_SEQ_LENGTHS=(128, 1_024), OUTPUT_LENS=(5, 60))
+    for name, values in sizes.items():
+        monkeypatch.setattr(overhead, name, values)
+    model = tiny_model("gemma2", torch.float32)
+    options = RunOptions("tiny", max_seq_length=128, max_prompt_len=1, max_new_tokens=1, compile=False)
+    options.fill_in("cpu")
+    report_overhead(model, options, Console())
+    curves = json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    def column(curve: str, field: str) -> tuple:
+        return tuple(step[field] for step in curves[curve])
+
+    assert column("batch size", "batch_size") == sizes["BATCH_SIZES"]
+    assert column("pages", "n_pages") == (1 + 3 * 2, 1 + 3 * 2 * 2)
+    assert column("waiting", "num_waiting") == sizes["NUM_WAITING"]
+    assert column("streams", "num_waiting") == sizes["NUM_STREAMS"]
+    assert column("max_seq_length", "max_seq_length") == sizes["MAX_SEQ_LENGTHS"]
+    assert column("max_seq_length", "n_pages") == (1 + 1_024 // 64,) * 2
+    assert column("followed", "output_len") == sizes["OUTPUT_LENS"]
+    for curve in ("pages", "waiting", "streams", "max_seq_length", "followed"):
+        assert set(column(curve, "batch_size")) == {2}
+    assert model.config.max_position_embeddings == 512  # as before
