@@ -84,8 +84,9 @@ class Options(RunOptions):
     overhead: bool = field(
         default=False,
         metadata={
-            "help": "time decode steps, and the host's share of them, over batch size, pool size and waiting requests "
-            "(at fixed values; each pool size is compiled again)"
+            "help": "time decode steps, and the host's share of them, over batch size, pool size, waiting requests and "
+            "streams, max_seq_length and the length of outputs (at fixed values; engines of each size are compiled "
+            "again)"
         },
     )
     savings: list[str] = field(

@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -265,7 +265,7 @@ def report_overhead(model: PreTrainedModel, options: RunOptions, console: Consol
         n_pages = 1 + middle * cdiv(longest, page_size)
         with engine_of(n_pages, max_seq_length=longest, tokenizer=byte_tokenizer()) as engine:
             curves["followed"] = dict(zip(OUTPUT_LENS, measure_followed(engine, OUTPUT_LENS)))
-    table = Table("curve", "value", "batch size", "pages", "step, ms", "host, ms", "host, share")
+    table = Table(Column("curve", no_wrap=True), "value", "batch size", "pages", "step, ms", "host, ms", "host, share")
     for name, curve in curves.items():
         for value, step in curve.items():
             sizes = (f"{size:,}" for size in (value, step.batch_size, step.n_pages))
