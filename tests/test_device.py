@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from flex_nano_vllm.transfer import packed_bytes, unpacked, upload
+from flex_nano_vllm.device import packed_bytes, unpacked, upload
 
 CPU = torch.device("cpu")
 NUMBERS = np.arange(24).reshape(2, 3, 4)
