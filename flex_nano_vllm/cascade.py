@@ -34,7 +34,7 @@ LEAST_SAVING = 200
 
 @dataclass(frozen=True)
 class CascadeRule:
-    """When and how to pack decodes. The costs are measured: docs/log.md."""
+    """When and how to pack decodes. The costs on CPUs are measured: docs/log.md."""
 
     tile_len: int  # decodes per packed tile, at most
     num_tiles: int  # number of packed tiles that a step is padded to

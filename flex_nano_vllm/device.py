@@ -1,7 +1,7 @@
 """What depends on the device: copies to it, its free memory, whether code is compiled for it, and the sizes of tiles.
 Independent of models and requests.
 
-The sizes were measured: docs/log.md.
+The sizes for CPUs were measured: docs/log.md.
 """
 
 import contextlib

@@ -95,21 +95,21 @@ class Inference:
         _release_model(model)  # before free memory is measured
         geometry = fitted_geometry(spec, geometry, n_pages)
         self.model, self.spec, self.tokenizer = model, spec, tokenizer
-        with torch.inference_mode(False):  # buffers made in that mode cannot be written outside of it
-            self.kv = KVManager(geometry, spec.device, enable_prefix_caching)
-            self.runner = ModelRunner(model, spec, self.kv, compiled, enable_cascade)
-        self._give_back = weakref.finalize(self, unpatch_model, model)
         self.max_seq_length, self.max_request_tokens = geometry.max_seq_length, geometry.max_request_tokens
-        self.scheduler = Scheduler(self.kv, geometry.max_num_batched_tokens, watermark)
-        self.input_processor = InputProcessor(spec, tokenizer, geometry, key, model.generation_config)
-        self.statistics = Statistics(self.scheduler, record_steps)
-        self.steps = self.statistics.steps
+        self.input_processor = InputProcessor(spec, tokenizer, geometry, key)
+        self.sampler = Sampler(compiled, spec.device.type)
         self._unreported: dict[int, list[Sequence]] = {}  # finished requests, not yet returned
         self._abandoned: deque[int] = deque()  # requests of closed streams, aborted by the next call
         self._in_use = threading.Lock()
         self.owner: threading.Thread | None = None  # set by `AsyncInference`: the only thread that may call
-        self.sampler = Sampler(compiled, spec.device.type)
+        with torch.inference_mode(False):  # buffers made in that mode cannot be written outside of it
+            self.kv = KVManager(geometry, spec.device, enable_prefix_caching)
+            self.scheduler = Scheduler(self.kv, geometry.max_num_batched_tokens, watermark)
+            self.statistics = Statistics(self.scheduler, record_steps)
+            self.steps = self.statistics.steps
+            self.runner = ModelRunner(model, spec, self.kv, compiled, enable_cascade)  # last: it patches the model
         self._weights = WeightsWatch(model)  # of the patched model
+        self._give_back = weakref.finalize(self, unpatch_model, model)
         logger.info("KV memory for %s", self.plan(self.max_request_tokens - 1, 1))
         _engine_of_model[model] = weakref.ref(self)
 
@@ -200,8 +200,7 @@ class Inference:
         return self._stream(group)
 
     def _stream(self, group: list[Sequence]) -> Iterator[CompletionDelta]:
-        reader = OutputReader(group, self.tokenizer)
-        request_id = group[0].request_id
+        reader, request_id = OutputReader(group, self.tokenizer), group[0].request_id
         try:
             with self._exclusively():
                 self._add(group)
@@ -312,6 +311,7 @@ class Inference:
             self.kv.reset()
         for sequence in group:
             self.scheduler.add(sequence)
+        self.input_processor.warn_of_defaults(self.model.generation_config, group[0].params)
         return group[0].request_id
 
     def get_default_sampling_params(self) -> SamplingParams:

@@ -173,10 +173,8 @@ class InputProcessor:
         tokenizer: PreTrainedTokenizerBase | None,
         geometry: Geometry,
         queue_key: Callable[[Sequence], tuple[float, ...]],
-        generation_config: GenerationConfig,
     ):
-        self.generation_config = generation_config
-        self.warns_of_defaults = bool(not_applied(generation_config, SamplingParams()))  # until the first warning
+        self.warns_of_defaults = True  # until the first warning
         self.tokenizer, self.geometry, self.queue_key = tokenizer, geometry, queue_key
         self.num_embeddings, self.num_logits = spec.num_embeddings, spec.num_logits
         # A tokenizer may have more tokens than the model, and a config may name an EOS token that does not exist.
@@ -288,13 +286,11 @@ class InputProcessor:
         key = self.queue_key(group[0])
         for sequence in group:
             sequence.queue_key = key
-        if self.warns_of_defaults:
-            self._warn_of_defaults(params)
         return group
 
-    def _warn_of_defaults(self, params: SamplingParams) -> None:
-        """Log once which settings in `generation_config` apply to `model.generate` but not to the request."""
-        missing = not_applied(self.generation_config, params)
+    def warn_of_defaults(self, generation_config: GenerationConfig, params: SamplingParams) -> None:
+        """Log once which settings in `generation_config` apply to `model.generate` but not to a request."""
+        missing = not_applied(generation_config, params) if self.warns_of_defaults else {}
         if missing:
             self.warns_of_defaults = False
             stated = ", ".join(f"{name}={value!r}" for name, value in missing.items())

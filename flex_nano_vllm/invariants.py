@@ -1,7 +1,7 @@
-"""Views of all bookkeeping: checks, which recompute it from scratch and compare, and the row that holds each page.
+"""Checks of all bookkeeping, and the row that holds each page. Independent of the model.
 
-The functions are slow, but simple. They read private fields. They change nothing except that the checks upload the
-changes of the page tables (`PageTable.sync`).
+The checks recompute the bookkeeping from scratch and compare. They are slow, but simple. All functions read private
+fields. They change nothing, except that the checks upload the changes of the page tables (`PageTable.sync`).
 """
 
 import numpy as np
@@ -39,10 +39,10 @@ def check_kv(kv: KVManager) -> None:
         assert table.allocated_rows == list(kv._rows), "the rows of a page table and of the KV manager differ"
         for page, entry in table.cached.items():
             assert entry.pages[window] == page, f"the entry of cached page {page} has page {entry.pages[window]}"
-    for row, known in kv._rows.items():
-        tokens = [token for entry in [*known.entries, *known.pending] for token in entry.token_ids]
-        assert tokens == known.token_ids[: len(tokens)], f"the cache entries of row {row} differ from its tokens"
-        first_new = len(known.entries) - 1
+    for row, state in kv._rows.items():
+        tokens = [token for entry in [*state.entries, *state.pending] for token in entry.token_ids]
+        assert tokens == state.token_ids[: len(tokens)], f"the cache entries of row {row} differ from its tokens"
+        first_new = len(state.entries) - 1
         for table in kv.pools.values():
             new = {table.page(row, i) for i in range(first_new, table.pages_for(table.num_tokens(row)))}
             assert new.isdisjoint(table.cached), f"a page of row {row} is cached before it is computed"

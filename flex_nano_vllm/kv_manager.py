@@ -91,9 +91,8 @@ class KVManager:
         sequences write to it; a page must be free for the copy. Returns None if `row` has released a page that the
         fork needs.
         """
-        page_size = self.geometry.page_size
         parent = self._rows[row]
-        num_full, rest = divmod(num_tokens, page_size)
+        num_full, rest = divmod(num_tokens, self.geometry.page_size)
         needed = {table: range(table.first_page(num_tokens), num_full + bool(rest)) for table in self.pools.values()}
         if any(table.page(row, logical) is None for table, pages in needed.items() for logical in pages):
             return None

@@ -60,7 +60,7 @@ class LayerMask:
         return [(first_page(self.window, first, page_size), last // page_size + 1)]
 
     def full_pages(self, first: Tensor, last: Tensor, page_size: int) -> Pages:
-        """Return a range of pages that all queries of a tile see completely. It is empty as in `visible_pages`."""
+        """Return a range of pages that all queries of a tile see completely; ranges are as in `visible_pages`."""
         return torch.zeros_like(first), torch.zeros_like(first)
 
     def within(self, num_tokens: int) -> "LayerMask":

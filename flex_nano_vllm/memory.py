@@ -1,4 +1,4 @@
-"""Free memory of a device, the memory that KV pools need, and plans: how many requests fit. Independent of requests."""
+"""An engine's options: their defaults and checks, sizes that fit into memory, and plans. Independent of requests."""
 
 import bisect
 from collections import Counter

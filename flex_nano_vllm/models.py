@@ -1,5 +1,5 @@
 """The Hugging Face model of an engine: loads it, reads its properties, checks whether it is supported and can be
-compiled, and detects changes of its weights.
+compiled, and detects changes of its weights. Independent of requests and steps.
 """
 
 import functools
@@ -16,11 +16,11 @@ from flex_nano_vllm.device import why_not_compiled
 from flex_nano_vllm.masks import LayerMask, layer_mask
 from flex_nano_vllm.sampling_params import is_int
 
-# tests/test_exactness.py compares the tokens of each of these types with Hugging Face's `generate`.
-# Trained for this package (examples/train_tiny_gemma2.py), and small enough to be included in it
-EMBEDDED_MODELS = {"tiny-gemma2": Path(__file__).parent / "tiny_gemma2"}
 logger = logging.getLogger(__name__)
 
+# Trained for this package (examples/train_tiny_gemma2.py), and small enough to be included in it
+EMBEDDED_MODELS = {"tiny-gemma2": Path(__file__).parent / "tiny_gemma2"}
+# tests/test_exactness.py compares the tokens of each of these types with Hugging Face's `generate`.
 SUPPORTED_MODEL_TYPES = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 
 

@@ -88,8 +88,8 @@ class ModelRunner:
         if not self.compiled:
             return 0
         of_attention = len(self.layout.masks) * sum(len(kind.buckets) for kind in self.layout.kinds)
-        packed = self.layout.cascade is not None
-        return len(self.decode_layout.kinds[0].buckets) + packed + 1 + of_attention
+        of_decodes = len(self.decode_layout.kinds[0].buckets) + (self.layout.cascade is not None)
+        return of_decodes + 1 + of_attention
 
     def forward(self, chunks: list[Chunk]) -> Tensor:
         """Compute the chunks, and return the logits [W, V] of the last `num_logits` tokens of each chunk.
@@ -165,7 +165,7 @@ class ModelRunner:
         if self.compiled:
             with compile_settings(self.model.device.type):
                 for chunks, packed in self._warmup_steps():
-                    for _ in range(2 if self.model.device.type == "cuda" else 1):  # the second run records a CUDA graph
+                    for _ in range(2 if self.model.device.type == "cuda" else 1):  # twice, to record CUDA graphs
                         self._run(chunks, packed)
             gc.collect()  # else garbage from compiling would soon pause a step for 0.3 s
 

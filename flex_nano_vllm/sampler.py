@@ -44,7 +44,7 @@ def uniform(seed: int, position: int) -> float:
 class Draw:
     """How the token of one logits row is chosen. The default is the argmax.
 
-    The steps are taken in this order: allowed tokens, logit edits, temperature, min_p, top_k, top_p (of the weight that
+    They apply in this order: allowed tokens, logit edits, temperature, min_p, top_k, top_p (of the weight that
     is left), `u`.
     """
 
@@ -135,8 +135,8 @@ class Sampler:
         _forbid(weights, draws)
         _edit(weights, draws)
         draws = [*draws, ARGMAX][: shape[0]]
-        names = ("temperature", "u", "min_p", "top_k", "top_p")
-        arrays = [np.array([getattr(draw, name) for draw in draws]) for name in names]
+        numbers = [(draw.temperature, draw.u, draw.min_p, draw.top_k, draw.top_p) for draw in draws]
+        arrays = [*np.array(numbers, dtype=np.float64).T]
         temperature, u, min_p, top_k, top_p = upload(arrays, logits.device, np.float64)
 
         # From here on in place: the likeliest tokens have a weight of 1, and the others are in proportion to it.

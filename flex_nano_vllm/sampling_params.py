@@ -1,4 +1,4 @@
-"""Sampling parameters of a request: names, defaults and ranges. Independent of the model and its vocabulary."""
+"""Sampling parameters: names, defaults, ranges, and those of a model's `generation_config`. Independent of texts."""
 
 import math
 from collections.abc import Sequence as SequenceOf

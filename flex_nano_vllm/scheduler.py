@@ -8,11 +8,11 @@ steps that mix prefills with decodes, and recomputation after preemption.
                   ▲                                              │
                   └────────────── preempt the last ──────────────┘
 
-Both queues are in the order of the policy: by a key that each request gets on arrival, then by arrival. Only the first
-waiting sequence is admitted, and none in a step that preempts. Hence:
+Both queues are in the order of the policy: by a key that each request gets on arrival, then by arrival. A sequence is
+admitted only when it is the first waiting one, and never in a step that preempts. Hence:
 - Every step makes progress. The first running sequence is never preempted: the others are preempted before it, and
   alone it fits, because requests that exceed the pool were rejected on arrival. If no sequence runs, the first waiting
-  one is admitted, because it then waits for nothing.
+  one is admitted, because rows and pages are free, and no other sequence computes anything that it could share.
 - A long prompt never starves a decode, because a step computes at least one token of every sequence that it does not
   preempt.
 - A request is overtaken only by requests that the policy puts before it. While it is the first waiting one, it starts
@@ -130,8 +130,8 @@ class Scheduler:
         - for a free row,
         - for pages: if other sequences run, the pool must have room for all tokens of the sequence, and for it and all
           running sequences to grow by `watermark` tokens each,
-        - for a sample of its request that has not computed the prompt yet, which the others share, or
-        - for pages that the current step computes, and that it can share in the next step.
+        - until another sample of its request has computed the prompt, which they share, or
+        - until the current step has computed pages that it can share.
         """
         needed, pool = sum(map(self._growth, self.running)), self.kv.primary
         if len(self.running) == pool.max_batch_size or (self.running and needed >= pool.num_free_pages):

@@ -135,7 +135,7 @@ class Sequence:
     def append(self, token_id: int, logprob: TokenLogprob | None = None) -> None:
         """Append a sampled token, and set `finish_reason` if it is the last one.
 
-        The order of the checks: an EOS token ("stop"), a token in `params.stop_token_ids` ("stop"), the longest length
+        The order of the checks: an EOS token ("stop"), a token in `params.stop_token_ids` ("stop"), `max_total_tokens`
         ("length"). Then `_detokenize` replaces the reason by "stop" if it finds a stop string, and by
         "error" if the text cannot be decoded.
         """

@@ -162,9 +162,9 @@ class API:
             num_echoed = submission.num_prompt_tokens * params.n * (params.prompt_logprobs + 1)
             if num_echoed > protocol.MAX_ECHOED:
                 submission.abort()
-                most = f"more than the limit of {protocol.MAX_ECHOED}: use fewer prompts or logprobs"
+                excess = f"more than the limit of {protocol.MAX_ECHOED}: use fewer prompts or logprobs"
                 raise APIError(
-                    400, f"echo with logprobs returns {num_echoed} log-probabilities, {most}", param="logprobs"
+                    400, f"echo with logprobs returns {num_echoed} log-probabilities, {excess}", param="logprobs"
                 )
         if body.stream:
             writer = CompletionChunks(self.tokenizer, self.model_name, body, params, submission)
@@ -283,10 +283,10 @@ class API:
             raise APIError(404, f"this server only has the model {self.model_name!r}", "model_not_found", "model")
 
     def check_length(self, param: str, *texts: str) -> None:
-        most = MAX_CHARS_PER_TOKEN * self.engine.max_seq_length
+        max_chars = MAX_CHARS_PER_TOKEN * self.engine.max_seq_length
         for text in texts:
-            if len(text) > most:
-                message = f"a text of {len(text)} characters exceeds the limit of {most}: shorten it"
+            if len(text) > max_chars:
+                message = f"a text of {len(text)} characters exceeds the limit of {max_chars}: shorten it"
                 limit = f"the maximum context length is {self.engine.max_request_tokens} tokens"
                 raise APIError(400, f"{message} ({limit})", "context_length_exceeded", param)
 

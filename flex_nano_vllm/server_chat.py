@@ -115,16 +115,21 @@ class ChatTurn:
 
     def message(self, index: int, text: str) -> dict:
         """Return the complete message of a choice."""
-        said, calls = "", []
+        content, calls = "", []
         for piece in self.pieces(index, text, is_complete=True):
             match piece:
                 case TextPiece():
-                    said += piece.text
+                    content += piece.text
                 case CallStart():
                     calls.append(tool_call(new_call_id(), piece.name, ""))
                 case CallArguments():
                     calls[piece.index]["function"]["arguments"] += piece.text
-        message = dict(role="assistant", content=said if said or not calls else None, refusal=None, annotations=[])
+        message = dict(
+            role="assistant",
+            content=content if content or not calls else None,
+            refusal=None,
+            annotations=[],
+        )
         return message | ({"tool_calls": calls} if calls else {})
 
 

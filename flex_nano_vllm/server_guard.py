@@ -262,7 +262,7 @@ class _Answer:
         await self._send(message)
 
     def _log(self, body: bytes) -> None:
-        """Log one line. Error messages contain no prompt (see `api_errors`)."""
+        """Log one line. Error messages contain no prompt (see `api_error`)."""
         try:
             reason = json.loads(body)["error"]["message"]
         except (ValueError, LookupError, TypeError):

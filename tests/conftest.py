@@ -1,6 +1,7 @@
 """Skips tests that the machine cannot run, resets compiled graphs after every test file, and has common fixtures."""
 
 import os
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -31,9 +32,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(1200))  # with no kernels on disk, the first test runs g++ for minutes
             if obstacle:
                 item.add_marker(pytest.mark.skip(reason=obstacle))
-    # Files that compile run first. Otherwise one process could still run such a file after the other has finished.
-    slow = {item.path for item in items if "compiled" in item.keywords}
-    items.sort(key=lambda item: item.path not in slow)
+    # Files that compile most run first. Otherwise one process could still run such a file after the other has finished.
+    # The first two files compile different models. Otherwise both processes would compile the same kernels at once.
+    num_compiled = Counter(item.path for item in items if "compiled" in item.keywords)
+    items.sort(key=lambda item: -num_compiled[item.path])
 
 
 @pytest.hookimpl(tryfirst=True)  # before the fixtures of the test are built

@@ -674,12 +674,14 @@ def raise_at_call(monkeypatch, owner, name, number):
 def test_a_constructor_that_fails_leaves_the_model_unchanged(bare_model, monkeypatch, owner, name, number):
     raise_at_call(monkeypatch, owner, name, number)
     try:
-        with pytest.raises(MemoryError, match="injected"):
+        # The exception is kept, as in a notebook: its traceback keeps the half-built engine alive.
+        with pytest.raises(MemoryError, match="injected") as kept:
             Inference(bare_model, None, **SIZES)
         monkeypatch.undo()
         assert_untouched(bare_model)
         with Inference(bare_model, None, **SIZES) as engine:
             assert len(completion(engine, GOOD_PROMPT).token_ids) == 3
+        assert kept.tb is not None
     finally:
         patching.unpatch_model(bare_model)  # so that a failure affects this test only
 

@@ -76,6 +76,8 @@ def test_serve_names_the_missing_extra(monkeypatch, capsys):
         cli.main()
     assert exit_.value.code not in (0, None)
     assert "flex-nano-vllm[serve]" in str(exit_.value.code) + capsys.readouterr().err
+    with pytest.raises(SystemExit, match="serve"):
+        bench.main()
 
 
 def test_bench_measures_the_engine_and_the_server_with_and_without_streams(monkeypatch):

@@ -33,6 +33,10 @@ pytestmark = pytest.mark.flex
 rng = random.Random(0)
 PROMPTS = [[rng.randrange(3, VOCABULARY) for _ in range(length)] for length in (5, 30, 1, 17, 140, 2, 64)]
 
+# With these sizes few kernels are compiled: every chunk of the prompts fits the smaller bucket of large tiles.
+ONE_BY_ONE = dict(max_batch_size=1, max_seq_length=96, page_size=16, n_pages=7, max_num_batched_tokens=64)
+SHORT_PROMPTS = [prompt_of(length) for length in (5, 24, 1)]
+
 OF_ALL_KINDS = [
     dict(top_k=1),
     dict(top_k=3, top_p=0.9, logprobs=2),
@@ -96,10 +100,10 @@ def test_packed_decodes_need_one_more_graph(num_packed):
 def test_layers_of_different_windows_have_their_own_masks_in_one_graph_at_batch_size_1():
     """Without a softcap, torch treated the attention of the second layer as equal to that of the first layer."""
     model = tiny_model("gemma3_text", torch.float32)
-    expected = [hf_generate(model, prompt, 24) for prompt in PROMPTS[:3]]
-    with Inference(model, None, 1, page_size=16, n_pages=16, max_num_batched_tokens=64) as engine:
+    expected = [hf_generate(model, prompt, 24) for prompt in SHORT_PROMPTS]
+    with Inference(model, None, **ONE_BY_ONE) as engine:
         assert len(set(engine.runner.layout.masks)) == 2
-        for prompt, tokens in zip(PROMPTS, expected):
+        for prompt, tokens in zip(SHORT_PROMPTS, expected):
             (output,) = engine.generate([prompt], SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)
             assert output.outputs[0].token_ids == tokens
         assert engine.runner.max_graphs == 1 + 1 + 2 + 4
@@ -109,9 +113,8 @@ def test_layers_of_different_windows_have_their_own_masks_in_one_graph_at_batch_
 @pytest.mark.parametrize("architecture", ["mistral", "qwen2"])
 def test_compiled_tokens_of_other_architectures_equal_generate(architecture, monkeypatch, caplog):
     """Mistral has a window in every layer, and Qwen2 has none. The first steps announce that they compile."""
-    sizes = dict(page_size=16, n_pages=16, max_num_batched_tokens=32)
     model = tiny_model(architecture, torch.float32)
-    expected = [hf_generate(model, prompt, 24) for prompt in PROMPTS[:3]]
+    expected = [hf_generate(model, prompt, 24) for prompt in SHORT_PROMPTS]
     descriptions = []
 
     class Bar(tqdm):
@@ -120,9 +123,9 @@ def test_compiled_tokens_of_other_architectures_equal_generate(architecture, mon
             super().set_description(desc, refresh)
 
     monkeypatch.setattr(output_processor, "tqdm", Bar)
-    with caplog.at_level(logging.INFO), Inference(model, None, 1, **sizes) as engine:
+    with caplog.at_level(logging.INFO), Inference(model, None, **ONE_BY_ONE) as engine:
         for use_tqdm in (True, False):
-            outputs = engine.generate(PROMPTS[:3], SamplingParams(temperature=0, max_tokens=24), use_tqdm)
+            outputs = engine.generate(SHORT_PROMPTS, SamplingParams(temperature=0, max_tokens=24), use_tqdm)
             assert [output.outputs[0].token_ids for output in outputs] == expected
         number = engine.runner.max_graphs
         notice = f"compiling up to {number} graphs of the model: 2-3 minutes the first time, seconds later"

@@ -85,6 +85,13 @@ def test_modules_import_only_modules_of_earlier_levels():
     assert set(rank) == {path.stem for path in PACKAGE.glob("*.py")}
     for path in PACKAGE.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.module.startswith("flex_nano_vllm."):
-                imported = node.module.split(".")[1]
-                assert rank[imported] < rank[path.stem], f"{path.name} imports {imported}"
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            modules = names if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                modules = [f"{node.module}.{name}" for name in names]
+            for module in modules:
+                top, _, rest = module.partition(".")
+                assert top not in ("benchmarks", "examples", "tests"), f"{path.name} imports {module}"
+                imported = rest.partition(".")[0]
+                if top == "flex_nano_vllm" and imported in rank:
+                    assert rank[imported] < rank[path.stem], f"{path.name} imports {imported}"

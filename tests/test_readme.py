@@ -91,9 +91,10 @@ def test_the_readme_links_every_document():
 
 def test_every_module_is_in_the_module_table_once():
     table = TEXTS[ROOT / "docs" / "architecture.md"].partition("## Modules")[2].partition("\n## ")[0]
-    linked = re.findall(r"\(\.\./flex_nano_vllm/(\w+)\.py\)", table)
-    modules = {path.stem for path in (ROOT / "flex_nano_vllm").glob("*.py")} - {"__init__"}
-    assert sorted(linked) == sorted(modules)
+    for folder in ("flex_nano_vllm", "benchmarks", "examples"):
+        linked = re.findall(rf"\(\.\./{folder}/(\w+)\.py\)", table)
+        modules = {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__"}
+        assert sorted(linked) == sorted(modules)
 
 
 def test_methods_in_the_documents_exist():

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+CODE = ("flex_nano_vllm", "benchmarks", "tests", "examples", ".")
 FILES = [
-    *(path for folder in ("flex_nano_vllm", "tests", "examples", ".") for path in sorted((ROOT / folder).glob("*.py"))),
+    *(path for folder in CODE for path in sorted((ROOT / folder).glob("*.py"))),
     *(path for folder in (".", "docs", "flex_nano_vllm") for path in sorted((ROOT / folder).glob("*.md"))),
     ROOT / "flex_nano_vllm" / "page.html",
     ROOT / "notebooks" / "tour.ipynb",
