@@ -100,7 +100,8 @@ class ModelRunner:
         if self.model.config._attn_implementation != ATTN_IMPLEMENTATION:
             raise RuntimeError("set_attn_implementation was called on the engine's model: close the engine first")
         with compile_settings(self.model.device.type):
-            self._copy_pages()
+            if self.kv.copies:
+                self._copy_pages()
             return self._run(chunks, pack_decodes(chunks, self.layout) if self.layout.cascade else None)
 
     def _run(self, chunks: list[Chunk], packed: PackedDecodes | None = None) -> Tensor:
