@@ -353,10 +353,12 @@ def mask_of_tiles(
         block_size: query rows of a tile, and tokens per page.
         kv_len: slots, or logical positions, that the mask covers.
     """
-    pages = [numbers[:, None, None] for numbers in (*partial, *full)]  # [tiles, 1, 1] and [tiles, 1, 1, N] each
+    # `numbers[:, None, None]` would not do: inductor gives its dimensions of size 1 a stride of 0, and the CUDA kernel
+    # multiplies the number of a tile by that stride, so that all tiles visit as many pages as the first one.
+    partial, full = ((n.as_strided((len(n), 1, 1), (1, 1, 1)), lists[:, None, None]) for n, lists in (partial, full))
     sizes = dict(BLOCK_SIZE=block_size, seq_lengths=(block_size[0], kv_len))
     # Only the backward pass uses the transposed lists.
-    return BlockMask.from_kv_blocks(*pages, mask_mod=mask_mod, compute_q_blocks=False, **sizes)
+    return BlockMask.from_kv_blocks(*partial, *full, mask_mod=mask_mod, compute_q_blocks=False, **sizes)
 
 
 def widen(pages: Tensor, stride: int, width: int) -> Tensor:
