@@ -20,14 +20,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.report import device_name
 from flex_nano_vllm.attention import PagedKVCache, step_in_progress
-from flex_nano_vllm.device import why_not_compiled
+from flex_nano_vllm.device import TileKind, decode_buckets, tile_kinds, why_not_compiled
 from flex_nano_vllm.geometry import Geometry, cdiv
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.masks import Causal
 from flex_nano_vllm.page_table import PageTable
-from flex_nano_vllm.runner import compile_flex_attention, decode_buckets, padding_chunk, tile_kinds
+from flex_nano_vllm.runner import compile_flex_attention, padding_chunk
 from flex_nano_vllm.scheduler import Chunk
-from flex_nano_vllm.step import StepBatch, StepVectors, TileKind, TileLayout, num_pages
+from flex_nano_vllm.step import StepBatch, StepVectors, TileLayout, num_pages
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 4, 128  # as in gemma2-small
 KV_LENS, BATCH_SIZES, PAGE_SIZES = [128, 512, 2048], [1, 8, 32], [16, 64, 128]

@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 
-from flex_nano_vllm.device import kernel_options
 from flex_nano_vllm.masks import softcapped
 from flex_nano_vllm.step import StepBatch, TiledQueries
 
@@ -94,7 +93,7 @@ def attend(
             score_mod=tiles.score_mod if cap is None else softcapped(cap, tiles.score_mod),
             block_mask=tiles.block_mask,
             scale=scale,
-            kernel_options=kernel_options(query.device, *tiles.block_mask.BLOCK_SIZE),
+            kernel_options=tiles.kernel_options,
         )
         outputs.append(output.reshape(-1, head_dim))
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)

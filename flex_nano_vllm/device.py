@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,17 @@ def num_processors(device: torch.device) -> int:
     return torch.get_num_threads()
 
 
+@dataclass(frozen=True)
+class TileKind:
+    """Tiles of `tile_len` tokens. Their number is rounded up to one of `buckets` (None: no rounding)."""
+
+    tile_len: int
+    buckets: tuple[int, ...] | None
+
+    def num_padded_tiles(self, num_tiles: int) -> int:
+        return num_tiles if self.buckets is None else next(bucket for bucket in self.buckets if bucket >= num_tiles)
+
+
 # Query rows of a large tile: tokens times G. On a GPU they fill a matrix-multiply tile. On a CPU this number was the
 # fastest. (With 64 and more query rows, torch's bfloat16 kernel first transposes the whole pool on CPUs that multiply
 # bfloat16 in hardware.)
@@ -114,6 +126,26 @@ def tile_lens(group_size: int, device_type: str) -> tuple[int, int]:
     return small, 1 << (large.bit_length() - 1)
 
 
+def tile_kinds(
+    group_size: int, max_batch_size: int, max_num_batched_tokens: int, device_type: str
+) -> tuple[TileKind, ...]:
+    """Return small tiles for decodes and large tiles for prompts, with buckets up to the largest step.
+
+    Small tiles have one bucket only: in a step with a prompt, the cost of padding tiles is negligible.
+
+    The buckets are bounded, because each chunk has at most one unfilled tile and a step has at most `max_batch_size`
+    chunks.
+    """
+    small, large = tile_lens(group_size, device_type)
+    bound = max_num_batched_tokens // large + max_batch_size
+    return TileKind(small, (max(2, max_batch_size),)), TileKind(large, tuple(sorted({cdiv(bound, 4), bound})))
+
+
+def decode_buckets(max_batch_size: int) -> tuple[int, ...]:
+    """Return the numbers of decodes to which steps are padded. The linear layers compute the padding too."""
+    return tuple(sorted({cdiv(max_batch_size, 4), cdiv(max_batch_size, 2), max_batch_size}))
+
+
 def packed_tiles(group_size: int, device_type: str) -> tuple[int, float, float]:
     """Return how many decodes a packed tile contains, and its costs: see `cascade.CascadeRule`.
 
@@ -126,20 +158,47 @@ def packed_tiles(group_size: int, device_type: str) -> tuple[int, float, float]:
     return max(2, 8 // group_size), 2.0, 2.5
 
 
-def kernel_options(device: torch.device, q_block: int, page_size: int) -> dict[str, object] | None:
-    """Return kernel options with which the tile sizes of the Triton kernel divide the blocks of the mask.
+def kernel_options(
+    device: torch.device, all_rows: list[int], page_size: int, head_dim: int, dtype: torch.dtype
+) -> dict[int, dict[str, object]]:
+    """Return the options of FlexAttention's CUDA kernel, by the query rows of a tile; nothing on other devices.
 
-    Torch before 2.14 does not ensure this. The default sizes are tuned for the device and the head dim, and divide
-    blocks of 128. If a block is not a multiple of 128, the options set a small size, which does not need more shared
-    memory than the default.
-    "TRITON" is the main kernel. "AUTO" would select the flex-decoding kernel for few query rows. It has not been
-    measured whether that kernel is faster on small tiles.
+    One block of threads computes BLOCK_M query rows. It loads BLOCK_N keys and values at a time, while the next ones
+    are on their way (`num_stages`). Torch's own sizes are those of an A100 for every GPU of compute capability 8, and
+    an RTX 3090 has not enough shared memory for them at a head dim of 256 (pytorch/pytorch#180278 is the same failure).
+    The sizes here are the largest that fit, and with which no kernel spills registers. `benchmarks.gpu_kernels`
+    compiles them for several GPUs; no GPU has measured them.
+
+    Both sizes divide the blocks of the mask, which torch before 2.14 does not ensure. "TRITON" is the main kernel:
+    "AUTO" would select another one for few query rows.
     """
     if device.type != "cuda":
-        return None
-    options: dict[str, object] = {"BACKEND": "TRITON"}
-    if q_block % 128:
-        options["BLOCK_M"] = min(32, q_block & -q_block)  # the largest power of two that divides q_block
-    if page_size % 128:
-        options["BLOCK_N"] = 16
-    return options
+        return {}
+    limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return {rows: _fitting(rows, page_size, head_dim, dtype, limit) for rows in all_rows}
+
+
+def _fitting(rows: int, page_size: int, head_dim: int, dtype: torch.dtype, limit: int) -> dict[str, object]:
+    """Return the options of one kind of tile, given the bytes of shared memory that a block may use."""
+    row_bytes = dtype.itemsize * max(16, 1 << (head_dim - 1).bit_length())  # the kernel rounds the head dim up
+    # Matrix units do not multiply float32 exactly, and products without them need more registers.
+    is_float32 = dtype == torch.float32
+    block_m = max(16, min(rows & -rows, 64 if is_float32 else 128, 32_768 // row_bytes))
+    block_n = max(16, min(page_size, 64, (8_192 if is_float32 else 16_384) // row_bytes))
+    num_stages, num_warps = 3, 8 if is_float32 or block_m * row_bytes > 16_384 else 4
+    while _shared_memory(block_m, block_n, num_stages, row_bytes, dtype) > limit and block_m > 16:
+        if num_stages == 3:
+            num_stages = 2
+        else:
+            block_m //= 2
+    blocks = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_stages=num_stages, num_warps=num_warps)
+    return dict(BACKEND="TRITON", **blocks)
+
+
+def _shared_memory(block_m: int, block_n: int, num_stages: int, row_bytes: int, dtype: torch.dtype) -> int:
+    """Return the bytes of shared memory that the kernel needs, at most: queries, keys and values, and weights.
+
+    Blocks of 128 query rows keep their weights in registers.
+    """
+    weights = block_m * block_n * dtype.itemsize if block_m < 128 else 0
+    return block_m * row_bytes + 2 * (num_stages - 1) * block_n * row_bytes + weights + 1024

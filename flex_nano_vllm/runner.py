@@ -15,7 +15,15 @@ from transformers import PreTrainedModel
 from flex_nano_vllm.attention import ATTN_IMPLEMENTATION, step_in_progress
 from flex_nano_vllm.cascade import CascadeRule, PackedDecodes
 from flex_nano_vllm.compiling import UNGUARDED, compile_settings, inductor
-from flex_nano_vllm.device import num_processors, packed_tiles, tile_lens, upload
+from flex_nano_vllm.device import (
+    TileKind,
+    decode_buckets,
+    kernel_options,
+    num_processors,
+    packed_tiles,
+    tile_kinds,
+    upload,
+)
 from flex_nano_vllm.geometry import Geometry, cdiv
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.models import ModelSpec, attention_layers
@@ -27,7 +35,6 @@ from flex_nano_vllm.step import (
     StepBatch,
     StepVectors,
     TiledQueries,
-    TileKind,
     TileLayout,
     num_pages,
     pack_decodes,
@@ -57,17 +64,17 @@ class ModelRunner:
         self.model, self.spec, self.kv, self.compiled = model, spec, kv, compiled
         geometry = kv.geometry
         max_batch_size, budget = geometry.max_batch_size, geometry.max_num_batched_tokens
-        num_kv_heads = spec.num_kv_heads
-        group_size = spec.num_heads // num_kv_heads
+        num_kv_heads, group_size = spec.num_kv_heads, spec.num_heads // spec.num_kv_heads
+        kinds = (TileKind(tile_len=1, buckets=None),)
         if compiled:
             kinds = tile_kinds(group_size, max_batch_size, budget, model.device.type)
-        else:
-            kinds = (TileKind(tile_len=1, buckets=None),)
         masks, indices = distinct_masks(spec, geometry)
         max_decodes = min(max_batch_size, budget)
         rule = cascade_rule(num_kv_heads, group_size, geometry, model.device) if cascade else None
         tables = tuple(kv.table(mask.window) for mask in masks)
-        self.layout = TileLayout(kinds, num_kv_heads, group_size, masks, tables, indices[-1], compiled, rule)
+        all_rows = [kind.tile_len * group_size for kind in kinds]
+        options = kernel_options(model.device, all_rows, geometry.page_size, spec.head_dim, spec.dtype)
+        self.layout = TileLayout(kinds, num_kv_heads, group_size, masks, tables, indices[-1], compiled, rule, options)
         decodes = TileKind(kinds[0].tile_len, decode_buckets(max_decodes))
         self.decode_layout = replace(self.layout, kinds=(decodes,)) if compiled else None
         self.flex = compile_flex_attention(model.device.type, compiled)
@@ -231,21 +238,6 @@ def compile_flex_attention(device_type: str, compiled: bool) -> Callable[..., Te
     return torch.compile(flex_attention, fullgraph=True, **(settings if compiled else dict(backend="eager")))
 
 
-def tile_kinds(
-    group_size: int, max_batch_size: int, max_num_batched_tokens: int, device_type: str
-) -> tuple[TileKind, ...]:
-    """Return small tiles for decodes and large tiles for prompts, with buckets up to the largest step.
-
-    Small tiles have one bucket only: in a step with a prompt, the cost of padding tiles is negligible.
-
-    The buckets are bounded, because each chunk has at most one unfilled tile and a step has at most `max_batch_size`
-    chunks.
-    """
-    small, large = tile_lens(group_size, device_type)
-    bound = max_num_batched_tokens // large + max_batch_size
-    return TileKind(small, (max(2, max_batch_size),)), TileKind(large, tuple(sorted({cdiv(bound, 4), bound})))
-
-
 def cascade_rule(num_kv_heads: int, group_size: int, geometry: Geometry, device: torch.device) -> CascadeRule | None:
     """Return the rule for packed tiles; None if they can never be faster.
 
@@ -256,8 +248,3 @@ def cascade_rule(num_kv_heads: int, group_size: int, geometry: Geometry, device:
     num_tiles = max(2, cdiv(max_decodes, tile_len))
     rule = CascadeRule(tile_len, num_tiles, cdiv(max_decodes, 2) + 1, *costs, num_kv_heads / num_processors(device))
     return rule if rule.can_pay(max_decodes, geometry.max_pages_per_row) else None
-
-
-def decode_buckets(max_batch_size: int) -> tuple[int, ...]:
-    """Return the numbers of decodes to which steps are padded. The linear layers compute the padding too."""
-    return tuple(sorted({cdiv(max_batch_size, 4), cdiv(max_batch_size, 2), max_batch_size}))

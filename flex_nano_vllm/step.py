@@ -25,7 +25,7 @@ physical pages, N logical pages of a row, L tile_len.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -33,22 +33,11 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flex_nano_vllm.cascade import CascadeRule, PackedDecodes, pack, packed_block_mask
-from flex_nano_vllm.device import upload
+from flex_nano_vllm.device import TileKind, upload
 from flex_nano_vllm.geometry import cdiv
 from flex_nano_vllm.masks import LayerMask, Pages, ScoreMod, of_queries
 from flex_nano_vllm.page_table import PageList, PageTable, RowOf, mask_of_tiles
 from flex_nano_vllm.scheduler import Chunk
-
-
-@dataclass(frozen=True)
-class TileKind:
-    """Tiles of `tile_len` tokens. Their number is rounded up to one of `buckets` (None: no rounding)."""
-
-    tile_len: int
-    buckets: tuple[int, ...] | None
-
-    def num_padded_tiles(self, num_tiles: int) -> int:
-        return num_tiles if self.buckets is None else next(bucket for bucket in self.buckets if bucket >= num_tiles)
 
 
 @dataclass(frozen=True)
@@ -65,6 +54,7 @@ class TileLayout:
         whole_pool: attention always receives the whole pool, so that its shape never changes. If False, it receives
             only the used part, because uncompiled FlexAttention evaluates every slot that it receives.
         cascade: the rule for packing decodes into common tiles; None: they are never packed.
+        kernel_options: options of FlexAttention's kernel, by the query rows of a tile (`device.kernel_options`).
     """
 
     kinds: tuple[TileKind, ...]
@@ -75,6 +65,7 @@ class TileLayout:
     last_mask: int
     whole_pool: bool
     cascade: CascadeRule | None = None
+    kernel_options: dict[int, dict[str, object]] = field(default_factory=dict)
 
     @property
     def packed_mask(self) -> int:
@@ -150,6 +141,7 @@ class Tiles:
     query_rows: Tensor  # [tiles, K, L * G] int64, token * H + head of each query; token 0 for padding
     block_mask: BlockMask  # physical
     score_mod: ScoreMod | None
+    kernel_options: dict[str, object] | None
 
 
 @dataclass(frozen=True)
@@ -185,7 +177,8 @@ class TiledQueries:
                 block_mask = packed_block_mask(packed, row_of, cut.q_pos, mask, group_size, table, kv_len)
             if mask.score_mod is not None:
                 score_mod = table.physical_score(of_queries(mask.score_mod, cut.q_pos, group_size), row_of)
-            tiles.append(Tiles(query_rows.flatten(2), block_mask, score_mod))
+            options = layout.kernel_options.get(block_mask.BLOCK_SIZE[0])
+            tiles.append(Tiles(query_rows.flatten(2), block_mask, score_mod, options))
         return cls(tuple(tiles), torch.cat(output_rows)[queries.places])
 
 

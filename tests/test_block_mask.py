@@ -18,11 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flex_nano_vllm import page_table, step
+from flex_nano_vllm.device import TileKind
 from flex_nano_vllm.geometry import Geometry
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.scheduler import Chunk
 from flex_nano_vllm.sequence import Sequence
-from flex_nano_vllm.step import StepBatch, TiledQueries, TileKind, TileLayout
+from flex_nano_vllm.step import StepBatch, TiledQueries, TileLayout
 
 N_PAGES = 13
 

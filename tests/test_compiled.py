@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import itertools
 import logging
 import random
+import types
 from dataclasses import replace
 from unittest import mock
 
@@ -17,16 +19,12 @@ from tqdm import tqdm
 from flex_nano_vllm import Inference, SamplingParams, models, output_processor
 from flex_nano_vllm.attention import PagedKVCache, step_in_progress
 from flex_nano_vllm.compiling import DYNAMO_CONFIG, inductor
-from flex_nano_vllm.device import kernel_options, why_not_compiled
+from flex_nano_vllm.device import TileKind, decode_buckets, kernel_options, tile_kinds, why_not_compiled
 from flex_nano_vllm.geometry import Geometry
 from flex_nano_vllm.kv_manager import KVManager
-from flex_nano_vllm.runner import (
-    compile_flex_attention,
-    decode_buckets,
-    tile_kinds,
-)
+from flex_nano_vllm.runner import compile_flex_attention
 from flex_nano_vllm.scheduler import Chunk
-from flex_nano_vllm.step import StepBatch, TileKind
+from flex_nano_vllm.step import StepBatch
 
 pytestmark = pytest.mark.flex
 
@@ -424,13 +422,18 @@ def test_the_reason_why_attention_cannot_be_compiled_is_reported(device, dtype, 
 
 @pytest.mark.parametrize("page_size", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("group_size", [1, 2, 3, 4, 5, 6, 7, 8, 12, 16])
-def test_the_block_sizes_of_the_cuda_kernel_divide_the_blocks_of_the_mask(group_size, page_size):
-    """Without an option, torch chooses block sizes that divide multiples of 128."""
-    for kind in tile_kinds(group_size, 8, 512, "cuda"):
-        q_block = kind.tile_len * group_size
-        options = kernel_options(torch.device("cuda"), q_block, page_size)
-        assert q_block % options.get("BLOCK_M", 128) == 0 and options.get("BLOCK_M", 16) >= 16
-        assert page_size % options.get("BLOCK_N", 128) == 0
+def test_the_block_sizes_of_the_cuda_kernel_divide_the_blocks_of_the_mask(group_size, page_size, monkeypatch):
+    """The sizes fit 48 KB of shared memory too, the least that any GPU has."""
+    for limit, head_dim, dtype in itertools.product(
+        (49_152, 101_376, 232_448), (16, 64, 96, 128, 256), (torch.float32, torch.bfloat16)
+    ):
+        properties = types.SimpleNamespace(shared_memory_per_block_optin=limit)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, properties=properties: properties)
+        for kind in tile_kinds(group_size, 8, 512, "cuda"):
+            rows = kind.tile_len * group_size
+            options = kernel_options(torch.device("cuda"), [rows], page_size, head_dim, dtype)[rows]
+            assert rows % options["BLOCK_M"] == page_size % options["BLOCK_N"] == 0
+            assert options["BLOCK_M"] >= 16 and options["BLOCK_N"] >= 16
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])

@@ -31,6 +31,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from flex_nano_vllm.device import TileKind
 from flex_nano_vllm.geometry import Geometry
 from flex_nano_vllm.invariants import check_scheduler
 from flex_nano_vllm.kv_manager import KVManager
@@ -38,7 +39,6 @@ from flex_nano_vllm.policies import queue_key
 from flex_nano_vllm.sampling_params import SamplingParams
 from flex_nano_vllm.scheduler import Scheduler
 from flex_nano_vllm.sequence import Sequence
-from flex_nano_vllm.step import TileKind
 
 EOS, NOT_FINITE = 0, -1
 FAILED = "written by a step that failed"
