@@ -98,10 +98,15 @@ def num_processors(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class TileKind:
-    """Tiles of `tile_len` tokens. Their number is rounded up to one of `buckets` (None: no rounding)."""
+    """Tiles of `tile_len` tokens. Their number is rounded up to one of `buckets` (None: no rounding).
+
+    A CPU kernel gives each of its threads a run of consecutive tiles. Tiles are therefore dealt to `num_hands`, one
+    after the other: otherwise one thread would get the longest contexts of a prompt, and another one all padding.
+    """
 
     tile_len: int
     buckets: tuple[int, ...] | None
+    num_hands: int = 1
 
     def num_padded_tiles(self, num_tiles: int) -> int:
         return num_tiles if self.buckets is None else next(bucket for bucket in self.buckets if bucket >= num_tiles)
@@ -138,7 +143,9 @@ def tile_kinds(
     """
     small, large = tile_lens(group_size, device_type)
     bound = max_num_batched_tokens // large + max_batch_size
-    return TileKind(small, (max(2, max_batch_size),)), TileKind(large, tuple(sorted({cdiv(bound, 4), bound})))
+    hands = torch.get_num_threads() if device_type == "cpu" else 1
+    of_prompts = tuple(sorted({cdiv(bound, 4), bound}))
+    return TileKind(small, (max(2, max_batch_size),), hands), TileKind(large, of_prompts, hands)
 
 
 def decode_buckets(max_batch_size: int) -> tuple[int, ...]:

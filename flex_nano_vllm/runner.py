@@ -75,7 +75,7 @@ class ModelRunner:
         all_rows = [kind.tile_len * group_size for kind in kinds]
         options = kernel_options(model.device, all_rows, geometry.page_size, spec.head_dim, spec.dtype)
         self.layout = TileLayout(kinds, num_kv_heads, group_size, masks, tables, indices[-1], compiled, rule, options)
-        decodes = TileKind(kinds[0].tile_len, decode_buckets(max_decodes))
+        decodes = replace(kinds[0], buckets=decode_buckets(max_decodes))
         self.decode_layout = replace(self.layout, kinds=(decodes,)) if compiled else None
         self.flex = compile_flex_attention(model.device.type, compiled)
         self.model_of_any_length, self.model_of_decodes = model, None

@@ -254,7 +254,7 @@ def _cut(kind: TileKind, firsts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     offset = number[:, None] * kind.tile_len + np.arange(kind.tile_len)  # [tiles, L] within the chunk
     tokens = np.full((kind.num_padded_tiles(num_tiles), kind.tile_len), -1)
     tokens[:num_tiles] = np.where(offset < lengths[chunk, None], firsts[chunk, None] + offset, -1)
-    return tokens
+    return np.concatenate([tokens[hand :: kind.num_hands] for hand in range(kind.num_hands)])
 
 
 def in_tiles(tiles: list[np.ndarray], positions: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:

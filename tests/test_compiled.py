@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from flex_nano_vllm import Inference, SamplingParams, models, output_processor
 from flex_nano_vllm.attention import PagedKVCache, step_in_progress
-from flex_nano_vllm.compiling import DYNAMO_CONFIG, inductor
+from flex_nano_vllm.compiling import DYNAMO_CONFIG, REPLACEMENTS, inductor
 from flex_nano_vllm.device import TileKind, decode_buckets, kernel_options, tile_kinds, why_not_compiled
 from flex_nano_vllm.geometry import Geometry
 from flex_nano_vllm.kv_manager import KVManager
@@ -315,8 +315,9 @@ def test_the_cpu_backend_widens_register_tiles_in_its_own_graphs_and_starts_no_p
 
     seen = []
 
-    def compile_graph(graph, inputs, fails=False):
-        seen.append((template.GemmBlocking(1, 16, 1), torch.compiler.config.cache_key_tag))
+    def compile_graph(graph, inputs, config_patches, fails=False):
+        tiles = [template.GemmBlocking(1, 16, 1) for _ in range(4)]  # of two kernels
+        seen.append((tiles, torch.compiler.config.cache_key_tag))
         if fails:
             raise RuntimeError("injected")
         return graph
@@ -332,23 +333,27 @@ def test_the_cpu_backend_widens_register_tiles_in_its_own_graphs_and_starts_no_p
                 compiled(torch.ones(2))
         else:
             assert compiled(torch.ones(2)).tolist() == [2, 2]
-        assert seen.pop() == (blocking(8, 16, 1), f"{tag} {torch.get_num_threads()} threads, register tile 8 x 16")
+        tiles = [blocking(8, 16, 1), blocking(4, 64, 1)] * 2
+        assert seen.pop() == (tiles, f"{tag} {torch.get_num_threads()} threads, register tiles 8 x 16 and 4 x 64")
         assert template.GemmBlocking is blocking and torch.compiler.config.cache_key_tag == tag
 
 
 @pytest.mark.parametrize(("version", "is_known"), [("2.15.0+cpu", True), ("2.16.0a0", False)])
-def test_slow_headers_are_replaced_in_kernels_of_known_torch_versions(version, is_known, monkeypatch):
+def test_the_text_of_kernels_is_changed_in_known_torch_versions(version, is_known, monkeypatch):
+    """`is_known`: slow headers are replaced, and decodes in bfloat16 multiply weights and values in the kernel."""
     import torch._inductor.lowering
     from torch._inductor import compile_fx
     from torch._inductor.codegen import cpp_flex_attention_template as template
 
-    def includes_slow_header() -> bool:
-        return any("#include <ATen/Context.h>" in text for text in vars(template).values() if isinstance(text, str))
+    def present() -> list[bool]:
+        texts = [text for text in vars(template).values() if isinstance(text, str)]
+        return [any(old in text for text in texts) for old in REPLACEMENTS]
 
     monkeypatch.setattr(torch, "__version__", TorchVersion(version))
-    monkeypatch.setattr(compile_fx, "compile_fx", lambda graph, inputs: includes_slow_header())
-    assert inductor("cpu")(None, []) is not is_known
-    assert includes_slow_header()
+    monkeypatch.setattr(compile_fx, "compile_fx", lambda graph, inputs, config_patches: present())
+    assert all(present())  # else this torch has other texts
+    assert inductor("cpu")(None, []) == [not is_known] * len(REPLACEMENTS)
+    assert all(present())
 
 
 def test_default_sizes_of_a_cpu():

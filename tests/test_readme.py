@@ -140,6 +140,7 @@ OPTIONS = {
     "examples.train_tiny_gemma2": dataclass_options(train_tiny_gemma2.Options),
     "flex-nano-vllm chat": typer_options(cli.chat),
     "benchmarks.serving": typer_options(serving.main),
+    "benchmarks.gpu_kernels": {"--dtype", "--gpus"},  # not imported, because it needs triton
     "flex-nano-vllm serve": typer_options(server.serve),
     "flex_nano_vllm.server": typer_options(server.serve),
 }
