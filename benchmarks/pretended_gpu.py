@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch._dynamo.device_interface import CudaInterface
+from torch._guards import detect_fake_mode
 from torch._inductor import async_compile
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.fx_passes import fuse_attention, misc_patterns, pad_mm
@@ -36,7 +37,6 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime import triton_helpers, triton_heuristics
 from torch._inductor.runtime.hints import DeviceProperties
 from torch._inductor.runtime.triton_compat import libdevice
-from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime import interpreter
 
@@ -219,10 +219,13 @@ class GpuCompiler:
             self.graphs.append(Graph(len(lowering.graph_inputs), list(static_inputs), mutated, reason))
             return types.SimpleNamespace(call=interpreted_wrapper(wrapper.value, self.graphs[-1].kernels))
 
-        with pretended(self.gpu), FakeTensorMode(allow_non_fake_inputs=True):
+        # Dynamo's own tensors, because the sizes of `inputs` are those of the first call, and not symbols.
+        examples = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
+        mode = detect_fake_mode(inputs)
+        with pretended(self.gpu), mode, mock.patch.object(mode, "allow_non_fake_inputs", True):
             fakes = [
                 torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda") if isinstance(x, Tensor) else x
-                for x in inputs
+                for x in examples
             ]
             with mock.patch.object(GraphLowering, "compile_to_module", interpreted):
                 return compile_fx(on_gpu(graph), fakes, inner_compile=inner_compile)
