@@ -22,6 +22,8 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_outputs import CausalLMOutput
 
 pytest.importorskip("triton")
+if torch.__version__ < "2.15":
+    pytest.skip("inductor of older versions asks for more of a GPU than is pretended", allow_module_level=True)
 from benchmarks.pretended_gpu import GPUS, Graph, engines_on
 from flex_nano_vllm import Inference, attention, cascade, page_table, runner, step
 from flex_nano_vllm.attention import PagedKVCache, attend
