@@ -29,14 +29,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch._dynamo.device_interface import CudaInterface
+from torch._guards import detect_fake_mode
 from torch._inductor import async_compile
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.fx_passes import fuse_attention, misc_patterns, pad_mm
 from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime import triton_helpers, triton_heuristics
-from torch._inductor.runtime.hints import DeviceProperties
 from torch._inductor.runtime.triton_compat import libdevice
-from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime import interpreter
 
@@ -87,23 +86,14 @@ GPUS = {
 @contextlib.contextmanager
 def pretended(gpu: Gpu) -> Iterator[None]:
     """Make torch and inductor see `gpu`. Only fake tensors can be on it."""
-    properties, (major, minor) = gpu.properties, gpu.capability
+    major, minor = gpu.capability
     target = GPUTarget("cuda", 10 * major + minor, 32)
-    known = {name: value for name, value in vars(properties).items() if name in DeviceProperties._fields}
-    of_kernels = known | dict(type="cuda", index=0, cc=target.arch)
     answers = dict(
         is_available=True,
-        device_count=1,
         current_device=0,
-        get_device_properties=properties,
-        get_device_capability=gpu.capability,
-        get_compute_capability=target.arch,
-        get_device_name=gpu.name,
-        is_bf16_supported=True,
-        get_raw_stream=0,
+        get_device_properties=gpu.properties,
         get_rng_state=torch.empty(0, dtype=torch.uint8),
         **dict.fromkeys(("_exchange_device", "_maybe_exchange_device"), 0),
-        **dict.fromkeys(("_lazy_init", "synchronize", "set_rng_state", "current_stream"), None),
     )
     # These prepare patterns of graph rewrites, with tensors on the device.
     prepare = ((fuse_attention, "_sfdp_init"), (misc_patterns, "_misc_patterns_init"), (pad_mm, "_pad_mm_init"))
@@ -113,7 +103,6 @@ def pretended(gpu: Gpu) -> Iterator[None]:
     settings = {
         "fx_graph_cache": False,
         "compile_threads": 1,
-        "triton.cudagraphs": False,
         "joint_graph_constant_folding": False,  # would compute on the device
     }
     caches = [function for function in vars(torch.utils._triton).values() if hasattr(function, "cache_clear")]
@@ -128,7 +117,6 @@ def pretended(gpu: Gpu) -> Iterator[None]:
                 patch(owner, name, answer)
         for owner, name in prepare:
             patch(owner, name, None)
-        patch(DeviceProperties, "create", DeviceProperties(**of_kernels))
         patch(torch._C, "_cuda_getCurrentRawStream", 0)
         patch(triton_helpers, "set_driver_to_gpu", None)
         stack.enter_context(mock.patch.object(type(triton.runtime.driver), "active", driver))
@@ -145,8 +133,7 @@ class Kernel:
     def __init__(self, name: str, source: str):
         self.name, self.source = name, source
         self.launches: list[tuple[int, int, int]] = []  # the grid of each launch
-        decorators = {name: self._keep for name in DECORATORS if hasattr(triton_heuristics, name)}
-        with mock.patch.dict(vars(triton_heuristics), decorators):
+        with mock.patch.dict(vars(triton_heuristics), dict.fromkeys(DECORATORS, self._keep)):
             self.function = loaded(name, source)
 
     def _keep(self, size_hints: dict[str, int] | None = None, **kwargs: object) -> Callable[[object], object]:
@@ -168,9 +155,8 @@ class Kernel:
         self.function[grid](*args[: len(args) - len(extra)], **blocks)
 
 
-# Those of inductor's decorators that generated kernels use.
-REDUCTIONS = ("reduction", "persistent_reduction", "cooperative_reduction", "split_scan")
-DECORATORS = ("template", "pointwise", "foreach", *REDUCTIONS)
+# Those of inductor's decorators that the kernels use.
+DECORATORS = ("template", "pointwise", "reduction", "persistent_reduction")
 
 
 def loaded(name: str, source: str) -> object:
@@ -178,8 +164,7 @@ def loaded(name: str, source: str) -> object:
     file = f"<{name} {next(NUMBERS)}>"
     linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file  # from which Triton reads it
     namespace = {"__name__": file, "__file__": file}
-    with mock.patch.object(triton_helpers, "set_driver_to_gpu", lambda: None):
-        exec(compile(source, file, "exec"), namespace)
+    exec(compile(source, file, "exec"), namespace)
     return namespace[name]
 
 
@@ -219,10 +204,13 @@ class GpuCompiler:
             self.graphs.append(Graph(len(lowering.graph_inputs), list(static_inputs), mutated, reason))
             return types.SimpleNamespace(call=interpreted_wrapper(wrapper.value, self.graphs[-1].kernels))
 
-        with pretended(self.gpu), FakeTensorMode(allow_non_fake_inputs=True):
+        # Dynamo's own tensors, because the sizes of `inputs` are those of the first call, and not symbols.
+        examples = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
+        mode = detect_fake_mode(inputs)
+        with pretended(self.gpu), mode, mock.patch.object(mode, "allow_non_fake_inputs", True):
             fakes = [
                 torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda") if isinstance(x, Tensor) else x
-                for x in inputs
+                for x in examples
             ]
             with mock.patch.object(GraphLowering, "compile_to_module", interpreted):
                 return compile_fx(on_gpu(graph), fakes, inner_compile=inner_compile)
@@ -257,8 +245,7 @@ def interpreted_wrapper(source: str, kernels: dict[str, Kernel]) -> Callable[[li
     ):
         source = source.replace(on_gpu, on_cpu)
     namespace = {"__name__": "wrapper"}
-    no_stream = mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, create=True)
-    with mock.patch.object(async_compile, "AsyncCompile", Kernels), no_stream:
+    with mock.patch.object(async_compile, "AsyncCompile", Kernels):
         exec(compile(source, "<wrapper>", "exec"), namespace)
     call = namespace["call"] if "call" in namespace else namespace["runner"].call
 
@@ -326,8 +313,7 @@ def mended_interpreter() -> Iterator[None]:
 
         return call
 
-    names = ("tanh", "exp", "exp2", "log", "log2", "rsqrt", "pow", "sin", "cos", "erf")
-    functions = {name: function(name) for name in names}
+    functions = {name: function(name) for name in ("tanh", "exp", "rsqrt")}
     with (
         mock.patch.object(interpreter.InterpreterBuilder, "create_dot", dot),
         mock.patch.object(interpreter, "_convert_float", rounded),

@@ -6,6 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it on import: its interpreter replaces the compiler of kernels
+
 from engines import PROMPTS, SIZES, dense_flex, own_model
 from hypothesis import settings
 from parrots import new_parrot
@@ -28,6 +32,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if "triton" in item.keywords and torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="pretends a GPU, but there is a real one"))
         if "compiled" in item.keywords:
             item.add_marker(pytest.mark.timeout(1200))  # with no kernels on disk, the first test runs g++ for minutes
             if obstacle:
