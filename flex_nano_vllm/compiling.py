@@ -42,10 +42,10 @@ def inductor(device_type: str) -> str | Callable[..., object]:
     return inductor_on_cpu if device_type == "cpu" else "inductor"
 
 
-# Changes of the text of the FlexAttention kernel. It needs one declaration of each of two headers: g++ takes nine seconds
-# to compile a kernel, and four of them are for these headers. (Torch 2.11 includes the first header only.)
-# In bfloat16, it multiplies weights with values by one call of a library per page. For few query rows, the product that
-# it has for float16 is faster.
+# Changes of the text of the FlexAttention kernel. It needs one declaration of each of two headers: g++ takes nine
+# seconds to compile a kernel, and four of them are for these headers. (Torch 2.11 includes the first header only.) In
+# bfloat16, it multiplies weights with values by one call of a library per page. For few query rows, the product that it
+# has for float16 is faster.
 REPLACEMENTS = {
     "#include <ATen/Context.h>": """
 #include <c10/core/CPUAllocator.h>
