@@ -87,7 +87,7 @@ def inductor_on_cpu(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callab
         changed["GemmBlocking"] = lambda *_: blocking(*next(tiles), 1)
     if torch.__version__ < "2.16.dev0":
         for name, text in vars(template).items():
-            if isinstance(text, str) and name.endswith("TEMPLATE"):
+            if isinstance(text, str) and not name.startswith("__"):
                 for old, new in REPLACEMENTS.items():
                     text = text.replace(old, new)
                 changed[name] = text

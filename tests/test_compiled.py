@@ -307,7 +307,8 @@ def test_the_dense_attention_of_other_tests_equals_flex_attention(
 
 
 @pytest.mark.compiled
-def test_the_cpu_backend_widens_register_tiles_in_its_own_graphs_and_starts_no_processes(monkeypatch):
+@pytest.mark.parametrize(("dtype", "of_values"), [(torch.float32, (8, 16)), (torch.bfloat16, (4, 64))])
+def test_the_cpu_backend_widens_register_tiles_in_its_own_graphs_and_starts_no_processes(dtype, of_values, monkeypatch):
     # Import order matters: the template cannot be imported first.
     import torch._inductor.lowering
     from torch._inductor import async_compile, compile_fx
@@ -330,10 +331,10 @@ def test_the_cpu_backend_widens_register_tiles_in_its_own_graphs_and_starts_no_p
         compiled = torch.compile(lambda x: x + 1, backend=inductor("cpu"))
         if fails:
             with pytest.raises(Exception, match="injected"):
-                compiled(torch.ones(2))
+                compiled(torch.ones(2, dtype=dtype))
         else:
-            assert compiled(torch.ones(2)).tolist() == [2, 2]
-        tiles = [blocking(8, 16, 1), blocking(4, 64, 1)] * 2
+            assert compiled(torch.ones(2, dtype=dtype)).tolist() == [2, 2]
+        tiles = [blocking(8, 16, 1), blocking(*of_values, 1)] * 2
         assert seen.pop() == (tiles, f"{tag} {torch.get_num_threads()} threads, register tiles 8 x 16 and 4 x 64")
         assert template.GemmBlocking is blocking and torch.compiler.config.cache_key_tag == tag
 
