@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.report import device_name
 from flex_nano_vllm.attention import PagedKVCache, step_in_progress
-from flex_nano_vllm.device import TileKind, decode_buckets, tile_kinds, why_not_compiled
+from flex_nano_vllm.device import decode_buckets, kernel_options, tile_kinds, why_not_compiled
 from flex_nano_vllm.geometry import Geometry, cdiv
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.masks import Causal
@@ -67,10 +67,12 @@ def measure_crossover(
         for pool in (cache.k_cache, cache.v_cache):
             pool.normal_(generator=torch.Generator(device).manual_seed(0))
         kinds = tile_kinds(group_size, largest, longest, device.type)
-        decode_kinds = (TileKind(kinds[0].tile_len, decode_buckets(largest)),)
+        decode_kinds = (replace(kinds[0], buckets=decode_buckets(largest)),)
+        all_rows = [kind.tile_len * group_size for kind in kinds]
+        options = kernel_options(device, all_rows, page_size, HEAD_DIM, dtype)
         for kv_len, batch_size in itertools.product(kv_lens, batch_sizes):
             kv = KVManager(Geometry(n_pages, page_size, largest, longest, longest), device, prefix_caching=False)
-            layout = TileLayout(kinds, NUM_KV_HEADS, group_size, (Causal(),), (kv.primary,), 0, whole_pool=True)
+            layout = TileLayout(kinds, NUM_KV_HEADS, group_size, (Causal(),), (kv.primary,), 0, True, None, options)
             rows = [kv.allocate([]) for _ in range(batch_size)]
             # One page for each row in turn, so that the pages of a row are scattered
             for num_tokens in range(page_size, kv_len + page_size, page_size):

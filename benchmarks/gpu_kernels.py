@@ -1,7 +1,7 @@
 """Compiles FlexAttention's kernels for real GPUs, without a GPU, and compares their resources with the limits.
 
 A kernel that needs more shared memory than a GPU gives to one block cannot be launched. One that needs more than 255
-registers per thread stores some of them in memory ("spills"), which is slow. Triton's own assembler reports both.
+registers per thread stores some of them in memory ("spills"), which is slow. A tool that Triton contains reports both.
 
     uv run python -m benchmarks.gpu_kernels
 """
@@ -36,6 +36,7 @@ SHAPES = {
     "gemma-2-9b": (Gemma2Config, 16, 8, 256),
     "qwen3-0.6b": (Qwen3Config, 16, 8, 128),
     "llama-3-8b": (LlamaConfig, 32, 8, 128),
+    "llama-3-1b": (LlamaConfig, 32, 8, 64),
 }
 PROMPT_LEN = 300  # enough for more than one tile
 OBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -111,6 +112,8 @@ def compiled_for(gpu: Gpu, kernel: Kernel) -> triton.compiler.CompiledKernel:
     with pretended(gpu), mock.patch.object(triton, "compile", kept):
         loaded(kernel.name, kernel.source).precompile(warm_cache_only=True)
     (binary,) = binaries
+    major, minor = gpu.capability
+    assert binary.metadata.target.arch == 10 * major + minor
     return binary
 
 

@@ -35,6 +35,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.fx_passes import fuse_attention, misc_patterns, pad_mm
 from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime import triton_helpers, triton_heuristics
+from torch._inductor.runtime.hints import DeviceProperties
 from torch._inductor.runtime.triton_compat import libdevice
 from triton.backends.compiler import GPUTarget
 from triton.runtime import interpreter
@@ -44,7 +45,7 @@ from flex_nano_vllm import cascade, page_table, runner, sampler
 
 @dataclass(frozen=True)
 class Gpu:
-    """What inductor and the engine ask about a GPU. The figures are those of the CUDA programming guide."""
+    """What inductor and the engine ask about a GPU."""
 
     name: str
     capability: tuple[int, int]
@@ -79,6 +80,7 @@ GPUS = {
         Gpu("RTX 3090", (8, 6), 82, 101_376, 1536),
         Gpu("RTX 4090", (8, 9), 128, 101_376, 1536),
         Gpu("H100", (9, 0), 132, 232_448, 2048),
+        Gpu("RTX 5090", (12, 0), 170, 101_376, 1536),
     )
 }
 
@@ -107,6 +109,7 @@ def pretended(gpu: Gpu) -> Iterator[None]:
         "shape_padding": False,  # would measure products on the device
     }
     caches = [function for function in vars(torch.utils._triton).values() if hasattr(function, "cache_clear")]
+    caches.append(vars(DeviceProperties)["create"].__func__)
     with contextlib.ExitStack() as stack:
 
         def patch(owner: object, name: str, answer: object) -> None:

@@ -42,10 +42,10 @@ def inductor(device_type: str) -> str | Callable[..., object]:
     return inductor_on_cpu if device_type == "cpu" else "inductor"
 
 
-# Changes of the text of the FlexAttention kernel. It needs one declaration of each of two headers: g++ takes nine
-# seconds to compile a kernel, and four of them are for these headers. (Torch 2.11 includes the first header only.) In
-# bfloat16, it multiplies weights with values by one call of a library per page. For few query rows, the product that it
-# has for float16 is faster.
+# What replaces parts of the text of inductor's FlexAttention kernel. g++ takes nine seconds to compile a kernel, and
+# four of them are for two headers, of which the kernel needs one declaration each. (Torch 2.11 to 2.13 include one of
+# them.) The third part multiplies weights and values of few bfloat16 query rows in the kernel, as those of float16.
+# Torch calls a library for each page instead, which takes longer.
 REPLACEMENTS = {
     "#include <ATen/Context.h>": """
 #include <c10/core/CPUAllocator.h>
@@ -66,9 +66,9 @@ def inductor_on_cpu(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callab
       fifths of the time in float32, and nine tenths in bfloat16. If a later torch does not set the size here, nothing
       is changed.
     - In bfloat16, a kernel for few query rows computes the product of weights and values itself, with register tiles of
-      4 x 64. Attention of 32 decodes takes six tenths of the time.
-    - tanh is computed from exp (`use_decompose_tanh`), for softcaps and GELU. The library function takes longer, and is
-      more accurate by 1e-7.
+      4 x 64 where AVX-512 has registers for them. Attention of 32 decodes takes six tenths of the time.
+    - tanh is computed from exp (`use_decompose_tanh`), for softcaps and GELU, with an absolute error of about 1e-7. The
+      library function takes longer.
     - The kernel includes two headers, and reading them takes as long as compiling the kernel. Declarations replace
       the headers before torch 2.16. Later versions may need more declarations.
     - A kernel has buffers for a fixed number of threads, but torch 2.11 reuses a cached kernel that was compiled for
@@ -81,10 +81,11 @@ def inductor_on_cpu(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callab
 
     tag, changed = f"{torch.compiler.config.cache_key_tag} {torch.get_num_threads()} threads", {}
     if hasattr(template, "GemmBlocking"):
-        of_values = (4, 64) if any(getattr(x, "dtype", None) == torch.bfloat16 for x in inputs) else (8, 16)
-        tiles = itertools.cycle(((8, 16), of_values))  # of the two products of a kernel, in their order
-        blocking, tag = template.GemmBlocking, f"{tag}, register tiles 8 x 16 and 4 x 64"
-        changed["GemmBlocking"] = lambda *_: blocking(*next(tiles), 1)
+        is_wide = torch.cpu._is_avx512_supported() and torch.bfloat16 in [getattr(x, "dtype", None) for x in inputs]
+        # of both products of a kernel
+        tiles = [template.GemmBlocking(*tile) for tile in ((8, 16, 1), (4, 64, 1) if is_wide else (8, 16, 1))]
+        tag, in_turn = f"{tag}, {tiles} {REPLACEMENTS}", itertools.cycle(tiles)
+        changed["GemmBlocking"] = lambda *_: next(in_turn)
     if torch.__version__ < "2.16.dev0":
         for name, text in vars(template).items():
             if isinstance(text, str) and not name.startswith("__"):

@@ -1,4 +1,6 @@
-"""What depends on the device: copies to it, its free memory, whether code is compiled for it, and the sizes of tiles.
+"""What depends on the device: copies to it, its free memory, whether code is compiled for it, the kinds of tiles, and
+the blocks of the CUDA kernel.
+
 Independent of models and requests.
 
 The sizes for CPUs were measured: docs/log.md.
@@ -171,17 +173,17 @@ def kernel_options(
     """Return the options of FlexAttention's CUDA kernel, by the query rows of a tile; nothing on other devices.
 
     One block of threads computes BLOCK_M query rows. It loads BLOCK_N keys and values at a time, while the next ones
-    are on their way (`num_stages`). Torch's own sizes are those of an A100 for every GPU of compute capability 8, and
-    an RTX 3090 has not enough shared memory for them at a head dim of 256 (pytorch/pytorch#180278 is the same failure).
-    The sizes here are the largest that fit, and with which no kernel spills registers. `benchmarks.gpu_kernels`
-    compiles them for several GPUs; no GPU has measured them.
+    are on their way (`num_stages`). Torch's own sizes are those of an A100 for every GPU of compute capability 8. An
+    RTX 3090 has not enough shared memory for them at a head dim of 256 (pytorch/pytorch#180278 is the same failure).
+    The sizes here fit, and no kernel that `benchmarks.gpu_kernels` compiles spills registers. No GPU has measured them.
 
     Both sizes divide the blocks of the mask, which torch before 2.14 does not ensure. "TRITON" is the main kernel:
     "AUTO" would select another one for few query rows.
     """
     if device.type != "cuda":
         return {}
-    limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties = torch.cuda.get_device_properties(device)
+    limit = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)  # not with ROCm
     return {rows: _fitting(rows, page_size, head_dim, dtype, limit) for rows in all_rows}
 
 
@@ -192,20 +194,23 @@ def _fitting(rows: int, page_size: int, head_dim: int, dtype: torch.dtype, limit
     is_float32 = dtype == torch.float32
     block_m = max(16, min(rows & -rows, 64 if is_float32 else 128, 32_768 // row_bytes))
     block_n = max(16, min(page_size, 64, (8_192 if is_float32 else 16_384) // row_bytes))
-    num_stages, num_warps = 3, 8 if is_float32 or block_m * row_bytes > 16_384 else 4
-    while _shared_memory(block_m, block_n, num_stages, row_bytes, dtype) > limit and block_m > 16:
+    num_stages, num_warps = 3, 8 if is_float32 or block_m * row_bytes >= 16_384 else 4
+    while _shared_memory(block_m, block_n, num_stages, row_bytes, dtype) > limit:
         if num_stages == 3:
             num_stages = 2
+        elif max(block_m, block_n) > 16:
+            block_m, block_n = (block_m // 2, block_n) if block_m >= block_n else (block_m, block_n // 2)
         else:
-            block_m //= 2
+            break  # the compiler reports that the kernel does not fit
     blocks = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_stages=num_stages, num_warps=num_warps)
     return dict(BACKEND="TRITON", **blocks)
 
 
 def _shared_memory(block_m: int, block_n: int, num_stages: int, row_bytes: int, dtype: torch.dtype) -> int:
-    """Return the bytes of shared memory that the kernel needs, at most: queries, keys and values, and weights.
+    """Return the bytes of shared memory that the kernel needs: queries, keys and values, and weights.
 
-    Blocks of 128 query rows keep their weights in registers.
+    A kernel for compute capability 8 needs this at most. One for an H100, which has twice the memory, needs up to a
+    third more. Blocks of 128 query rows keep their weights in registers.
     """
     weights = block_m * block_n * dtype.itemsize if block_m < 128 else 0
     return block_m * row_bytes + 2 * (num_stages - 1) * block_n * row_bytes + weights + 1024

@@ -353,8 +353,9 @@ def mask_of_tiles(
         block_size: query rows of a tile, and tokens per page.
         kv_len: slots, or logical positions, that the mask covers.
     """
-    # `numbers[:, None, None]` would not do: inductor gives its dimensions of size 1 a stride of 0, and the CUDA kernel
-    # multiplies the number of a tile by that stride, so that all tiles visit as many pages as the first one.
+    # Explicit strides, because inductor (seen in torch 2.15) gives the dimensions of size 1 of `n[:, None, None]` a
+    # stride of 0, and the CUDA kernel multiplies the number of a tile by it: all tiles would visit as many pages as the
+    # first one.
     partial, full = ((n.as_strided((len(n), 1, 1), (1, 1, 1)), lists[:, None, None]) for n, lists in (partial, full))
     sizes = dict(BLOCK_SIZE=block_size, seq_lengths=(block_size[0], kv_len))
     # Only the backward pass uses the transposed lists.

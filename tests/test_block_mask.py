@@ -414,3 +414,13 @@ def test_a_row_sees_no_tokens_of_the_sequence_that_used_its_pages_before():
         scene.grow(new)
     scene.chunks = [Chunk(sequence_of(new, 10), 3, 7)]
     assert_isolated(scene, build_step(scene.chunks, scene.kv, layout), layout)
+
+
+def test_tiles_are_dealt_to_the_threads():
+    """Each of two threads computes one half of the tiles. Five tiles of a prompt are padded to eight."""
+    layout = layout_of((TileKind(2, (8,), num_hands=2),), 1, 1, (None,), None, whole_pool=True)
+    (tiles,) = step.cut_into_tiles(np.array([9]), layout)
+    assert tiles[:4].tolist() == [[0, 1], [4, 5], [8, -1], [-1, -1]]
+    assert tiles[4:].tolist() == [[2, 3], [6, 7], [-1, -1], [-1, -1]]
+    places, *_ = step.in_tiles([tiles], np.arange(9), np.zeros(9, dtype=int))
+    assert tiles.ravel()[places].tolist() == list(range(9))

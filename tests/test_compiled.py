@@ -335,7 +335,7 @@ def test_the_cpu_backend_widens_register_tiles_in_its_own_graphs_and_starts_no_p
         else:
             assert compiled(torch.ones(2, dtype=dtype)).tolist() == [2, 2]
         tiles = [blocking(8, 16, 1), blocking(*of_values, 1)] * 2
-        assert seen.pop() == (tiles, f"{tag} {torch.get_num_threads()} threads, register tiles 8 x 16 and 4 x 64")
+        assert seen.pop() == (tiles, f"{tag} {torch.get_num_threads()} threads, {tiles[:2]} {REPLACEMENTS}")
         assert template.GemmBlocking is blocking and torch.compiler.config.cache_key_tag == tag
 
 
@@ -350,11 +350,13 @@ def test_the_text_of_kernels_is_changed_in_known_torch_versions(version, is_know
         texts = [text for text in vars(template).values() if isinstance(text, str)]
         return [any(old in text for text in texts) for old in REPLACEMENTS]
 
+    torch_version = torch.__version__
     monkeypatch.setattr(torch, "__version__", TorchVersion(version))
     monkeypatch.setattr(compile_fx, "compile_fx", lambda graph, inputs, config_patches: present())
-    assert all(present())  # else this torch has other texts
-    assert inductor("cpu")(None, []) == [not is_known] * len(REPLACEMENTS)
-    assert all(present())
+    before = present()
+    assert all(before) or torch_version < TorchVersion("2.14")  # which has only one of the headers
+    assert inductor("cpu")(None, []) == ([False] * len(REPLACEMENTS) if is_known else before)
+    assert present() == before
 
 
 def test_default_sizes_of_a_cpu():
@@ -429,17 +431,20 @@ def test_the_reason_why_attention_cannot_be_compiled_is_reported(device, dtype, 
 @pytest.mark.parametrize("page_size", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("group_size", [1, 2, 3, 4, 5, 6, 7, 8, 12, 16])
 def test_the_block_sizes_of_the_cuda_kernel_divide_the_blocks_of_the_mask(group_size, page_size, monkeypatch):
-    """The sizes fit 48 KB of shared memory too, the least that any GPU has."""
+    """The sizes also fit the shared memory of the GPU. 64 KB is the least of a GPU that Triton supports."""
     for limit, head_dim, dtype in itertools.product(
-        (49_152, 101_376, 232_448), (16, 64, 96, 128, 256), (torch.float32, torch.bfloat16)
+        (65_536, 101_376, 232_448), (16, 64, 96, 128, 256), (torch.float32, torch.bfloat16)
     ):
-        properties = types.SimpleNamespace(shared_memory_per_block_optin=limit)
+        properties = types.SimpleNamespace(shared_memory_per_block_optin=limit, shared_memory_per_block=49_152)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, properties=properties: properties)
         for kind in tile_kinds(group_size, 8, 512, "cuda"):
             rows = kind.tile_len * group_size
             options = kernel_options(torch.device("cuda"), [rows], page_size, head_dim, dtype)[rows]
             assert rows % options["BLOCK_M"] == page_size % options["BLOCK_N"] == 0
             assert options["BLOCK_M"] >= 16 and options["BLOCK_N"] >= 16
+            row_bytes = dtype.itemsize * (128 if head_dim == 96 else head_dim)
+            keys_and_values = 2 * (options["num_stages"] - 1) * options["BLOCK_N"] * row_bytes
+            assert options["BLOCK_M"] * row_bytes + keys_and_values < limit
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
