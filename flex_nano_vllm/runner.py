@@ -65,17 +65,16 @@ class ModelRunner:
         geometry = kv.geometry
         max_batch_size, budget = geometry.max_batch_size, geometry.max_num_batched_tokens
         num_kv_heads, group_size = spec.num_kv_heads, spec.num_heads // spec.num_kv_heads
-        kinds = (TileKind(tile_len=1, buckets=None),)
+        kinds, options = (TileKind(tile_len=1, buckets=None),), {}
         if compiled:
             kinds = tile_kinds(group_size, max_batch_size, budget, model.device.type)
+            all_rows = [kind.tile_len * group_size for kind in kinds]
+            options = kernel_options(model.device, all_rows, geometry.page_size, spec.head_dim, spec.dtype)
         masks, indices = distinct_masks(spec, geometry)
-        max_decodes = min(max_batch_size, budget)
         rule = cascade_rule(num_kv_heads, group_size, geometry, model.device) if cascade else None
         tables = tuple(kv.table(mask.window) for mask in masks)
-        all_rows = [kind.tile_len * group_size for kind in kinds]
-        options = kernel_options(model.device, all_rows, geometry.page_size, spec.head_dim, spec.dtype)
         self.layout = TileLayout(kinds, num_kv_heads, group_size, masks, tables, indices[-1], compiled, rule, options)
-        decodes = replace(kinds[0], buckets=decode_buckets(max_decodes))
+        decodes = replace(kinds[0], buckets=decode_buckets(min(max_batch_size, budget)))
         self.decode_layout = replace(self.layout, kinds=(decodes,)) if compiled else None
         self.flex = compile_flex_attention(model.device.type, compiled)
         self.model_of_any_length, self.model_of_decodes = model, None

@@ -70,7 +70,8 @@ class TileLayout:
     @property
     def packed_mask(self) -> int:
         """Index of the mask with the widest window, whose layers use packed tiles."""
-        return max(range(len(self.masks)), key=lambda index: self.masks[index].window or math.inf)
+        widths = [mask.window or math.inf for mask in self.masks]
+        return widths.index(max(widths))  # compiled code: torch 2.11 does not compile `max` with a key
 
     def kind_index(self, chunk_len: int) -> int:
         """Return the index of the smallest kind of tile that holds the chunk, or of the largest kind if none does."""
