@@ -38,7 +38,7 @@ SHAPES = {
     "llama-3-8b": (LlamaConfig, 32, 8, 128),
     "llama-3-1b": (LlamaConfig, 32, 8, 64),
 }
-PROMPT_LEN = 300  # enough for more than one tile
+PAGE_SIZE, PROMPT_LEN = 128, 300  # a prompt of several tiles
 OBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -63,23 +63,28 @@ class Resources:
         return self.shared_memory <= self.shared_limit and self.spilled == 0
 
 
-def attention_kernels(shape: str, dtype: torch.dtype, gpu: Gpu, page_size: int = 128) -> dict[str, Kernel]:
-    """Return the kernels of the full attention layers of a model, for decodes and for prompts."""
+def attention_kernels(shape: str, dtype: torch.dtype, gpu: Gpu) -> dict[str, Kernel]:
+    """Return the kernels of the full attention layers of a model, for decodes and for prompts. They are not run."""
     config_class, num_heads, num_kv_heads, head_dim = SHAPES[shape]
     heads = dict(num_attention_heads=num_heads, num_key_value_heads=num_kv_heads, head_dim=head_dim)
     others = dict(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, sliding_window=4096)
     config = config_class(**heads, **others, max_position_embeddings=8192)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
-    sizes = dict(max_batch_size=4, n_pages=17, page_size=page_size, max_num_batched_tokens=512)
+    sizes = dict(max_batch_size=4, n_pages=17, page_size=PAGE_SIZE, max_num_batched_tokens=512)
     kernels = {}
-    with engines_on(gpu) as compiler, Inference(model, None, **sizes, compile=True) as engine, compile_settings("cpu"):
+    with (
+        mock.patch.object(Kernel, "run", lambda *args, **kwargs: None),
+        engines_on(gpu) as compiler,
+        Inference(model, None, **sizes, compile=True) as engine,
+        compile_settings("cpu"),
+    ):
         runner = engine.runner
         cache = model.get_decoder().layers[-1].self_attn.kv_cache
         cap = getattr(config, "attn_logit_softcapping", None)
         for tile, length in (("decodes", 1), ("prompts", PROMPT_LEN)):
             chunks = [padding_chunk(length)]
             vectors = StepVectors.build(chunks, runner.layout, runner.kv.device)
-            step = StepBatch.build(vectors, num_pages(chunks, page_size), runner.layout)
+            step = StepBatch.build(vectors, num_pages(chunks, PAGE_SIZE), runner.layout)
             query = torch.zeros(1, num_heads, length, head_dim, dtype=dtype)
             attend(step.queries[cache.mask], runner.flex, query, cache.k_cache, cache.v_cache, 1.0, cap)
             (kernels[tile],) = (kernel for kernel in compiler.graphs[-1].kernels.values() if "_tem_" in kernel.name)
@@ -122,6 +127,8 @@ def main(dtype: str = "bfloat16", gpus: str = ",".join(GPUS)) -> None:
 
     The GPUs are separated by commas.
     """
+    if triton.knobs.runtime.interpret:
+        raise SystemExit("unset TRITON_INTERPRET: Triton's interpreter does not compile kernels")
     table = Table(*(field.name.replace("_", " ") for field in fields(Resources)), box=box.MARKDOWN)
     pairs = itertools.product(SHAPES, (GPUS[name] for name in gpus.split(",")))
     needs = [need for shape, gpu in pairs for need in resources(shape, getattr(torch, dtype), gpu)]

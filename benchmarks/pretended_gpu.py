@@ -146,9 +146,9 @@ class Kernel:
         return lambda function: function
 
     def run(self, *args: object, stream: object = None) -> None:
-        """Launch the kernel, as inductor's launcher does. Without the interpreter this does nothing."""
+        """Launch the kernel, as inductor's launcher does."""
         if not triton.knobs.runtime.interpret:
-            return
+            raise RuntimeError("set TRITON_INTERPRET=1 before triton is imported: there is no GPU to run the kernel")
         names, extra = self.function.arg_names, self.inductor_meta.get("extra_launcher_args", [])
         largest = {"x": 64, "y": 64, "z": 64, "r0_": 2048, "r1_": 2048}
         sized = {axis: f"{axis.upper()}BLOCK" for axis in largest if f"{axis.upper()}BLOCK" in names}

@@ -220,6 +220,14 @@ def token_of(logits, draw, changes, allowed, is_double, margin=1e-9):
     return next(i for i, s in zip(weights, sums) if s > draw.u * sums[-1])
 
 
+@torch.no_grad()
+def deficits(model, prompt, tokens):
+    """Return, for each token, by how many nats Hugging Face's own choice is more likely, given the preceding tokens."""
+    logits = model(torch.tensor([prompt + tokens], device=model.device)).logits[0, len(prompt) - 1 : -1]
+    logprobs = logits.double().log_softmax(-1)
+    return logprobs.amax(-1) - logprobs.gather(1, torch.tensor(tokens, device=model.device)[:, None])[:, 0]
+
+
 def num_graphs() -> int:
     return counters["stats"]["unique_graphs"]
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engines import greedy, num_graphs, tokens_of
+from engines import deficits, greedy, num_graphs, tokens_of
 from test_sampler import random_row, sampled
 from tiny_models import CONFIGS, VOCABULARY, hf_generate, tiny_model
 from torch._dynamo.utils import counters
@@ -49,14 +49,6 @@ def generate(model: torch.nn.Module, **options: object) -> list[list[int]]:
         outputs = engine.generate(PROMPTS, GREEDY, use_tqdm=False)
         engine.check_invariants()
     return tokens_of(outputs)
-
-
-@torch.no_grad()
-def deficits(model: torch.nn.Module, prompt: list[int], tokens: list[int]) -> torch.Tensor:
-    """Return, for each token, by how many nats Hugging Face's own choice is more likely, given the preceding tokens."""
-    logits = model(torch.tensor([prompt + tokens], device="cuda")).logits[0, len(prompt) - 1 : -1]
-    logprobs = logits.double().log_softmax(-1)
-    return logprobs.amax(-1) - logprobs.gather(1, torch.tensor(tokens, device="cuda")[:, None])[:, 0]
 
 
 @pytest.mark.parametrize("page_size", [16, 128])
