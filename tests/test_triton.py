@@ -325,11 +325,12 @@ def num_copied_inputs(graphs: list[Graph]) -> list[int]:
     return [graph.num_inputs - len(graph.static_inputs) for graph in of_decodes]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 0.0), (torch.bfloat16, 0.5)], ids=str)
-def test_tokens_of_an_engine_equal_generate(dtype, tolerance, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tokens_of_an_engine_are_those_of_hugging_face(dtype, monkeypatch):
     """A prompt is computed in two chunks, two samples of a prompt get a copy of its last page, and a request has a NaN.
 
-    The two layers have different masks and pools.
+    The two layers have different masks and pools. Every token is the model's choice, given the tokens before it. In
+    bfloat16 `generate` differs from that: its cache rounds in another way.
     """
     model, prompts = copy.deepcopy(tiny_model("gemma2", dtype)), [prompt_of(length) for length in (3, 45, 21)]
     with torch.no_grad():
@@ -345,8 +346,9 @@ def test_tokens_of_an_engine_equal_generate(dtype, tolerance, monkeypatch):
     assert len(copied) == 2, "a page is copied in both layers"
     for prompt, output in zip(prompts, outputs):
         for sample in output.outputs:
+            assert deficits(model, prompt, sample.token_ids).max() == 0
             tokens = hf_generate(model, prompt, len(sample.token_ids), ignore_eos=True)
-            assert sample.token_ids == tokens or deficits(model, prompt, sample.token_ids).max() < tolerance
+            assert sample.token_ids == tokens or dtype == torch.bfloat16
     for graph in compiler.graphs:
         assert_recordable(graph)
     assert num_copied_inputs(compiler.graphs) == [11]  # seven vectors of the step, and two tables of each pool
