@@ -274,8 +274,10 @@ def engines_on(gpu: Gpu) -> Iterator[GpuCompiler]:
         return call
 
     with contextlib.ExitStack() as stack:
-        for name in ("tile_kinds", "packed_tiles", "num_processors", "kernel_options"):
-            stack.enter_context(mock.patch.object(runner, name, on_gpu(getattr(runner, name))))
+        in_runner, in_cascade = ("tile_kinds", "kernel_options"), ("packed_tiles", "num_processors")
+        for module, name in [*((runner, name) for name in in_runner), *((cascade, name) for name in in_cascade)]:
+            stack.enter_context(mock.patch.object(module, name, on_gpu(getattr(module, name))))
+        stack.enter_context(mock.patch.object(runner, "TransposedProducts", contextlib.nullcontext))
         for module in (runner, sampler):
             stack.enter_context(mock.patch.object(module, "inductor", lambda device_type: compiler))
         for module in (page_table, cascade):

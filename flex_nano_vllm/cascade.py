@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from flex_nano_vllm.device import upload
-from flex_nano_vllm.geometry import cdiv
+from flex_nano_vllm.device import num_processors, packed_tiles, upload
+from flex_nano_vllm.geometry import Geometry, cdiv
 from flex_nano_vllm.masks import LayerMask, of_queries
 from flex_nano_vllm.page_table import PageTable, RowOf, mask_of_tiles, widen
 
@@ -54,6 +54,18 @@ class CascadeRule:
         """Return whether packing pays if all decodes share all pages."""
         packed = np.full(cdiv(num_decodes, self.tile_len), self.full_cost * num_pages)
         return self.cost(np.full(num_decodes, num_pages)) - self.cost(packed) >= LEAST_SAVING
+
+
+def cascade_rule(num_kv_heads: int, group_size: int, geometry: Geometry, device: torch.device) -> CascadeRule | None:
+    """Return the rule for packed tiles; None if they can never be faster.
+
+    Packed tiles are for steps with more than half of the largest number of decodes.
+    """
+    tile_len, *costs = packed_tiles(group_size, device.type)
+    max_decodes = min(geometry.max_batch_size, geometry.max_num_batched_tokens)
+    num_tiles = max(2, cdiv(max_decodes, tile_len))
+    rule = CascadeRule(tile_len, num_tiles, cdiv(max_decodes, 2) + 1, *costs, num_kv_heads / num_processors(device))
+    return rule if rule.can_pay(max_decodes, geometry.max_pages_per_row) else None
 
 
 @dataclass(frozen=True)

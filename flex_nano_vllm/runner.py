@@ -4,6 +4,7 @@ import functools
 import gc
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -13,33 +14,17 @@ from torch.nn.attention.flex_attention import flex_attention
 from transformers import PreTrainedModel
 
 from flex_nano_vllm.attention import ATTN_IMPLEMENTATION, step_in_progress
-from flex_nano_vllm.cascade import CascadeRule, PackedDecodes
-from flex_nano_vllm.compiling import UNGUARDED, compile_settings, inductor
-from flex_nano_vllm.device import (
-    TileKind,
-    decode_buckets,
-    kernel_options,
-    num_processors,
-    packed_tiles,
-    tile_kinds,
-    upload,
-)
-from flex_nano_vllm.geometry import Geometry, cdiv
+from flex_nano_vllm.cascade import PackedDecodes, cascade_rule
+from flex_nano_vllm.compiling import UNGUARDED, TransposedProducts, compile_settings, inductor
+from flex_nano_vllm.device import TileKind, decode_buckets, kernel_options, tile_kinds, upload
+from flex_nano_vllm.geometry import cdiv
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.models import ModelSpec, attention_layers
 from flex_nano_vllm.patching import distinct_masks, patch_model
 from flex_nano_vllm.sampling_params import SamplingParams
 from flex_nano_vllm.scheduler import Chunk
 from flex_nano_vllm.sequence import Sequence
-from flex_nano_vllm.step import (
-    StepBatch,
-    StepVectors,
-    TiledQueries,
-    TileLayout,
-    num_pages,
-    pack_decodes,
-    packed_queries,
-)
+from flex_nano_vllm.step import StepBatch, StepVectors, TiledQueries, TileLayout, num_pages, pack_decodes
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +104,7 @@ class ModelRunner:
         chunks = chunks + [padding_chunk(1)] * num_padding
         self.kv.sync()
         vectors = StepVectors.build(chunks, layout, self.kv.device)
-        packed = packed and packed_queries(packed, chunks, layout)
+        packed = packed and TiledQueries.of_packed(packed, chunks, layout)
         if as_decodes:
             shapes, run, inputs = {("decodes", padded, packed is not None)}, self.model_of_decodes, (vectors, packed)
         else:
@@ -210,7 +195,8 @@ def decode_function(model: PreTrainedModel, layout: TileLayout) -> Callable[[Ste
 
     def decode(vectors: StepVectors, packed: TiledQueries | None) -> Tensor:
         step = StepBatch.build(vectors, layout.tables[0].max_pages_per_row, layout, packed)
-        return model(**model_inputs(vectors), step=step).logits[0]
+        with TransposedProducts() if layout.tables[0].table.device.type == "cpu" else nullcontext():
+            return model(**model_inputs(vectors), step=step).logits[0]
 
     return decode
 
@@ -235,15 +221,3 @@ def compile_flex_attention(device_type: str, compiled: bool) -> Callable[..., Te
     settings = dict(dynamic=False, backend=inductor(device_type), options=dict(UNGUARDED))
     # Without fullgraph, a call beyond the recompile limit would silently run the uncompiled function.
     return torch.compile(flex_attention, fullgraph=True, **(settings if compiled else dict(backend="eager")))
-
-
-def cascade_rule(num_kv_heads: int, group_size: int, geometry: Geometry, device: torch.device) -> CascadeRule | None:
-    """Return the rule for packed tiles; None if they can never be faster.
-
-    Packed tiles are for steps with more than half of the largest number of decodes.
-    """
-    tile_len, *costs = packed_tiles(group_size, device.type)
-    max_decodes = min(geometry.max_batch_size, geometry.max_num_batched_tokens)
-    num_tiles = max(2, cdiv(max_decodes, tile_len))
-    rule = CascadeRule(tile_len, num_tiles, cdiv(max_decodes, 2) + 1, *costs, num_kv_heads / num_processors(device))
-    return rule if rule.can_pay(max_decodes, geometry.max_pages_per_row) else None

@@ -105,7 +105,7 @@ class StepVectors:
     """One step as the host uploads it: token, position and row of each query, in order and in tiles.
 
     Everything else that attention needs is computed on the device from these vectors and the page tables. Only packed
-    decodes have another upload (`packed_queries`).
+    decodes have another upload (`TiledQueries.of_packed`).
     """
 
     input_ids: Tensor  # [T] int64
@@ -182,6 +182,15 @@ class TiledQueries:
             tiles.append(Tiles(query_rows.flatten(2), block_mask, score_mod, options))
         return cls(tuple(tiles), torch.cat(output_rows)[queries.places])
 
+    @classmethod
+    def of_packed(cls, packed: PackedDecodes, chunks: list[Chunk], layout: TileLayout) -> "TiledQueries":
+        """Build the tiles of packed decodes. Chunks in none of the tiles are padding. Their output is undefined."""
+        positions, rows = np.array([(chunk.start, chunk.sequence.row) for chunk in chunks]).T
+        *arrays, _ = in_tiles([packed.members], positions, rows)
+        arrays.append(np.where(packed.members < 0, 0, rows[packed.members]).astype(np.int32))  # a row for each query
+        queries = InTiles.of(*upload(arrays, layout.tables[0].table.device))
+        return cls.build(queries, layout.packed_mask, 0, layout, packed)
+
 
 @dataclass(frozen=True)
 class StepBatch:
@@ -213,18 +222,6 @@ class StepBatch:
 def num_pages(chunks: list[Chunk], page_size: int) -> int:
     """Return the number of logical pages up to the last position of a step."""
     return cdiv(max(chunk.start + chunk.length for chunk in chunks), page_size)
-
-
-def packed_queries(packed: PackedDecodes, chunks: list[Chunk], layout: TileLayout) -> TiledQueries:
-    """Return the queries of decodes in packed tiles.
-
-    Chunks in none of the tiles are padding. Their output is undefined.
-    """
-    positions, rows = (np.array(numbers) for numbers in zip(*((chunk.start, chunk.sequence.row) for chunk in chunks)))
-    *arrays, _ = in_tiles([packed.members], positions, rows)
-    arrays.append(np.where(packed.members < 0, 0, rows[packed.members]).astype(np.int32))  # a row for each query
-    queries = InTiles.of(*upload(arrays, layout.tables[0].table.device))
-    return TiledQueries.build(queries, layout.packed_mask, 0, layout, packed)
 
 
 def pack_decodes(chunks: list[Chunk], layout: TileLayout) -> PackedDecodes | None:

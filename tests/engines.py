@@ -25,7 +25,7 @@ from flex_nano_vllm import SamplingParams
 from flex_nano_vllm.masks import layer_mask
 from flex_nano_vllm.sampler import NOT_FINITE
 from flex_nano_vllm.sequence import Sample, Sequence
-from flex_nano_vllm.step import StepBatch, StepVectors, TileLayout, num_pages, packed_queries
+from flex_nano_vllm.step import StepBatch, StepVectors, TiledQueries, TileLayout, num_pages
 
 # Settings of both state machines, whose steps take long
 MACHINE = dict(
@@ -260,7 +260,7 @@ def build_step(chunks, kv, layout, packed=None):
     layout = replace(layout, tables=tuple(kv.table(mask.window) for mask in layout.masks))
     kv.sync()
     vectors, width = StepVectors.build(chunks, layout, kv.device), num_pages(chunks, kv.geometry.page_size)
-    return StepBatch.build(vectors, width, layout, packed and packed_queries(packed, chunks, layout))
+    return StepBatch.build(vectors, width, layout, packed and TiledQueries.of_packed(packed, chunks, layout))
 
 
 def windows_of(layout):

@@ -26,12 +26,11 @@ from hypothesis import strategies as st
 from tiny_models import hf_generate, tiny_model
 
 from flex_nano_vllm import Inference, cascade
-from flex_nano_vllm.cascade import CascadeRule, PackedDecodes, pack
+from flex_nano_vllm.cascade import CascadeRule, PackedDecodes, cascade_rule, pack
 from flex_nano_vllm.device import TileKind, decode_buckets
 from flex_nano_vllm.geometry import Geometry
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.masks import layer_mask
-from flex_nano_vllm.runner import cascade_rule
 from flex_nano_vllm.sampling_params import SamplingParams
 from flex_nano_vllm.scheduler import Chunk
 

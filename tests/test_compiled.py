@@ -27,9 +27,9 @@ from tiny_models import VOCABULARY, hf_generate, tiny_model
 from torch.torch_version import TorchVersion
 from tqdm import tqdm
 
-from flex_nano_vllm import Inference, SamplingParams, models, output_processor
+from flex_nano_vllm import Inference, SamplingParams, models, output_processor, runner
 from flex_nano_vllm.attention import PagedKVCache, step_in_progress
-from flex_nano_vllm.compiling import DYNAMO_CONFIG, REPLACEMENTS, inductor
+from flex_nano_vllm.compiling import DYNAMO_CONFIG, REPLACEMENTS, TransposedProducts, inductor
 from flex_nano_vllm.device import TileKind, decode_buckets, kernel_options, tile_kinds, why_not_compiled
 from flex_nano_vllm.geometry import Geometry
 from flex_nano_vllm.kv_manager import KVManager
@@ -318,8 +318,13 @@ def test_the_dense_attention_of_other_tests_equals_flex_attention(
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize(("dtype", "of_values"), [(torch.float32, (8, 16)), (torch.bfloat16, (4, 64))])
-def test_the_cpu_backend_widens_register_tiles_in_its_own_graphs_and_starts_no_processes(dtype, of_values, monkeypatch):
+@pytest.mark.parametrize(
+    ("dtype", "has_avx512", "of_values"),
+    [(torch.float32, True, (8, 16)), (torch.bfloat16, True, (4, 64)), (torch.bfloat16, False, (8, 16))],
+)
+def test_the_cpu_backend_widens_register_tiles_in_its_own_graphs_and_starts_no_processes(
+    dtype, has_avx512, of_values, monkeypatch
+):
     # Import order matters: the template cannot be imported first.
     import torch._inductor.lowering
     from torch._inductor import async_compile, compile_fx
@@ -334,6 +339,7 @@ def test_the_cpu_backend_widens_register_tiles_in_its_own_graphs_and_starts_no_p
             raise RuntimeError("injected")
         return graph
 
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: has_avx512)
     monkeypatch.setattr(async_compile, "maybe_warm_pool", lambda: pytest.fail("worker processes were started"))
     blocking, tag = template.GemmBlocking, torch.compiler.config.cache_key_tag
     for fails in (False, True):
@@ -368,6 +374,44 @@ def test_the_text_of_kernels_is_changed_in_known_torch_versions(version, is_know
     assert all(before) or (before == [True, False, True] and torch_version < TorchVersion("2.15"))
     assert inductor("cpu")(None, []) == ([False] * len(REPLACEMENTS) if is_known else before)
     assert present() == before
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_transposed_products_equal_linear_layers(has_bias):
+    layer = torch.nn.Linear(5, 3, has_bias, dtype=torch.float64)
+    rows = torch.randn(2, 7, 5, dtype=torch.float64)
+    with torch.no_grad():
+        expected = layer(rows)
+        with TransposedProducts():
+            output = layer(rows)
+    assert torch.allclose(output, expected, rtol=1e-12) and output.stride() == expected.stride()
+
+
+def test_quantised_weights_keep_their_own_product():
+    class Quantised(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            return "own product"
+
+    with TransposedProducts():
+        assert torch.nn.functional.linear(torch.ones(1, 4), torch.ones(3, 4).as_subclass(Quantised)) == "own product"
+
+
+def test_only_the_graphs_of_decodes_have_transposed_products(monkeypatch):
+    numbers = []
+
+    def uncompiled(graph, inputs):
+        operations = [node.target for node in graph.graph.nodes]
+        if torch.nn.functional.embedding in operations:  # a graph of the model, not of FlexAttention
+            numbers.append(operations.count(torch._C._nn.linear))
+        return graph.forward
+
+    monkeypatch.setattr(runner, "inductor", lambda device_type: uncompiled)
+    with Inference(tiny_model("gemma2", dtype=torch.float32), None, **ONE_BY_ONE, compile=True) as engine:
+        num_layers = engine.model.config.num_hidden_layers
+        engine.generate(SHORT_PROMPTS[:1], greedy(2), use_tqdm=False)
+    # The last layer runs its attention twice (`patching.pruned_forward`).
+    assert numbers == [7 * num_layers + 4 + 1, 0]
 
 
 def test_default_sizes_of_a_cpu():

@@ -36,7 +36,7 @@ from flex_nano_vllm.page_table import PageList, PageTable, RowOf
 from flex_nano_vllm.runner import decode_function, padding_chunk
 from flex_nano_vllm.sampler import Draw, Sampler, uniform
 from flex_nano_vllm.scheduler import Chunk
-from flex_nano_vllm.step import StepBatch, StepVectors, pack_decodes, packed_queries
+from flex_nano_vllm.step import StepBatch, StepVectors, TiledQueries, pack_decodes
 
 pytestmark = [pytest.mark.triton, pytest.mark.flex]
 
@@ -102,7 +102,7 @@ class Scene:
         kinds = runner.tile_kinds(case.group_size, max_batch_size, budget, "cpu")
         rows = [kind.tile_len * case.group_size for kind in kinds]
         options = runner.kernel_options(cpu, rows, page_size, case.head_dim, case.dtype)
-        rule = runner.cascade_rule(K, case.group_size, geometry, cpu) if case.shared else None
+        rule = cascade.cascade_rule(K, case.group_size, geometry, cpu) if case.shared else None
         layout = layout_of(kinds, K, case.group_size, case.windows, case.windows[-1], whole_pool=True, cascade=rule)
         self.layout = replace(layout, tables=(table,) * len(case.windows), kernel_options=options)
         self.decode_layout = replace(self.layout, kinds=(replace(kinds[0], buckets=decode_buckets(max_batch_size)),))
@@ -170,7 +170,7 @@ def check_decodes(case: Case, lengths: tuple[int, ...] = (33, 150, 1, 64, 97)) -
         packed = pack_decodes(scene.chunks, layout) if case.shared else None
         assert (packed is not None) == bool(case.shared)
         vectors = StepVectors.build(chunks, layout, scene.kv.device)
-        queries = packed and packed_queries(packed, chunks, layout)
+        queries = packed and TiledQueries.of_packed(packed, chunks, layout)
         pools = [pool for cache in scene.caches for pool in (cache.k_cache, cache.v_cache)]
         written = [pool.clone() for pool in pools]
         decode = torch.compile(decode_function(model, layout), backend=compiler, fullgraph=True, dynamic=False)
