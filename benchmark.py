@@ -66,6 +66,10 @@ CHECK_TOKENS = max(PROMPT_LENS) + EXACTNESS_TOKENS  # prompt and output of the l
 @dataclass
 class Options(RunOptions):
     check: bool = field(default=True, metadata={"help": "compare tokens and answers with Hugging Face first"})
+    check_len: int = field(
+        default=max(PROMPT_LENS),
+        metadata={"help": "tokens of the longest random prompt in the exactness check, and at most of its outputs"},
+    )
     roofline: bool = field(default=True, metadata={"help": "compare the time of steps with the limits of the machine"})
     baseline: str | None = field(
         default=None,
@@ -191,9 +195,10 @@ def run_engine(
     started = time.perf_counter()
     graphs_before = num_graphs()
     engine = build_engine()
-    if options.check and engine.max_request_tokens < CHECK_TOKENS:
+    check_tokens = min(CHECK_TOKENS, options.check_len + EXACTNESS_TOKENS)
+    if options.check and engine.max_request_tokens < check_tokens:
         sys.exit(
-            f"the checks need requests of {CHECK_TOKENS} tokens, but max_seq_length and the pool allow "
+            f"the checks need requests of {check_tokens} tokens, but max_seq_length and the pool allow "
             f"{engine.max_request_tokens}: raise them, or pass --no_check"
         )
     engine.warmup()
@@ -302,17 +307,18 @@ def check_exactness(
 ) -> dict:
     """Compare the greedy tokens of the prompts with Hugging Face, in five scenarios. Closes the engine."""
     prompts = [engine.tokenizer(text).input_ids for text in texts]
-    prompts += [list(make_workload(1, (n, n), (1, 1), TOKEN_IDS, seed=n)[0].prompt_token_ids) for n in PROMPT_LENS]
+    lengths, num_tokens = [n for n in PROMPT_LENS if n <= options.check_len], min(EXACTNESS_TOKENS, options.check_len)
+    prompts += [list(make_workload(1, (n, n), (1, 1), TOKEN_IDS, seed=n)[0].prompt_token_ids) for n in lengths]
     longest = options.max_seq_length - EXACTNESS_TOKENS
     strangers = make_workload(NUM_STRANGERS, (1, longest), (1, 1), TOKEN_IDS, seed=options.seed + 1)
-    scenarios = greedy_in_batches(engine, prompts, [list(s.prompt_token_ids) for s in strangers], EXACTNESS_TOKENS)
+    scenarios = greedy_in_batches(engine, prompts, [list(s.prompt_token_ids) for s in strangers], num_tokens)
     num_preemptions = engine.stats().num_preemptions
     engine.close()
 
     for text, tokens in zip(TEXTS, scenarios["batched"]):
         completion = engine.tokenizer.decode(tokens, skip_special_tokens=True)
         show_completion(text, completion, console)
-    expected = [hf_generate(model, prompt, EXACTNESS_TOKENS) for prompt in prompts]
+    expected = [hf_generate(model, prompt, num_tokens) for prompt in prompts]
     comparisons = {name: compare(model, prompts, outputs, expected) for name, outputs in scenarios.items()}
     table = Table(
         "scenario", "equal to generate", "near-ties", "mismatches", title="greedy tokens, compared with Hugging Face"

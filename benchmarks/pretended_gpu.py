@@ -9,16 +9,22 @@ CPU tensors, one program of the grid after the other, with numpy.
     compiler.graphs[0].kernels
 
 The interpreter is part of Triton's functions when they are defined, so `TRITON_INTERPRET=1` must be set before triton
-is imported. A run checks indices, masks, sizes of blocks and dtypes of the kernels, and shows what inductor says about
+is imported. `main` runs another program on the pretended GPU:
+
+    TRITON_INTERPRET=1 uv run python -m benchmarks.pretended_gpu "RTX 3090" benchmark --model gemma2-mini
+
+A run checks indices, masks, sizes of blocks and dtypes of the kernels, and shows what inductor says about
 CUDA graphs. It cannot check speed, races between programs, or the rounding of tensor cores.
 """
 
 import contextlib
 import itertools
 import linecache
+import runpy
+import sys
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from unittest import mock
 
 import numpy as np
@@ -83,6 +89,7 @@ GPUS = {
         Gpu("RTX 5090", (12, 0), 170, 101_376, 1536),
     )
 }
+FEW_PROCESSORS = 4
 
 
 @contextlib.contextmanager
@@ -319,10 +326,26 @@ def mended_interpreter() -> Iterator[None]:
 
         return call
 
-    functions = {name: function(name) for name in ("tanh", "exp", "rsqrt")}
+    functions = {name: function(name) for name in ("tanh", "exp", "exp2", "rsqrt")}
     with (
         mock.patch.object(interpreter.InterpreterBuilder, "create_dot", dot),
         mock.patch.object(interpreter, "_convert_float", rounded),
         mock.patch.dict(vars(libdevice), functions),
     ):
         yield
+
+
+def main() -> None:
+    """Run a module as `python -m` does, with its engines on a pretended GPU. The arguments: GPU, module, arguments.
+
+    The GPU gets few processors: torch's decoding kernel splits its work among all of them, and the interpreter runs one
+    split after the other.
+    """
+    gpu, *arguments = sys.argv[1:]
+    sys.argv[:] = arguments
+    with engines_on(replace(GPUS[gpu], num_processors=FEW_PROCESSORS)):
+        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

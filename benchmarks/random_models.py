@@ -27,9 +27,35 @@ TINY = dict(
     head_dim=64,
     max_position_embeddings=8192,
 )
-# By name: the model's configuration class and its sizes. Two Gemma-2 models for two CPU cores, one model without the
-# special features of Gemma-2, and the shape of google/gemma-2-2b.
+GEMMA_2_2B = dict(
+    vocab_size=256_000,
+    hidden_size=2304,
+    intermediate_size=9216,
+    num_hidden_layers=26,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=256,
+    query_pre_attn_scalar=256,
+    sliding_window=4096,
+    max_position_embeddings=8192,
+)
+MINI = dict(
+    vocab_size=512,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=16,
+    query_pre_attn_scalar=16,
+    sliding_window=128,
+    max_position_embeddings=512,
+)
+# By name: the model's configuration class and its sizes. A Gemma-2 model for interpreted kernels, two for two CPU
+# cores, one model without the special features of Gemma-2, the shape of google/gemma-2-2b, and eight layers of that
+# shape with a small vocabulary.
 SHAPES = {
+    "gemma2-mini": (Gemma2Config, MINI),
     "gemma2-tiny": (Gemma2Config, TINY | dict(query_pre_attn_scalar=64, sliding_window=512)),
     "gemma2-small": (
         Gemma2Config,
@@ -47,21 +73,8 @@ SHAPES = {
         ),
     ),
     "qwen3-tiny": (Qwen3Config, TINY | dict(tie_word_embeddings=True)),
-    "gemma-2-2b": (
-        Gemma2Config,
-        dict(
-            vocab_size=256_000,
-            hidden_size=2304,
-            intermediate_size=9216,
-            num_hidden_layers=26,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            head_dim=256,
-            query_pre_attn_scalar=256,
-            sliding_window=4096,
-            max_position_embeddings=8192,
-        ),
-    ),
+    "gemma-2-2b": (Gemma2Config, GEMMA_2_2B),
+    "gemma-2-2b-short": (Gemma2Config, GEMMA_2_2B | dict(num_hidden_layers=8, vocab_size=8192)),
 }
 # Smaller than Gemma's 50 for attention: random scores are small, and an engine without the cap must give other tokens.
 SOFTCAPS = dict(attn_logit_softcapping=4.0, final_logit_softcapping=30.0)

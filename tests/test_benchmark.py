@@ -82,6 +82,13 @@ def test_sizes_too_small_for_the_checks_are_rejected_at_the_start(run):
             run(*sizes)
 
 
+def test_a_shorter_check_omits_long_prompts_and_fits_into_smaller_sizes(run):
+    status, record = run("--model", "gemma2-mini", "--no_roofline", "--check_len", "3", "--max_seq_length", "90")
+    assert status == 0
+    # Three tokens, or fewer before EOS, of two texts and of the prompt of one token, in five scenarios
+    assert 15 < record["exactness"]["tokens"] <= 45
+
+
 def test_the_workload_is_the_same_in_every_process():
     program = "print(digest(make_workload(20, (1, 9), (1, 9), range(3, 99), seed=7)))"
     digests = {standard_python(workload, program, PYTHONHASHSEED=salt) for salt in ("1", "2")}
