@@ -1,4 +1,7 @@
-"""Settings of torch for compiled code, and the backend that compiles it. Independent of what is compiled."""
+"""Settings of torch for compiled code, the form of its linear layers, and the backend that compiles it.
+
+Independent of what is compiled.
+"""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -40,7 +43,7 @@ def compile_settings(device_type: str) -> Iterator[None]:
 
 
 class TransposedProducts(TorchFunctionMode):
-    """Computes linear layers as `(weight @ input.T).T`. For up to 128 rows the libraries for CPUs are faster that way.
+    """Computes linear layers as `(weight @ input.T).T`. The libraries for CPUs are faster that way for few rows.
 
     Quantised weights, which are subclasses of Tensor, keep their own product.
     """
