@@ -194,9 +194,8 @@ class Inference:
         `add_request` can queue other requests, whose outputs `run_one_step` returns later.
         """
         with self._exclusively():
-            params = SamplingParams() if sampling_params is None else sampling_params
-            check_streamed(params)
-            group = self.input_processor.request(prompt, params, cache_salt, follow=True)
+            check_streamed(sampling_params)
+            group = self.input_processor.request(prompt, sampling_params, cache_salt, follow=True)
         return self._stream(group)
 
     def _stream(self, group: list[Sequence]) -> Iterator[CompletionDelta]:
@@ -254,8 +253,7 @@ class Inference:
     ) -> int:
         """Queue one request and return its id. Raises ValueError for an invalid request, which is not queued."""
         with self._exclusively():
-            params = SamplingParams() if sampling_params is None else sampling_params
-            return self._add(self.input_processor.request(prompt, params, cache_salt))
+            return self._add(self.input_processor.request(prompt, sampling_params, cache_salt))
 
     def add(self, group: list[Sequence]) -> None:
         """Queue a request made by `input_processor`. Callers can thus validate prompts while a step runs."""

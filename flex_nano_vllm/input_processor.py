@@ -219,7 +219,7 @@ class InputProcessor:
     def request(
         self,
         prompt: Prompt,
-        params: SamplingParams,
+        params: SamplingParams | None,
         cache_salt: str | None = None,
         name: str = "prompt",
         follow: bool = False,
@@ -234,6 +234,7 @@ class InputProcessor:
             raise InvalidRequestError(
                 f"cache_salt must be None or a non-empty string, got {shortened(cache_salt)}", "cache_salt"
             )
+        params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise ValueError(f"{name}: sampling_params must be SamplingParams, got {shortened(params)}")
         if isinstance(prompt, dict):
@@ -419,7 +420,7 @@ class InputProcessor:
             raise InvalidRequestError(f"{name}: structured_outputs: {error}", "structured_outputs") from error
 
 
-def check_streamed(params: SamplingParams) -> None:
+def check_streamed(params: SamplingParams | None) -> None:
     """Check the parameters of a stream. Raises ValueError for `prompt_logprobs`, which deltas do not contain."""
     if isinstance(params, SamplingParams) and params.prompt_logprobs is not None:
         raise ValueError("prompt_logprobs are not supported in a stream: use generate")

@@ -26,6 +26,9 @@ def with_logprobs(
         Three lists with an entry for each chunk: its token, the log-probabilities of the token, and those of prompt
         tokens. They are empty if the chunk does not ask for them.
     """
+    params, nothing = [chunk.sequence.params for chunk in chunks], [()] * len(chunks)
+    if all(asked.logprobs is None and asked.prompt_logprobs is None for asked in params):
+        return tokens.tolist(), nothing, nothing
     rows, index, token_ids, first = [], [], [], 0  # those of a chunk: prompt tokens, then the sampled token
     is_asked = [chunk.needs_sample and chunk.sequence.params.logprobs is not None for chunk in chunks]
     for i, chunk in enumerate(chunks):
@@ -36,8 +39,7 @@ def with_logprobs(
         token_ids += of_prompt + [-1] * is_asked[i]  # -1: the sampled token, which only the device knows yet
         index += [i] * (len(of_prompt) + is_asked[i])
     if not rows:
-        return tokens.tolist(), [()] * len(chunks), [()] * len(chunks)
-    params = [chunk.sequence.params for chunk in chunks]
+        return tokens.tolist(), nothing, nothing
     num_top = max(max(asked.logprobs or 0, asked.prompt_logprobs or 0) for asked in params)
     rows, index, token_ids = upload([np.array(rows), np.array(index), np.array(token_ids)], logits.device)
     token_ids = torch.where(token_ids < 0, tokens[index].clamp(min=0), token_ids)

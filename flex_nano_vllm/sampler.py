@@ -18,9 +18,8 @@ from flex_nano_vllm.compiling import UNGUARDED, compile_settings, inductor
 from flex_nano_vllm.device import upload
 from flex_nano_vllm.geometry import cdiv
 from flex_nano_vllm.logprobs import with_logprobs
-from flex_nano_vllm.penalties import LogitEdits
 from flex_nano_vllm.scheduler import Chunk
-from flex_nano_vllm.sequence import Sample, Sequence
+from flex_nano_vllm.sequence import LogitEdits, Sample, Sequence
 
 NOT_FINITE = -1
 # Weights are summed in float32 in blocks of this size, and the sums of blocks are added in float64. The rounding of
@@ -102,10 +101,8 @@ class Sampler:
         if len(logits) > len(chunks):
             (ends,) = upload([np.cumsum([chunk.num_logits for chunk in chunks]) - 1], logits.device)
             last = logits[ends]
-        tokens, params = self.choose(last, draws), [chunk.sequence.params for chunk in chunks]
-        is_rated = any(asked.logprobs is not None or asked.prompt_logprobs is not None for asked in params)
         # Here the host waits for the step.
-        samples = zip(*with_logprobs(tokens, logits, chunks)) if is_rated else zip(tokens.tolist())
+        samples = zip(*with_logprobs(self.choose(last, draws), logits, chunks))
         return [Sample(None if token_id == NOT_FINITE else [token_id], *logprobs) for token_id, *logprobs in samples]
 
     @torch.inference_mode(False)  # graphs distinguish tensors that are made in that mode

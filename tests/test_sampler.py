@@ -15,8 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from flex_nano_vllm import Inference, sampler
 from flex_nano_vllm.logprobs import logprobs_of
-from flex_nano_vllm.penalties import LogitEdits
 from flex_nano_vllm.sampler import ARGMAX, BYTES_PER_LOGIT, NOT_FINITE, Draw, Sampler, uniform
+from flex_nano_vllm.sequence import LogitEdits
 
 sample_tokens = Sampler(compiled=False, device_type="cpu").choose
 
