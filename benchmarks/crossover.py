@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.report import device_name
 from flex_nano_vllm.attention import PagedKVCache, step_in_progress
-from flex_nano_vllm.device import decode_buckets, kernel_options, tile_kinds, why_not_compiled
+from flex_nano_vllm.device import kernel_options, tile_kinds, why_not_compiled
 from flex_nano_vllm.geometry import Geometry, cdiv
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.masks import Causal
@@ -67,7 +67,7 @@ def measure_crossover(
         for pool in (cache.k_cache, cache.v_cache):
             pool.normal_(generator=torch.Generator(device).manual_seed(0))
         kinds = tile_kinds(group_size, largest, longest, device.type)
-        decode_kinds = (replace(kinds[0], buckets=decode_buckets(largest)),)
+        decode_kinds = (replace(kinds[0], num_tiles=None),)
         all_rows = [kind.tile_len * group_size for kind in kinds]
         options = kernel_options(device, all_rows, page_size, HEAD_DIM, dtype)
         for kv_len, batch_size in itertools.product(kv_lens, batch_sizes):

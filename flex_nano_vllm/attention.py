@@ -85,11 +85,10 @@ def attend(
     rows = query.transpose(1, 2).reshape(-1, head_dim)  # [T * H, D]
     outputs = []
     for tiles in queries.tiles:
-        kv_len = tiles.block_mask.seq_lengths[1]
         output = flex(
             rows[tiles.query_rows],  # [tiles, K, L * G, D]
-            k_cache[:, :, :kv_len],  # shared by all tiles: the batch of 1 is broadcast
-            v_cache[:, :, :kv_len],
+            tiles.of_pool(k_cache),  # shared by all tiles: the batch of 1 is broadcast
+            tiles.of_pool(v_cache),
             score_mod=tiles.score_mod if cap is None else softcapped(cap, tiles.score_mod),
             block_mask=tiles.block_mask,
             scale=scale,

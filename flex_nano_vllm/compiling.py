@@ -3,6 +3,7 @@
 Independent of what is compiled.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,15 +60,16 @@ def transposed_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None)
     return product.T.contiguous().unflatten(0, input.shape[:-1])
 
 
-def inductor(device_type: str) -> str | Callable[..., object]:
-    """Return the backend of torch.compile for the device."""
-    return inductor_on_cpu if device_type == "cpu" else "inductor"
+@functools.cache  # torch shares graphs only between equal backends
+def inductor(device_type: str, packing_rows: int = 0) -> str | Callable[..., object]:
+    """Return the backend of torch.compile for the device. `packing_rows`: see `inductor_on_cpu`."""
+    return functools.partial(inductor_on_cpu, packing_rows=packing_rows) if device_type == "cpu" else "inductor"
 
 
 # What replaces parts of the text of inductor's FlexAttention kernel. g++ takes nine seconds to compile a kernel, and
 # four of them are for two headers, of which the kernel needs one declaration each. (Torch 2.11 to 2.13 include one of
 # them.) The third part multiplies weights and values of few bfloat16 query rows in the kernel, as those of float16.
-# Torch calls a library for each page instead, which takes longer.
+# Torch calls a library for each page instead, which takes longer. The fourth part decides which kernels pack.
 REPLACEMENTS = {
     "#include <ATen/Context.h>": """
 #include <c10/core/CPUAllocator.h>
@@ -75,10 +77,11 @@ namespace at { c10::Allocator* getCPUAllocator(); }""",
     "#include <ATen/cpu/Utils.h>": "namespace at::cpu { bool init_amx(); }",
     "if (!std::is_same_v<scalar_t, at::Half>) {": """
             if (sizeof(scalar_t) == 4 || (!std::is_same_v<scalar_t, at::Half> && cur_qSplitSize > 8)) {""",
+    "// Pad is needed for packing when K is not even": "need_pack = is_reduced_type && qSize == PACKING_ROWS;",
 }
 
 
-def inductor_on_cpu(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+def inductor_on_cpu(graph: torch.fx.GraphModule, inputs: list[Tensor], packing_rows: int) -> Callable[..., object]:
     """Inductor with changes that make it faster on a CPU, and with the fix of a crash.
 
     - The backend name "inductor" also starts processes that compile Triton kernels, even on a CPU. These processes
@@ -89,6 +92,9 @@ def inductor_on_cpu(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callab
       is changed.
     - In bfloat16, a kernel for few query rows computes the product of weights and values itself, with register tiles of
       4 x 64 where AVX-512 has registers for them. Attention of 32 decodes takes six tenths of the time.
+    - A kernel for tiles of `packing_rows` query rows packs keys and values, if they are bfloat16 (`gather.py`), and no
+      other kernel does. Torch packs for 64 rows and more, and only on a CPU with AMX, although the library that
+      multiplies packed numbers needs AVX-512 only.
     - tanh is computed from exp (`use_decompose_tanh`), for softcaps and GELU, with an absolute error of about 1e-7. The
       library function takes longer.
     - The kernel includes two headers, and reading them takes as long as compiling the kernel. Declarations replace
@@ -106,13 +112,13 @@ def inductor_on_cpu(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callab
         is_wide = torch.cpu._is_avx512_supported() and torch.bfloat16 in [getattr(x, "dtype", None) for x in inputs]
         # of both products of a kernel
         tiles = [template.GemmBlocking(*tile) for tile in ((8, 16, 1), (4, 64, 1) if is_wide else (8, 16, 1))]
-        tag, in_turn = f"{tag}, {tiles} {REPLACEMENTS}", itertools.cycle(tiles)
+        tag, in_turn = f"{tag}, {tiles} {REPLACEMENTS} {packing_rows}", itertools.cycle(tiles)
         changed["GemmBlocking"] = lambda *_: next(in_turn)
     if torch.__version__ < "2.16.dev0":
         for name, text in vars(template).items():
             if isinstance(text, str) and not name.startswith("__"):
                 for old, new in REPLACEMENTS.items():
-                    text = text.replace(old, new)
+                    text = text.replace(old, new.replace("PACKING_ROWS", str(packing_rows)))
                 changed[name] = text
     with mock.patch.dict(vars(template), changed), torch.compiler.config.patch(cache_key_tag=tag):
         return compile_fx(graph, inputs, config_patches={"cpp.use_decompose_tanh": True})

@@ -100,54 +100,61 @@ def num_processors(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class TileKind:
-    """Tiles of `tile_len` tokens. Their number is rounded up to one of `buckets` (None: no rounding).
+    """Tiles of `tile_len` tokens.
+
+    A call of FlexAttention has `num_tiles` of them, padding included (None: as many as there are). With `page_buckets`
+    it receives a copy of the pages that its tiles visit, padded to one of these numbers (`gather.py`).
 
     A CPU kernel gives each of its threads a run of consecutive tiles. Tiles are therefore dealt to `num_hands`, one
     after the other: otherwise one thread would get the longest contexts of a prompt, and another one all padding.
     """
 
     tile_len: int
-    buckets: tuple[int, ...] | None
+    num_tiles: int | None
     num_hands: int = 1
-
-    def num_padded_tiles(self, num_tiles: int) -> int:
-        return num_tiles if self.buckets is None else next(bucket for bucket in self.buckets if bucket >= num_tiles)
+    page_buckets: tuple[int, ...] = ()
 
 
 # Query rows of a large tile: tokens times G. On a GPU they fill a matrix-multiply tile. On a CPU this number was the
-# fastest. (With 64 and more query rows, torch's bfloat16 kernel first transposes the whole pool on CPUs that multiply
-# bfloat16 in hardware.)
+# fastest.
 LARGE_TILE_ROWS = {"cuda": 128, "cpu": 16}
+# The same for tiles whose pages are gathered: those of packed keys are multiplied by a library, in larger blocks.
+GATHERED_TILE_ROWS = 32
 
 
-def tile_lens(group_size: int, device_type: str) -> tuple[int, int]:
+def tile_lens(group_size: int, device_type: str, gathers: bool = False) -> tuple[int, int]:
     """Return how many tokens the small tiles (for decodes) and the large tiles (for prompts) contain.
+
+    `gathers`: the pages of large tiles are gathered.
 
     A CUDA tile has at least 16 query rows, the size of a matrix instruction. On a CPU the G query rows of one decode
     are best. (A single query row is avoided: for it, torch 2.13 to 2.15 select a decoding kernel that does not support
     our masks.)
     """
     small = 16 // math.gcd(16, group_size) if device_type == "cuda" else cdiv(2, group_size)
-    large = max(small * 2, LARGE_TILE_ROWS[device_type] // group_size)
+    large = max(small * 2, (GATHERED_TILE_ROWS if gathers else LARGE_TILE_ROWS[device_type]) // group_size)
     # A power of two, as are the tiles of the kernel, which must divide the query block
     return small, 1 << (large.bit_length() - 1)
 
 
 def tile_kinds(
-    group_size: int, max_batch_size: int, max_num_batched_tokens: int, device_type: str
+    group_size: int, max_batch_size: int, budget: int, device_type: str, page_buckets: tuple[int, ...] = ()
 ) -> tuple[TileKind, ...]:
-    """Return small tiles for decodes and large tiles for prompts, with buckets up to the largest step.
+    """Return small tiles for decodes and large tiles for prompts.
 
-    Small tiles have one bucket only: in a step with a prompt, the cost of padding tiles is negligible.
+    A step has one call for its small tiles, and at most four calls for its large ones (more if their pages are
+    gathered), because each chunk has at most one unfilled tile and a step has at most `max_batch_size` chunks. One size
+    of calls means one graph. Most steps with a prompt need one call.
 
-    The buckets are bounded, because each chunk has at most one unfilled tile and a step has at most `max_batch_size`
-    chunks.
+    Args:
+        budget: the token budget of a step.
+        page_buckets: those of the large tiles, see `TileKind`.
     """
-    small, large = tile_lens(group_size, device_type)
-    bound = max_num_batched_tokens // large + max_batch_size
+    small, large = tile_lens(group_size, device_type, bool(page_buckets))
+    bound = budget // large + max_batch_size
     hands = torch.get_num_threads() if device_type == "cpu" else 1
-    of_prompts = tuple(sorted({cdiv(bound, 4), bound}))
-    return TileKind(small, (max(2, max_batch_size),), hands), TileKind(large, of_prompts, hands)
+    of_decodes = TileKind(small, max(2, max_batch_size), hands)
+    return of_decodes, TileKind(large, max(2, cdiv(bound, 4)), hands, page_buckets)
 
 
 def decode_buckets(max_batch_size: int) -> tuple[int, ...]:

@@ -24,9 +24,9 @@ def check_scheduler(scheduler: Scheduler) -> None:
         "a waiting sequence has a row or computed tokens"
     )
     rows = sorted(sequence.row for sequence in scheduler.running)
-    assert rows == sorted(scheduler.kv.primary.allocated_rows), "allocated rows differ from rows of running sequences"
+    assert rows == sorted(scheduler.kv.primary._pages), "allocated rows differ from rows of running sequences"
     for sequence in scheduler.running:
-        assert sequence.num_computed_tokens <= scheduler.kv.primary.num_tokens(sequence.row), (
+        assert sequence.num_computed_tokens <= scheduler.kv.primary._num_tokens[sequence.row], (
             "a sequence has more computed tokens than its row has tokens reserved"
         )
     check_kv(scheduler.kv)
@@ -36,7 +36,7 @@ def check_kv(kv: KVManager) -> None:
     """Check that page tables have equal rows, and that cache entries equal the tables. Raises AssertionError."""
     for window, table in kv.pools.items():
         check_page_table(table)
-        assert table.allocated_rows == list(kv._rows), "the rows of a page table and of the KV manager differ"
+        assert list(table._pages) == list(kv._rows), "the rows of a page table and of the KV manager differ"
         for page, entry in table.cached.items():
             assert entry.pages[window] == page, f"the entry of cached page {page} has page {entry.pages[window]}"
     for row, state in kv._rows.items():
@@ -44,7 +44,7 @@ def check_kv(kv: KVManager) -> None:
         assert tokens == state.token_ids[: len(tokens)], f"the cache entries of row {row} differ from its tokens"
         first_new = len(state.entries) - 1
         for table in kv.pools.values():
-            new = {table.page(row, i) for i in range(first_new, table.pages_for(table.num_tokens(row)))}
+            new = {table.page(row, i) for i in range(first_new, table.pages_for(table._num_tokens[row]))}
             assert new.isdisjoint(table.cached), f"a page of row {row} is cached before it is computed"
 
 

@@ -49,8 +49,93 @@ RowOf = Callable[[Tensor, Tensor], Tensor]  # (tile, q_idx) -> page-table row of
 PageList = tuple[Tensor, Tensor]
 
 
-class PageTable:
-    """Owns the rows and pages, and maps logical to physical pages, for the layers of one window.
+class PageMap:
+    """Says where the pages of rows lie: in a KV pool, or in a copy of some pages of it (`gather.py`).
+
+    Args:
+        page_size: tokens per page.
+        table: [rows, N] int32, physical page of each logical page; 0 where unmapped.
+        physical_to_logical: [rows, P] int32, logical page of each physical page; -1 if the row does not use the page.
+    """
+
+    def __init__(self, page_size: int, table: Tensor, physical_to_logical: Tensor):
+        self.page_size, self.table, self.physical_to_logical = page_size, table, physical_to_logical
+        self.n_pages = physical_to_logical.shape[1]
+
+    def convert_logical_block_mask(self, block_mask: BlockMask, rows: Tensor, row_of: RowOf, kv_len: int) -> BlockMask:
+        """Rewrite a mask over logical positions into one over slots, of the pool or of a copy.
+
+        A logical mask has one batch entry per *tile*, and every tile belongs to one sequence. The KV blocks of the tile
+        are the logical pages of that sequence. `mask_mod(tile, h, q_idx, kv_pos)` takes logical KV positions. Only two
+        things change:
+
+            logical                                         physical
+            kv_indices   [0 1 2 · ·]  tile of row 2  ──►    [3 1 6 · ·]    table[row, logical page]
+                         [0 · · · ·]  tile of row 1  ──►    [5 · · · ·]
+            mask_mod     (q_idx, kv_pos)             ──►    (q_idx, slot)  slot -> page -> logical page -> kv_pos
+
+        Two things isolate requests from each other. A compiled kernel visits only the listed pages, and all of them are
+        pages of the tile's own row. On full pages this is the only protection, because `mask_mod` does not run there.
+        Everywhere else the physical mask_mod masks every slot on a page that the row does not use (`kv_pos >= 0` in
+        `physical_mask`). Uncompiled FlexAttention evaluates every slot, and relies on that alone. Keys that an earlier
+        user of a page has left behind are at positions after the query, where no logical mask sees them.
+
+        Entries of `kv_indices` past `kv_num_blocks` are never visited. They are clamped to the table, so that no index
+        is out of bounds.
+
+        Args:
+            block_mask: logical; `kv_indices` [tiles, 1, 1, N] with N logical pages, blocks of (query rows, page_size).
+            rows: [tiles, L] int32, the page-table row of each query: that of its tile, or row 0 for padding.
+            row_of: the same as a function for `mask_mod`.
+            kv_len: slots that attention receives: all of the pool or of the copy, or the used part of the pool.
+        Returns:
+            The physical BlockMask: `kv_indices` [tiles, 1, 1, >= kv_len / page_size], with equal blocks.
+        """
+
+        def physical(number: Tensor, logical: Tensor) -> PageList:  # [tiles, 1, 1] and [tiles, 1, 1, <= N]
+            existing = logical[:, 0, 0].clamp(max=self.table.shape[1] - 1)
+            pages = self.table[rows.amax(dim=1, keepdim=True), existing]
+            return number[:, 0, 0], widen(pages, self.table.shape[1], cdiv(kv_len, self.page_size))
+
+        partial = physical(block_mask.kv_num_blocks, block_mask.kv_indices)
+        full = physical(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
+        mask_mod = self.physical_mask(block_mask.mask_mod, row_of)
+        return mask_of_tiles(partial, full, block_mask.BLOCK_SIZE, mask_mod, kv_len)
+
+    def physical_mask(self, logical_mask: MaskMod, row_of: RowOf) -> MaskMod:
+        """Rewrite a mask_mod(tile, h, q_idx, kv_pos) into one over the slots of the pool.
+
+        `row_of(tile, q_idx)` returns the page-table row of a query. Slots on pages that this row does not use are
+        masked.
+        """
+        position_of = self._position_of()
+
+        def physical_mask(tile: Tensor, h: Tensor, q_idx: Tensor, slot: Tensor) -> Tensor:
+            kv_pos = position_of(row_of(tile, q_idx), slot)
+            return (kv_pos >= 0) & logical_mask(tile, h, q_idx, kv_pos)
+
+        return physical_mask
+
+    def physical_score(self, logical_score: ScoreMod, row_of: RowOf) -> ScoreMod:
+        """Rewrite a score_mod(score, tile, h, q_idx, kv_pos) into one over slots. Masked slots get any score."""
+        position_of = self._position_of()
+
+        def physical_score(score: Tensor, tile: Tensor, h: Tensor, q_idx: Tensor, slot: Tensor) -> Tensor:
+            return logical_score(score, tile, h, q_idx, position_of(row_of(tile, q_idx), slot))
+
+        return physical_score
+
+    def _position_of(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return the function (row, slot) -> position of the key in `row`; negative if `row` does not use its page."""
+        page_size, physical_to_logical = self.page_size, self.physical_to_logical
+        if page_size & (page_size - 1):
+            return lambda row, slot: physical_to_logical[row, slot // page_size] * page_size + slot % page_size
+        shift = page_size.bit_length() - 1  # a power of two: vector instructions of the kernel have no integer division
+        return lambda row, slot: physical_to_logical[row, slot >> shift] * page_size + (slot & (page_size - 1))
+
+
+class PageTable(PageMap):
+    """Owns the rows and pages of a pool, for the layers of one window.
 
     Invariants (see `check_invariants`):
     - Every page except page 0 is free, evictable, or listed by as many rows as its user count.
@@ -78,14 +163,11 @@ class PageTable:
         device: torch.device | str = "cpu",
         window: int | None = None,
     ):
-        self.n_pages, self.page_size, self.window = n_pages, page_size, window
-        self.max_batch_size, self.max_pages_per_row = max_batch_size, max_pages_per_row
+        self.window, self.max_batch_size, self.max_pages_per_row = window, max_batch_size, max_pages_per_row
         rows = max_batch_size + 1
-        # [rows, N] physical page of each logical page, 0 where unmapped; and its mirror on the host
-        self.table = torch.empty((rows, max_pages_per_row), dtype=torch.int32, device=device)
-        self.host_table = np.empty((rows, max_pages_per_row), dtype=np.int32)
-        # [rows, P] logical page of each physical page, -1 if the row does not use the page
-        self.physical_to_logical = torch.empty((rows, n_pages), dtype=torch.int32, device=device)
+        sizes = (rows, max_pages_per_row), (rows, n_pages)
+        super().__init__(page_size, *(torch.empty(size, dtype=torch.int32, device=device) for size in sizes))
+        self.host_table = np.empty((rows, max_pages_per_row), dtype=np.int32)  # mirror of `table` on the host
         self.reset()
 
     def reset(self) -> None:
@@ -139,17 +221,9 @@ class PageTable:
         """Return the first logical page that a query at `position`, or any later query, sees at least partly."""
         return 0 if self.window is None else max(0, position - self.window + 1) // self.page_size
 
-    @property
-    def allocated_rows(self) -> list[int]:
-        return list(self._pages)
-
     def num_pages(self, row: int) -> int:
         """Return how many pages `row` holds."""
         return len(self._pages[row])
-
-    def num_tokens(self, row: int) -> int:
-        """Return how many tokens `row` has reserved pages for, including tokens whose pages were released since."""
-        return self._num_tokens[row]
 
     def allocate(self) -> int:
         """Allocate a free row. Raises RuntimeError if all `max_batch_size` rows are allocated."""
@@ -270,76 +344,6 @@ class PageTable:
                 row, column, value = upload([changes], table.device)[0].unbind(dim=1)
                 table[row, column] = value.to(table.dtype)
                 stale.clear()
-
-    def convert_logical_block_mask(self, block_mask: BlockMask, rows: Tensor, kv_len: int) -> BlockMask:
-        """Rewrite a mask over logical positions into one over the slots of the pool.
-
-        A logical mask has one batch entry per *tile*, and every tile belongs to one sequence. The KV blocks of the tile
-        are the logical pages of that sequence. `mask_mod(tile, h, q_idx, kv_pos)` takes logical KV positions. Only two
-        things change:
-
-            logical                                         physical
-            kv_indices   [0 1 2 · ·]  tile of row 2  ──►    [3 1 6 · ·]    table[row, logical page]
-                         [0 · · · ·]  tile of row 1  ──►    [5 · · · ·]
-            mask_mod     (q_idx, kv_pos)             ──►    (q_idx, slot)  slot -> page -> logical page -> kv_pos
-
-        Two things isolate requests from each other. A compiled kernel visits only the listed pages, and all of them are
-        pages of the tile's own row. On full pages this is the only protection, because `mask_mod` does not run there.
-        Everywhere else the physical mask_mod masks every slot on a page that the row does not use (`kv_pos >= 0` in
-        `physical_mask`). Uncompiled FlexAttention evaluates every slot, and relies on that alone. Keys that an earlier
-        user of a page has left behind are at positions after the query, where no logical mask sees them.
-
-        Entries of `kv_indices` past `kv_num_blocks` are never visited. They are clamped to the table, so that no index
-        is out of bounds.
-
-        Args:
-            block_mask: logical; `kv_indices` [tiles, 1, 1, N] with N logical pages, blocks of (query rows, page_size).
-            rows: [tiles] int32, the page-table row of each tile; row 0 for padding, which sees nothing.
-            kv_len: slots of the pool that attention receives: all of them, or the used part.
-        Returns:
-            The physical BlockMask: `kv_indices` [tiles, 1, 1, >= kv_len / page_size], with equal blocks.
-        """
-
-        def physical(number: Tensor, logical: Tensor) -> PageList:  # [tiles, 1, 1] and [tiles, 1, 1, <= N]
-            existing = logical[:, 0, 0].clamp(max=self.max_pages_per_row - 1)
-            pages = self.table[rows[:, None], existing]
-            return number[:, 0, 0], widen(pages, self.max_pages_per_row, cdiv(kv_len, self.page_size))
-
-        partial = physical(block_mask.kv_num_blocks, block_mask.kv_indices)
-        full = physical(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
-        mask_mod = self.physical_mask(block_mask.mask_mod, lambda tile, q_idx: rows[tile])
-        return mask_of_tiles(partial, full, block_mask.BLOCK_SIZE, mask_mod, kv_len)
-
-    def physical_mask(self, logical_mask: MaskMod, row_of: RowOf) -> MaskMod:
-        """Rewrite a mask_mod(tile, h, q_idx, kv_pos) into one over the slots of the pool.
-
-        `row_of(tile, q_idx)` returns the page-table row of a query. Slots on pages that this row does not use are
-        masked.
-        """
-        position_of = self._position_of()
-
-        def physical_mask(tile: Tensor, h: Tensor, q_idx: Tensor, slot: Tensor) -> Tensor:
-            kv_pos = position_of(row_of(tile, q_idx), slot)
-            return (kv_pos >= 0) & logical_mask(tile, h, q_idx, kv_pos)
-
-        return physical_mask
-
-    def physical_score(self, logical_score: ScoreMod, row_of: RowOf) -> ScoreMod:
-        """Rewrite a score_mod(score, tile, h, q_idx, kv_pos) into one over slots. Masked slots get any score."""
-        position_of = self._position_of()
-
-        def physical_score(score: Tensor, tile: Tensor, h: Tensor, q_idx: Tensor, slot: Tensor) -> Tensor:
-            return logical_score(score, tile, h, q_idx, position_of(row_of(tile, q_idx), slot))
-
-        return physical_score
-
-    def _position_of(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return the function (row, slot) -> position of the key in `row`; negative if `row` does not use its page."""
-        page_size, physical_to_logical = self.page_size, self.physical_to_logical
-        if page_size & (page_size - 1):
-            return lambda row, slot: physical_to_logical[row, slot // page_size] * page_size + slot % page_size
-        shift = page_size.bit_length() - 1  # a power of two: vector instructions of the kernel have no integer division
-        return lambda row, slot: physical_to_logical[row, slot >> shift] * page_size + (slot & (page_size - 1))
 
 
 def mask_of_tiles(

@@ -17,7 +17,7 @@ from flex_nano_vllm.attention import ATTN_IMPLEMENTATION, step_in_progress
 from flex_nano_vllm.cascade import PackedDecodes, cascade_rule
 from flex_nano_vllm.compiling import UNGUARDED, TransposedProducts, compile_settings, inductor
 from flex_nano_vllm.device import TileKind, decode_buckets, kernel_options, tile_kinds, upload
-from flex_nano_vllm.geometry import cdiv
+from flex_nano_vllm.gather import page_buckets
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.models import ModelSpec, attention_layers
 from flex_nano_vllm.patching import distinct_masks, patch_model
@@ -35,8 +35,8 @@ class ModelRunner:
     A step of decodes, in which every chunk is one token, is padded to a bucket. It runs a graph of the whole model,
     attention included, with static shapes. The host has no work between layers, and a GPU replays it as a CUDA graph.
     All other steps share one graph for any number of tokens. That graph calls FlexAttention through an operator.
-    FlexAttention is then compiled separately with static shapes: one graph for each bucket of a kind of tile and each
-    distinct mask.
+    FlexAttention is then compiled separately with static shapes: one graph for each kind of tile and each distinct
+    mask, and one more for each further bucket of gathered pages.
     `warmup()` compiles all graphs. Without it, a graph is compiled in the first step that needs it. There are at most
     `max_graphs`, because the budget and the number of rows bound every step to the largest bucket.
 
@@ -50,18 +50,21 @@ class ModelRunner:
         geometry = kv.geometry
         max_batch_size, budget = geometry.max_batch_size, geometry.max_num_batched_tokens
         num_kv_heads, group_size = spec.num_kv_heads, spec.num_heads // spec.num_kv_heads
-        kinds, options = (TileKind(tile_len=1, buckets=None),), {}
+        kinds, options, packing_rows = (TileKind(tile_len=1, num_tiles=None),), {}, 0
         if compiled:
-            kinds = tile_kinds(group_size, max_batch_size, budget, model.device.type)
+            buckets = page_buckets(model.device, spec.dtype, geometry.max_pages_per_row)
+            kinds = tile_kinds(group_size, max_batch_size, budget, model.device.type, buckets)
+            packing_rows = kinds[-1].tile_len * group_size if buckets else 0
             all_rows = [kind.tile_len * group_size for kind in kinds]
             options = kernel_options(model.device, all_rows, geometry.page_size, spec.head_dim, spec.dtype)
         masks, indices = distinct_masks(spec, geometry)
         rule = cascade_rule(num_kv_heads, group_size, geometry, model.device) if cascade else None
         tables = tuple(kv.table(mask.window) for mask in masks)
         self.layout = TileLayout(kinds, num_kv_heads, group_size, masks, tables, indices[-1], compiled, rule, options)
-        decodes = replace(kinds[0], buckets=decode_buckets(min(max_batch_size, budget)))
+        self.decode_buckets = decode_buckets(min(max_batch_size, budget))
+        decodes = replace(kinds[0], num_tiles=None)
         self.decode_layout = replace(self.layout, kinds=(decodes,)) if compiled else None
-        self.flex = compile_flex_attention(model.device.type, compiled)
+        self.flex = compile_flex_attention(model.device.type, compiled, packing_rows)
         self.model_of_any_length, self.model_of_decodes = model, None
         self._compiled_shapes: set[tuple] = set()  # what identifies the graphs of the steps so far
         self.on_compile: Callable[[str], None] | None = None  # called with a notice before a step that compiles
@@ -78,8 +81,8 @@ class ModelRunner:
         """The largest number of graphs that serving can compile for the model."""
         if not self.compiled:
             return 0
-        of_attention = len(self.layout.masks) * sum(len(kind.buckets) for kind in self.layout.kinds)
-        of_decodes = len(self.decode_layout.kinds[0].buckets) + (self.layout.cascade is not None)
+        of_attention = len(self.layout.masks) * sum(len(kind.page_buckets) or 1 for kind in self.layout.kinds)
+        of_decodes = len(self.decode_buckets) + (self.layout.cascade is not None)
         return of_decodes + 1 + of_attention
 
     def forward(self, chunks: list[Chunk]) -> Tensor:
@@ -99,7 +102,8 @@ class ModelRunner:
         as_decodes = self.compiled and all(chunk.length == 1 for chunk in chunks)
         layout = self.decode_layout if as_decodes else self.layout
         # A dimension of size 1 would need another graph.
-        padded = layout.kinds[0].num_padded_tiles(len(chunks)) if as_decodes else max(2, len(chunks))
+        buckets = self.decode_buckets if as_decodes else (max(2, len(chunks)),)
+        padded = next(bucket for bucket in buckets if bucket >= len(chunks))
         num_padding = padded - len(chunks)
         chunks = chunks + [padding_chunk(1)] * num_padding
         self.kv.sync()
@@ -163,25 +167,22 @@ class ModelRunner:
 
     def _warmup_steps(self) -> Iterator[tuple[list[Chunk], PackedDecodes | None]]:
         """Yield steps that together need every graph."""
-        rule, buckets, geometry = self.layout.cascade, self.decode_layout.kinds[0].buckets, self.kv.geometry
-        for bucket in buckets:
+        rule, geometry = self.layout.cascade, self.kv.geometry
+        for bucket in self.decode_buckets:
             yield [padding_chunk(1)] * bucket, None
         if rule is not None:
-            yield [padding_chunk(1)] * buckets[-1], PackedDecodes.empty(rule)
+            yield [padding_chunk(1)] * self.decode_buckets[-1], PackedDecodes.empty(rule)
         # Two tokens and a padding token: with as many tokens as chunks, dynamo would treat both sizes as one.
         yield [padding_chunk(2)], None
         small, large = self.layout.kinds
         shortest = small.tile_len + 1  # shortest chunk that is cut into large tiles
         # The last layer uses large tiles for prompt logprobs only. Other layers always use them.
         *others, last = distinct_masks(self.spec, geometry)[1]
-        in_large_tiles, num_tiles_reached = last not in others, 0
-        for bucket in large.buckets if shortest <= geometry.max_row_tokens else ():
-            num_tiles = cdiv(bucket, geometry.max_batch_size)  # tiles of each chunk
-            length = min(geometry.max_row_tokens, (num_tiles - 1) * large.tile_len + shortest)
-            num_chunks = min(bucket // cdiv(length, large.tile_len), geometry.max_batch_size)
-            if num_chunks * cdiv(length, large.tile_len) > num_tiles_reached:
-                yield [padding_chunk(length, in_large_tiles)] * num_chunks, None
-            num_tiles_reached = bucket
+        for bucket in large.page_buckets or (1,):
+            end = min(max(bucket * geometry.page_size, shortest), geometry.max_row_tokens)
+            length = min(large.num_tiles * large.tile_len, geometry.max_num_batched_tokens, end)
+            if shortest <= length:
+                yield [padding_chunk(length, end - length, last not in others)], None
 
 
 def model_inputs(vectors: StepVectors) -> dict[str, object]:
@@ -204,20 +205,21 @@ def decode_function(model: PreTrainedModel, layout: TileLayout) -> Callable[[Ste
 def _shapes(step: StepBatch, last_mask: int) -> set[tuple]:
     """Return what identifies the graphs of a step of any length: the masks and shapes of its tiles."""
     queries = [*enumerate(step.queries), (last_mask, step.end_queries)]
-    return {(mask, *tiles.query_rows.shape) for mask, tiled in queries for tiles in tiled.tiles}
+    return {(mask, *tiles.block_mask.shape) for mask, tiled in queries for tiles in tiled.tiles}
 
 
 @functools.cache
-def padding_chunk(length: int, with_prompt_logprobs: bool = False) -> Chunk:
+def padding_chunk(length: int, start: int = 0, with_prompt_logprobs: bool = False) -> Chunk:
     """Return a chunk of padding tokens in row 0, where every logical page is page 0."""
     params = SamplingParams(prompt_logprobs=0 if with_prompt_logprobs else None)
-    padding = Sequence(-1, None, [0] * length, length, params, 0, frozenset(), length, row=0)
-    return Chunk(padding, start=0, length=length)
+    end = start + length
+    padding = Sequence(-1, None, [0] * end, end, params, 0, frozenset(), end, row=0)
+    return Chunk(padding, start, length)
 
 
-def compile_flex_attention(device_type: str, compiled: bool) -> Callable[..., Tensor]:
+def compile_flex_attention(device_type: str, compiled: bool, packing_rows: int = 0) -> Callable[..., Tensor]:
     """Return FlexAttention compiled by inductor, or (`compiled=False`) traced and then run operator by operator."""
     # Symbolic sizes break the C++ template: it replaces names in the kernel text, and ks1 is part of ks17.
-    settings = dict(dynamic=False, backend=inductor(device_type), options=dict(UNGUARDED))
+    settings = dict(dynamic=False, backend=inductor(device_type, packing_rows), options=dict(UNGUARDED))
     # Without fullgraph, a call beyond the recompile limit would silently run the uncompiled function.
     return torch.compile(flex_attention, fullgraph=True, **(settings if compiled else dict(backend="eager")))

@@ -9,12 +9,15 @@ For FlexAttention, every tile is a batch entry with one query block:
     chunks        a: 1 token   b: 1 token   c: 5 tokens            kinds of tile: 1 and 4 tokens long
 
     input_ids   [ a0 b7 c0 c1 c2 c3 c4 ]                           T = 7 tokens
-    tiles of 1  [ a0 | b7 | ·  | ·  ]                              4 tiles (a bucket), 2 used
-    tiles of 4  [ c0 c1 c2 c3 | c4 · · · ]                         2 tiles
+    tiles of 1  [ a0 | b7 | ·  | ·  ]                              4 tiles in a call, 2 used
+    tiles of 4  [ c0 c1 c2 c3 | c4 · · · ]                         2 tiles in a call
 
-FlexAttention is called once per kind of tile. The outputs are then put back into the order of the tokens. Decodes use
-small tiles, in which each page is read for few query rows. Prompts use large tiles, at matrix-multiply speed. A padding
-query sees nothing. The number of tiles is rounded up to a bucket, so that the compiled kernels get only a few shapes.
+FlexAttention is called once for the small tiles, and for each few large tiles. The outputs are then put back into the
+order of the tokens. Decodes use small tiles, in which each page is read for few query rows. Prompts use large tiles, at
+matrix-multiply speed. All calls for a kind have the same number of tiles, so that compiled kernels get only a few
+shapes. A padding query sees nothing.
+
+On CPUs that multiply bfloat16, the pages of large tiles are gathered: see `gather.py`.
 
 Decodes whose sequences share many pages may be packed into common tiles, only in the layers of the widest window: see
 `cascade.py`.
@@ -34,6 +37,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flex_nano_vllm.cascade import CascadeRule, PackedDecodes, pack, packed_block_mask
 from flex_nano_vllm.device import TileKind, upload
+from flex_nano_vllm.gather import calls_of, gather
 from flex_nano_vllm.geometry import cdiv
 from flex_nano_vllm.masks import LayerMask, Pages, ScoreMod, of_queries
 from flex_nano_vllm.page_table import PageList, PageTable, RowOf, mask_of_tiles
@@ -80,18 +84,18 @@ class TileLayout:
 
 @dataclass(frozen=True)
 class Cut:
-    """Tokens in tiles of one kind."""
+    """Tokens in tiles of one kind, for one call of FlexAttention."""
 
     tokens: Tensor  # [tiles, L] int64, index of each token in the step; -1 for padding
     q_pos: Tensor  # [tiles, L] int32, position of each token; -1 for padding, which sees nothing
-    rows: Tensor  # [tiles] int32, page-table row of each tile; 0 for padding. [tiles, L] for packed decodes
+    rows: Tensor  # [tiles, L] int32, page-table row of each token; 0 for padding
 
 
 @dataclass(frozen=True)
 class InTiles:
     """Tokens in tiles, and the way back."""
 
-    cuts: tuple[Cut, ...]  # one for each kind in use
+    cuts: tuple[Cut, ...]  # one for each call
     places: Tensor  # [T] int64, index of each token in the tiles of `cuts`, concatenated
 
     @classmethod
@@ -127,9 +131,9 @@ class StepVectors:
         num_logits = np.array([chunk.num_logits for chunk in chunks])
         indices = np.arange(num_logits.sum()) + np.repeat(ends + 1 - np.cumsum(num_logits), num_logits)
         vectors, last = [np.array(input_ids), positions, rows, ends, indices], []
-        queries = in_tiles(cut_into_tiles(lengths, layout), positions, rows)
+        queries = in_tiles(cut_into_tiles(lengths, positions, layout), positions, rows)
         if len(positions) > len(indices):
-            last = in_tiles(cut_into_tiles(num_logits, layout), positions[indices], rows[indices])
+            last = in_tiles(cut_into_tiles(num_logits, positions[indices], layout), positions[indices], rows[indices])
         uploaded = iter(upload([*vectors, *queries, *last], device))
         vectors, queries, last = ([next(uploaded) for _ in part] for part in (vectors, queries, last))
         return cls(*vectors, InTiles.of(*queries), InTiles.of(*last) if last else None)
@@ -137,19 +141,26 @@ class StepVectors:
 
 @dataclass(frozen=True)
 class Tiles:
-    """All tiles of one kind in a step, for the layers of one mask."""
+    """Tiles of one kind for a call of FlexAttention, for the layers of one mask."""
 
     query_rows: Tensor  # [tiles, K, L * G] int64, token * H + head of each query; token 0 for padding
     block_mask: BlockMask  # physical
     score_mod: ScoreMod | None
     kernel_options: dict[str, object] | None
+    pages: Tensor | None  # [N] int32, the pages of the pool that attention receives; None: all of `block_mask`
+
+    def of_pool(self, pool: Tensor) -> Tensor:
+        """Return the keys or values of a pool [1, K, slots, D] that attention receives."""
+        if self.pages is None:
+            return pool[:, :, : self.block_mask.seq_lengths[1]]
+        return pool.unflatten(2, (-1, self.block_mask.BLOCK_SIZE[1]))[:, :, self.pages].flatten(2, 3)
 
 
 @dataclass(frozen=True)
 class TiledQueries:
     """Tiles of queries, and the indices of their outputs."""
 
-    tiles: tuple[Tiles, ...]  # one entry for each kind in use
+    tiles: tuple[Tiles, ...]  # one entry for each call
     output_rows: Tensor  # [T, H] int64, index of each output in the concatenated query rows of all tiles
 
     @classmethod
@@ -161,34 +172,34 @@ class TiledQueries:
         `width`: logical pages up to the last position, or more. `packed`: the pages of packed tiles.
         """
         mask, table, group_size = layout.masks[index], layout.tables[index], layout.group_size
-        num_heads, device = layout.num_kv_heads * group_size, queries.places.device
+        num_heads, device, largest = layout.num_kv_heads * group_size, queries.places.device, layout.kinds[-1]
         heads = torch.arange(num_heads, device=device).view(layout.num_kv_heads, 1, group_size)
-        kv_len = (table.n_pages if layout.whole_pool else table.num_live_pages) * table.page_size
         tiles, output_rows, num_rows = [], [], 0
         for cut in queries.cuts:
+            row_of, score_mod, keys, pages = _row_of(cut.rows, group_size), None, table, None
+            if packed is None and largest.page_buckets and cut.tokens.shape[1] == largest.tile_len:
+                keys, pages = gather(table, mask, cut.q_pos, cut.rows, largest.page_buckets)
+            kv_len = (keys.n_pages if layout.whole_pool else table.num_live_pages) * table.page_size
+            if packed is None:
+                logical = logical_block_mask(cut.q_pos, mask, group_size, table.page_size, width)
+                block_mask = keys.convert_logical_block_mask(logical, cut.rows, row_of, kv_len)
+            else:
+                block_mask = packed_block_mask(packed, row_of, cut.q_pos, mask, group_size, table, kv_len)
+            if mask.score_mod is not None:
+                score_mod = keys.physical_score(of_queries(mask.score_mod, cut.q_pos, group_size), row_of)
             query_rows = cut.tokens.clamp(min=0)[:, None, :, None] * num_heads + heads  # [tiles, K, L, G]
             numbers = num_rows + torch.arange(query_rows.numel(), device=device).view(query_rows.shape)
             output_rows.append(numbers.transpose(1, 2).reshape(-1, num_heads))
             num_rows += query_rows.numel()
-            row_of, score_mod = _row_of(cut.rows, group_size), None
-            if packed is None:
-                logical = logical_block_mask(cut.q_pos, mask, group_size, table.page_size, width)
-                block_mask = table.convert_logical_block_mask(logical, cut.rows, kv_len)
-            else:
-                block_mask = packed_block_mask(packed, row_of, cut.q_pos, mask, group_size, table, kv_len)
-            if mask.score_mod is not None:
-                score_mod = table.physical_score(of_queries(mask.score_mod, cut.q_pos, group_size), row_of)
             options = layout.kernel_options.get(block_mask.BLOCK_SIZE[0])
-            tiles.append(Tiles(query_rows.flatten(2), block_mask, score_mod, options))
+            tiles.append(Tiles(query_rows.flatten(2), block_mask, score_mod, options, pages))
         return cls(tuple(tiles), torch.cat(output_rows)[queries.places])
 
     @classmethod
     def of_packed(cls, packed: PackedDecodes, chunks: list[Chunk], layout: TileLayout) -> "TiledQueries":
         """Build the tiles of packed decodes. Chunks in none of the tiles are padding. Their output is undefined."""
         positions, rows = np.array([(chunk.start, chunk.sequence.row) for chunk in chunks]).T
-        *arrays, _ = in_tiles([packed.members], positions, rows)
-        arrays.append(np.where(packed.members < 0, 0, rows[packed.members]).astype(np.int32))  # a row for each query
-        queries = InTiles.of(*upload(arrays, layout.tables[0].table.device))
+        queries = InTiles.of(*upload(in_tiles([packed.members], positions, rows), layout.tables[0].table.device))
         return cls.build(queries, layout.packed_mask, 0, layout, packed)
 
 
@@ -233,26 +244,35 @@ def pack_decodes(chunks: list[Chunk], layout: TileLayout) -> PackedDecodes | Non
     return pack(rows, positions, layout.masks[index], layout.tables[index], layout.cascade)
 
 
-def cut_into_tiles(lengths: np.ndarray, layout: TileLayout) -> list[np.ndarray]:
-    """Cut chunks of the given lengths [C] into tiles. Returns the tokens [tiles, L] of each kind in use."""
+def cut_into_tiles(lengths: np.ndarray, positions: np.ndarray, layout: TileLayout) -> list[np.ndarray]:
+    """Cut chunks of the given lengths [C] into tiles. Returns the tokens [tiles, L] of each call of FlexAttention.
+
+    `positions` [T]: the position of each token.
+    """
     firsts = np.cumsum(lengths) - lengths  # [C] index of the first token of each chunk
+    pages = positions[firsts + lengths - 1] // layout.tables[0].page_size + 1  # [C] that a chunk may visit
     kind_of_chunk = np.array([layout.kind_index(length) for length in lengths])
-    return [
-        _cut(layout.kinds[index], firsts[kind_of_chunk == index], lengths[kind_of_chunk == index])
-        for index in np.unique(kind_of_chunk)
-    ]
+    calls = []
+    for index in np.unique(kind_of_chunk):
+        chosen = kind_of_chunk == index
+        calls += _cut(layout.kinds[index], firsts[chosen], lengths[chosen], pages[chosen])
+    return calls
 
 
-def _cut(kind: TileKind, firsts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Cut chunks, given by the index of the first token and the length, into tiles of one kind."""
+def _cut(kind: TileKind, firsts: np.ndarray, lengths: np.ndarray, pages: np.ndarray) -> list[np.ndarray]:
+    """Cut chunks, given by the index of the first token, the length and the pages, into tiles of one kind."""
     tiles_per_chunk = cdiv(lengths, kind.tile_len)
     num_tiles = tiles_per_chunk.sum()
     chunk = np.repeat(np.arange(len(lengths)), tiles_per_chunk)  # [tiles] chunk of each tile
     number = np.arange(num_tiles) - np.repeat(np.cumsum(tiles_per_chunk) - tiles_per_chunk, tiles_per_chunk)
     offset = number[:, None] * kind.tile_len + np.arange(kind.tile_len)  # [tiles, L] within the chunk
-    tokens = np.full((kind.num_padded_tiles(num_tiles), kind.tile_len), -1)
-    tokens[:num_tiles] = np.where(offset < lengths[chunk, None], firsts[chunk, None] + offset, -1)
-    return np.concatenate([tokens[hand :: kind.num_hands] for hand in range(kind.num_hands)])
+    tokens = np.where(offset < lengths[chunk, None], firsts[chunk, None] + offset, -1)
+    calls = []
+    for of_call in np.split(tokens, calls_of(kind, pages[chunk], number == 0)):
+        padding = 0 if kind.num_tiles is None else kind.num_tiles - len(of_call)
+        padded = np.pad(of_call, ((0, padding), (0, 0)), constant_values=-1)
+        calls.append(np.concatenate([padded[hand :: kind.num_hands] for hand in range(kind.num_hands)]))
+    return calls
 
 
 def in_tiles(tiles: list[np.ndarray], positions: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
@@ -266,15 +286,13 @@ def in_tiles(tiles: list[np.ndarray], positions: np.ndarray, rows: np.ndarray) -
     places[every[used]] = used
     arrays = [places]
     for tokens in tiles:
-        q_pos, first = np.where(tokens < 0, -1, positions[tokens]), tokens[:, 0]
-        arrays += [tokens, q_pos.astype(np.int32), np.where(first < 0, 0, rows[first]).astype(np.int32)]
+        of_tokens = np.where(tokens < 0, -1, positions[tokens]), np.where(tokens < 0, 0, rows[tokens])
+        arrays += [tokens, *(numbers.astype(np.int32) for numbers in of_tokens)]
     return arrays
 
 
 def _row_of(rows: Tensor, group_size: int) -> RowOf:
     """Return the function that gives the page-table row of a query, for `rows` of a `Cut`."""
-    if rows.ndim == 1:
-        return lambda tile, q_idx: rows[tile]
     return lambda tile, q_idx: rows[tile, q_idx // group_size]
 
 

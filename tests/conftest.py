@@ -51,8 +51,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     runner.compile_flex_attention = compile_flex_attention if is_flex else compiled_or_dense
 
 
-def compiled_or_dense(device_type, compiled):
-    return compile_flex_attention(device_type, compiled) if compiled else dense_flex
+def compiled_or_dense(device_type, compiled, packing_rows=0):
+    return compile_flex_attention(device_type, compiled, packing_rows) if compiled else dense_flex
 
 
 @pytest.fixture(autouse=True, scope="module")

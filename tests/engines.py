@@ -277,6 +277,7 @@ def visible_slots(batch, index):
         mask = tiles.block_mask
         tile_len, page_size = mask.BLOCK_SIZE
         all_slots = torch.arange(mask.seq_lengths[1], dtype=torch.int32)
+        page_at = range(len(all_slots) // page_size) if tiles.pages is None else tiles.pages.tolist()
         queries = torch.arange(tiles.query_rows.numel(), dtype=torch.int32)[:, None]
         allowed = mask.mask_mod(queries // tile_len, zero, queries % tile_len, all_slots[None]).tolist()
         masked = (mask.kv_num_blocks, mask.kv_indices)
@@ -285,8 +286,12 @@ def visible_slots(batch, index):
             slots = []
             for counts, lists in (masked, whole):
                 pages = lists[query // tile_len, 0, 0, : counts[query // tile_len, 0, 0]].tolist()
-                visited = [page * page_size + offset for page in pages for offset in range(page_size)]
-                slots += [slot for slot in visited if lists is whole[1] or allowed[query][slot]]
+                visited = [(page, offset) for page in pages for offset in range(page_size)]
+                slots += [
+                    page_at[page] * page_size + offset
+                    for page, offset in visited
+                    if lists is whole[1] or allowed[query][page * page_size + offset]
+                ]
             seen.append(slots)
             is_padding = len(seen) - 1 not in in_tiles
             assert not (is_padding and any(allowed[query])), "a padding query sees a slot"

@@ -8,6 +8,8 @@ checked in both ways in which FlexAttention uses them. The uncompiled function u
 slot). The kernels visit the pages that are listed for each tile, and use `mask_mod` on the partial pages.
 """
 
+import itertools
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -17,13 +19,14 @@ from engines import build_step, layout_of, make_sequence, num_cases, windows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flex_nano_vllm import page_table, step
+from flex_nano_vllm import gather, page_table, step
 from flex_nano_vllm.device import TileKind
 from flex_nano_vllm.geometry import Geometry
 from flex_nano_vllm.kv_manager import KVManager
+from flex_nano_vllm.page_table import PageTable
 from flex_nano_vllm.scheduler import Chunk
 from flex_nano_vllm.sequence import Sequence
-from flex_nano_vllm.step import StepBatch, TiledQueries, TileLayout
+from flex_nano_vllm.step import StepBatch, TiledQueries, TileLayout, Tiles
 
 N_PAGES = 13
 
@@ -110,9 +113,11 @@ def scenes(draw, page_size: int) -> Scene:
 @st.composite
 def layouts(draw, tile_lens: tuple[int, ...], group_size: int) -> TileLayout:
     windows = draw(st.sampled_from([(None,), (1,), (None, 2), (3, None), (2, 7), (5, 100)]))
-    buckets = draw(st.sampled_from([None, (2, 64), (1, 3, 5, 64)]))
-    kinds = tuple(TileKind(tile_len, buckets) for tile_len in tile_lens)
-    return layout_of(kinds, 1, group_size, windows, windows[-1], whole_pool=draw(st.booleans()))
+    num_tiles, whole_pool = draw(st.sampled_from([None, 1, 3, 64])), draw(st.booleans())
+    kinds = [TileKind(tile_len, num_tiles, draw(st.integers(1, 2))) for tile_len in tile_lens]
+    if whole_pool:  # a row has at most five pages
+        kinds[-1] = replace(kinds[-1], page_buckets=draw(st.sampled_from([(), (5,), (2, 5), (1, 4, 9)])))
+    return layout_of(tuple(kinds), 1, group_size, windows, windows[-1], whole_pool)
 
 
 def queries_of(batch: StepBatch) -> TiledQueries:
@@ -126,7 +131,7 @@ def queries_of(batch: StepBatch) -> TiledQueries:
 
 
 def tiles_of(batch: StepBatch, layout: TileLayout):
-    """Yield (block mask of each layer mask, tile length, token of each query or None for padding) for each kind in use.
+    """Yield (tiles of each layer mask, tile length, token of each query or None for padding) for each call.
 
     For one kv head.
     """
@@ -135,14 +140,14 @@ def tiles_of(batch: StepBatch, layout: TileLayout):
     }
     lengths = {kind.tile_len for kind in layout.kinds}
     before = 0
-    for kind, tiles in enumerate(queries_of(batch).tiles):
+    for call, tiles in enumerate(queries_of(batch).tiles):
         q_block = tiles.block_mask.BLOCK_SIZE[0]
         assert q_block % layout.group_size == 0
         tile_len = q_block // layout.group_size
         assert tile_len in lengths
         queries = len(tiles.query_rows) * tile_len
-        masks = [queries_of_mask.tiles[kind].block_mask for queries_of_mask in batch.queries]
-        yield masks, tile_len, [token_at.get(before + query) for query in range(queries)]
+        of_masks = [queries_of_mask.tiles[call] for queries_of_mask in batch.queries]
+        yield of_masks, tile_len, [token_at.get(before + query) for query in range(queries)]
         before += queries
 
 
@@ -151,9 +156,15 @@ def kv_len(batch: StepBatch) -> int:
     return queries_of(batch).tiles[0].block_mask.seq_lengths[1]
 
 
-def evaluate(block_mask, kv_len: int) -> np.ndarray:
+def pages_of(tiles: Tiles) -> list[int]:
+    """Return the page of the pool behind each page that attention receives."""
+    page_size = tiles.block_mask.BLOCK_SIZE[1]
+    return list(range(tiles.block_mask.seq_lengths[1] // page_size)) if tiles.pages is None else tiles.pages.tolist()
+
+
+def evaluate(block_mask) -> np.ndarray:
     """Evaluate mask_mod at every (query row, slot). The query rows of all tiles are concatenated."""
-    num_tiles, rows_per_tile = block_mask.kv_num_blocks.shape[0], block_mask.seq_lengths[0]
+    num_tiles, (rows_per_tile, kv_len) = block_mask.kv_num_blocks.shape[0], block_mask.seq_lengths
     zero = torch.zeros((), dtype=torch.int32)
     tile = torch.arange(num_tiles, dtype=torch.int32)[:, None, None]
     q_idx = torch.arange(rows_per_tile, dtype=torch.int32)[None, :, None]
@@ -170,16 +181,22 @@ def listed(counts: torch.Tensor, lists: torch.Tensor) -> list[list[int]]:
 def assert_isolated(scene: Scene, batch: StepBatch, layout: TileLayout) -> None:
     tokens, page_size = scene.tokens(), scene.page_size
     seen_tokens = []
-    for block_masks, tile_len, token_of_query in tiles_of(batch, layout):
+    for of_masks, tile_len, token_of_query in tiles_of(batch, layout):
         rows_per_tile = tile_len * layout.group_size
         num_q_rows = len(token_of_query) * layout.group_size
         seen_tokens += [token for token in token_of_query if token is not None]
-        for window, block_mask in zip(windows_of(layout), block_masks, strict=True):
+        for window, tiles in zip(windows_of(layout), of_masks, strict=True):
+            block_mask, page_at = tiles.block_mask, pages_of(tiles)
             assert tuple(block_mask.BLOCK_SIZE) == (rows_per_tile, page_size)
             highest = max(page for pages in scene.pages.values() for page in pages)
-            in_use = N_PAGES if layout.whole_pool else highest + 1
-            assert tuple(block_mask.seq_lengths) == (rows_per_tile, in_use * page_size)
-            allowed = evaluate(block_mask, kv_len(batch))
+            received = N_PAGES if layout.whole_pool else highest + 1
+            kind = next(kind for kind in layout.kinds if kind.tile_len == tile_len)
+            if kind.page_buckets:
+                assert len(page_at) in kind.page_buckets
+                received = len(page_at)
+            assert tuple(block_mask.seq_lengths) == (rows_per_tile, received * page_size)
+            slot_at = [page * page_size + offset for page in page_at for offset in range(page_size)]
+            allowed = evaluate(block_mask)
             partial = listed(block_mask.kv_num_blocks, block_mask.kv_indices)
             whole = listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
             assert len(partial) == len(whole) == num_q_rows // rows_per_tile
@@ -187,9 +204,9 @@ def assert_isolated(scene: Scene, batch: StepBatch, layout: TileLayout) -> None:
             for q_row in range(num_q_rows):
                 tile, token = q_row // rows_per_tile, token_of_query[q_row // layout.group_size]
                 expected = [] if token is None else scene.visible(*tokens[token], window)
-                assert np.flatnonzero(allowed[q_row]).tolist() == expected
+                assert sorted(slot_at[slot] for slot in np.flatnonzero(allowed[q_row])) == expected
                 visited = [  # with repetition, because a page listed twice counts twice in the softmax
-                    slot
+                    slot_at[slot]
                     for pages, is_masked in ((partial[tile], True), (whole[tile], False))
                     for page in pages
                     for slot in range(page * page_size, page * page_size + page_size)
@@ -199,7 +216,8 @@ def assert_isolated(scene: Scene, batch: StepBatch, layout: TileLayout) -> None:
                 assert token is None or sorted(visited) == expected
                 needed[tile].update(slot // page_size for slot in expected)
             for tile, pages in enumerate(needed):
-                assert sorted(partial[tile] + whole[tile]) == sorted(pages), "listed pages are not those needed"
+                visited = sorted(page_at[page] for page in partial[tile] + whole[tile])
+                assert visited == sorted(pages), "listed pages are not those needed"
     assert sorted(seen_tokens) == list(range(len(tokens))), "a token has no query, or two"
 
 
@@ -278,12 +296,12 @@ def test_end_queries_equal_the_queries_of_a_step_with_only_the_last_tokens_of_ch
         for counts, lists in (("kv_num_blocks", "kv_indices"), ("full_kv_num_blocks", "full_kv_indices")):
             ours = listed(getattr(mask, counts), getattr(mask, lists))
             assert ours == listed(getattr(expected, counts), getattr(expected, lists))
-        assert np.array_equal(evaluate(mask, kv_len(batch)), evaluate(expected, kv_len(batch)))
+        assert np.array_equal(evaluate(mask), evaluate(expected))
 
 
 @settings(max_examples=num_cases(60))
 @given(data=st.data())
-def test_a_chunk_uses_the_smallest_tile_that_holds_it_and_tiles_are_padded_to_a_bucket(data):
+def test_a_chunk_uses_the_smallest_tile_that_holds_it_and_calls_have_a_fixed_number_of_tiles(data):
     scene = data.draw(st.sampled_from([1, 2, 4]).flatmap(scenes))
     layout = data.draw(st.sampled_from([(1,), (4,), (1, 4), (2, 3)]).flatmap(lambda lens: layouts(lens, 1)))
     batch = build_step(scene.chunks, scene.kv, layout)
@@ -293,12 +311,44 @@ def test_a_chunk_uses_the_smallest_tile_that_holds_it_and_tiles_are_padded_to_a_
         tile_len = min(fitting) if fitting else max(kind.tile_len for kind in layout.kinds)
         full, rest = divmod(chunk.length, tile_len)
         num_tiles[tile_len] = num_tiles.get(tile_len, 0) + full + (rest > 0)
-    assert len(queries_of(batch).tiles) == len(num_tiles)
-    for tiles, (tile_len, used) in zip(queries_of(batch).tiles, sorted(num_tiles.items())):
-        buckets = layout.kinds[0].buckets
-        padded = used if buckets is None else min(bucket for bucket in buckets if bucket >= used)
-        assert tiles.query_rows.shape == (padded, 1, tile_len)
-        assert tiles.query_rows.min() >= 0, "padding must read an existing token"
+    for kind in layout.kinds:
+        calls = [tiles.query_rows for tiles in queries_of(batch).tiles if tiles.query_rows.shape[2] == kind.tile_len]
+        used = num_tiles.get(kind.tile_len, 0)
+        if kind.page_buckets:
+            assert sum(map(len, calls)) >= used and bool(calls) == bool(used)
+        else:
+            assert len(calls) == (-(-used // kind.num_tiles) if kind.num_tiles else bool(used))
+        for query_rows in calls:
+            assert query_rows.shape == (kind.num_tiles or len(query_rows), 1, kind.tile_len)
+            assert query_rows.min() >= 0, "padding must read an existing token"
+        assert kind.num_tiles or sum(map(len, calls)) == used
+
+
+@settings(max_examples=num_cases(100))
+@given(
+    pages=st.lists(st.integers(1, 9), min_size=1, max_size=8),
+    num_tiles=st.sampled_from([None, 1, 2, 5]),
+    page_buckets=st.sampled_from([(), (9,), (4, 9), (1, 3, 9)]),
+    data=st.data(),
+)
+def test_a_call_has_no_more_tiles_and_pages_than_its_buckets(pages, num_tiles, page_buckets, data):
+    """`pages`: those of each chunk. No two adjacent calls could have been one."""
+    chunks = [data.draw(st.integers(1, 7)) for _ in pages]  # tiles of each chunk
+    chunk = np.repeat(np.arange(len(pages)), chunks)
+    is_first = np.concatenate([np.arange(number) == 0 for number in chunks])
+    firsts = gather.calls_of(TileKind(1, num_tiles, 1, page_buckets), np.array(pages)[chunk], is_first)
+    calls = [call.tolist() for call in np.split(chunk, firsts)]
+
+    def fits(call: list[int]) -> bool:
+        in_call = set(call)
+        few_pages = not page_buckets or sum(pages[i] for i in in_call) <= page_buckets[:2][-1] or len(in_call) == 1
+        return len(call) <= (num_tiles or math.inf) and few_pages
+
+    assert all(calls) and all(map(fits, calls))
+    for call, following in itertools.pairwise(calls):
+        rest = [i for i in following if i == following[0]]  # a chunk is cut only where a call has all its tiles
+        one_more = rest[:1] if following[0] == call[-1] else rest
+        assert not fits(call + one_more) or len(call + one_more) > (num_tiles or math.inf)
 
 
 @pytest.mark.parametrize("whole_pool", [True, False])
@@ -306,7 +356,7 @@ def test_a_chunk_uses_the_smallest_tile_that_holds_it_and_tiles_are_padded_to_a_
 @given(data=st.data())
 def test_attention_gets_the_whole_or_the_used_pool_and_lists_as_wide_as_the_cpu_kernel_needs(whole_pool, data):
     scene = data.draw(st.sampled_from([1, 2, 4]).flatmap(scenes))
-    kinds = (TileKind(1, (2, 64)), TileKind(4, (2, 64)))
+    kinds = (TileKind(1, 64), TileKind(4, 64))
     batch = build_step(scene.chunks, scene.kv, layout_of(kinds, 1, 2, (None, 3), 3, whole_pool))
     highest = max(page for pages in scene.pages.values() for page in pages)
     assert kv_len(batch) == (N_PAGES if whole_pool else highest + 1) * scene.page_size
@@ -336,7 +386,7 @@ def test_the_uploads_of_a_step_do_not_grow_with_max_seq_length(monkeypatch):
             row = kv.allocate([])
             assert kv.reserve(row, start + length)
             chunks.append(Chunk(sequence_of(row, start + length), start, length))
-        kinds = (TileKind(1, (2, 4)), TileKind(4, (2, 4)))
+        kinds = (TileKind(1, 4), TileKind(4, 2))
         build_step(chunks, kv, layout_of(kinds, 1, 1, (None, 6), 6, whole_pool=True))
     assert uploads[64] == uploads[65_536] and len(uploads[64]) > 10
 
@@ -352,7 +402,7 @@ def test_the_drawing_in_the_docstring_of_step_holds():
         Chunk(sequence_of(c, 6), 0, 5),  # the last prompt token of c is not in this step
     ]
     layout = layout_of(
-        (TileKind(1, (4, 8)), TileKind(4, (2, 8))),
+        (TileKind(1, 4), TileKind(4, 2)),
         num_kv_heads=1,
         group_size=2,
         windows=(None,),
@@ -384,7 +434,7 @@ def test_padding_in_row_0_sees_nothing_and_writes_to_page_0():
     for _ in range(4):
         scene.grow(row)  # pages of another row, which padding must not see
     layout = layout_of(
-        (TileKind(1, (4,)), TileKind(4, (4,))),
+        (TileKind(1, 4), TileKind(4, 4)),
         num_kv_heads=1,
         group_size=2,
         windows=(None, 2),
@@ -396,7 +446,7 @@ def test_padding_in_row_0_sees_nothing_and_writes_to_page_0():
     assert all(0 <= slot < scene.page_size for slots in batch.slots for slot in slots.tolist())
     for queries in batch.queries:
         for block_mask in (tiles.block_mask for tiles in queries.tiles):
-            assert not evaluate(block_mask, kv_len(batch)).any()
+            assert not evaluate(block_mask).any()
 
 
 def test_a_row_sees_no_tokens_of_the_sequence_that_used_its_pages_before():
@@ -418,8 +468,9 @@ def test_a_row_sees_no_tokens_of_the_sequence_that_used_its_pages_before():
 
 def test_tiles_are_dealt_to_the_threads():
     """Each of two threads computes one half of the tiles. Five tiles of a prompt are padded to eight."""
-    layout = layout_of((TileKind(2, (8,), num_hands=2),), 1, 1, (None,), None, whole_pool=True)
-    (tiles,) = step.cut_into_tiles(np.array([9]), layout)
+    layout = layout_of((TileKind(2, 8, num_hands=2),), 1, 1, (None,), None, whole_pool=True)
+    layout = replace(layout, tables=(PageTable(2, 64, 1, 1),))
+    (tiles,) = step.cut_into_tiles(np.array([9]), np.arange(9), layout)
     assert tiles[:4].tolist() == [[0, 1], [4, 5], [8, -1], [-1, -1]]
     assert tiles[4:].tolist() == [[2, 3], [6, 7], [-1, -1], [-1, -1]]
     places, *_ = step.in_tiles([tiles], np.arange(9), np.zeros(9, dtype=int))

@@ -91,7 +91,7 @@ def scenes(draw):
 @settings(max_examples=num_cases(200))
 @given(scene=scenes(), whole_pool=st.booleans(), num_padding=st.integers(0, 3))
 def test_a_packed_query_sees_the_same_slots_as_alone_and_its_tile_reads_each_page_once(scene, whole_pool, num_padding):
-    kinds = (TileKind(1, (16,)),)
+    kinds = (TileKind(1, 16),)
     layout = layout_of(kinds, 1, 1, scene.windows, scene.windows[-1], whole_pool, ALWAYS)
     window = layout.masks[layout.packed_mask].window
     with pytest.MonkeyPatch.context() as monkeypatch:

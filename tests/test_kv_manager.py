@@ -96,7 +96,7 @@ class Texts(RuleBasedStateMachine):
             return row
 
         self.kv.allocate = recorded
-        kinds = (TileKind(1, None), TileKind(3, None))
+        kinds = (TileKind(1, None), TileKind(3, None, page_buckets=(4, 24)))
         windows = self.geometry.layer_windows
         self.layout = layout_of(kinds, 1, 1, tuple(dict.fromkeys(windows)), windows[-1], whole_pool=True)
         self.texts: list[tuple[int, ...]] = [()]  # all prompts and finished texts, whose prefixes start new prompts
@@ -219,7 +219,7 @@ class Texts(RuleBasedStateMachine):
             assert len(set(slots)) == len(slots), "two tokens in one slot"
             for (chunk, text), slot in zip(tokens, slots):
                 page = slot // self.geometry.page_size
-                users = [row for row in table.allocated_rows if page in map(partial(table.page, row), range(24))]
+                users = [row for row in table._pages if page in map(partial(table.page, row), range(24))]
                 assert page and users == [chunk.sequence.row], "a page is shared before it is full"
                 spoilt = is_broken(text) or key_of(chunk.sequence) in self.faulty
                 self.written[window][slot] = ZEROS if spoilt else (chunk.sequence.cache_salt, *text)
@@ -271,7 +271,7 @@ class Texts(RuleBasedStateMachine):
             steps_left -= 1
             self.step()
         for table in self.kv.pools.values():
-            assert table.num_used_pages == 0 and table.allocated_rows == []
+            assert table.num_used_pages == 0 and not table._pages
 
 
 TestTexts = Texts.TestCase

@@ -15,7 +15,7 @@ ORDER = [
     ["masks", "sampling_params", "prefix_cache", "compiling", "grammar", "detokenizer", "geometry", "outputs"],
     ["device", "sequence"],
     ["models", "page_table", "policies"],
-    ["kv_manager"],
+    ["kv_manager", "gather"],
     ["scheduler", "cascade"],
     ["step", "invariants", "output_processor", "logprobs"],
     ["attention", "sampler"],

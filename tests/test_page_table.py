@@ -138,7 +138,7 @@ def test_a_new_table_maps_nothing_and_has_all_pages_except_page_0_free():
     table = make(n_pages=8)
     assert (table.num_usable_pages, table.num_free_pages, table.num_used_pages) == (7, 7, 0)
     assert table.num_live_pages == 1
-    assert table.allocated_rows == []
+    assert not table._pages
     assert not table.table.any() and not table.host_table.any()
     assert (table.physical_to_logical == -1).all()
 
@@ -252,10 +252,10 @@ def test_reserving_too_many_tokens_for_a_row_raises_even_if_the_pool_is_too_smal
 
 def test_erase_releases_the_row_and_all_its_pages(worked_example):
     worked_example.erase(2)
-    assert worked_example.allocated_rows == [3]
+    assert list(worked_example._pages) == [3]
     assert (worked_example.num_free_pages, worked_example.num_used_pages) == (4, 3)
     worked_example.erase(3)
-    assert worked_example.allocated_rows == []
+    assert not worked_example._pages
     assert worked_example.num_free_pages == worked_example.num_usable_pages
     row = worked_example.allocate()
     assert worked_example.reserve(row, 28)

@@ -98,7 +98,7 @@ def assert_empty(scheduler: Scheduler) -> None:
     assert not scheduler.has_unfinished_requests()
     assert schedule(scheduler) == []
     assert table.num_free_pages == table.num_usable_pages
-    assert table.allocated_rows == []
+    assert not table._pages
 
 
 def assert_complete(sequence: Sequence) -> None:

@@ -42,7 +42,8 @@ from flex_nano_vllm.sequence import Sequence
 
 EOS, NOT_FINITE = 0, -1
 FAILED = "written by a step that failed"
-LAYOUT = layout_of((TileKind(1, None), TileKind(3, (1, 2, 9))), 1, 1, windows=(None, 3), last_window=3, whole_pool=True)
+KINDS = TileKind(1, None), TileKind(3, 2, page_buckets=(2, 11))
+LAYOUT = layout_of(KINDS, 1, 1, windows=(None, 3), last_window=3, whole_pool=True)
 
 PROMPTS = st.tuples(
     st.one_of(st.integers(0, 3), st.integers(0, 99)),  # gives the length of the prompt, see `submit`
@@ -219,7 +220,7 @@ class Engine(RuleBasedStateMachine):
 
         The second `erase` raises. Neither changes the pages of other rows.
         """
-        if len(self.table.allocated_rows) == self.rows:
+        if len(self.table._pages) == self.rows:
             with pytest.raises(RuntimeError, match=f"all {self.rows} rows"):
                 self.table.allocate()
             return
@@ -494,7 +495,7 @@ class Engine(RuleBasedStateMachine):
             self.holds()
         assert self.scheduler.schedule() == []
         assert self.table.num_free_pages == self.table.num_usable_pages == self.usable_pages
-        assert self.table.allocated_rows == []
+        assert not self.table._pages
 
 
 TestEngine = Engine.TestCase

@@ -28,7 +28,6 @@ from benchmarks.pretended_gpu import GPUS, Graph, engines_on
 from flex_nano_vllm import Inference, attention, cascade, page_table, runner, step
 from flex_nano_vllm.attention import PagedKVCache, attend
 from flex_nano_vllm.compiling import compile_settings
-from flex_nano_vllm.device import decode_buckets
 from flex_nano_vllm.geometry import Geometry, cdiv
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.masks import Causal, MaskMod, Pages
@@ -105,7 +104,7 @@ class Scene:
         rule = cascade.cascade_rule(K, case.group_size, geometry, cpu) if case.shared else None
         layout = layout_of(kinds, K, case.group_size, case.windows, case.windows[-1], whole_pool=True, cascade=rule)
         self.layout = replace(layout, tables=(table,) * len(case.windows), kernel_options=options)
-        self.decode_layout = replace(self.layout, kinds=(replace(kinds[0], buckets=decode_buckets(max_batch_size)),))
+        self.decode_layout = replace(self.layout, kinds=(replace(kinds[0], num_tiles=None),))
 
     def slot(self, chunk: Chunk, position: int) -> int:
         page_size = self.case.page_size
