@@ -158,8 +158,11 @@ def tile_kinds(
 
 
 def decode_buckets(max_batch_size: int) -> tuple[int, ...]:
-    """Return the numbers of decodes to which steps are padded. The linear layers compute the padding too."""
-    return tuple(sorted({cdiv(max_batch_size, 4), cdiv(max_batch_size, 2), max_batch_size}))
+    """Return the numbers of decodes to which steps are padded. The linear layers compute the padding too.
+
+    A single stream is not padded: with 8 decodes its steps would take twice as long.
+    """
+    return tuple(sorted({1, cdiv(max_batch_size, 4), cdiv(max_batch_size, 2), max_batch_size}))
 
 
 def packed_tiles(group_size: int, device_type: str) -> tuple[int, float, float]:

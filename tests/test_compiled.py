@@ -68,10 +68,10 @@ def test_compiled_engine_equals_generate_and_never_compiles_after_warmup():
         torch._dynamo.reset()  # discards the graphs of other tests
         before = num_graphs()
         engine.warmup()
-        # 3 buckets of decodes; the model for any length; attention with 2 masks in tiles of one token, and in larger
+        # 4 buckets of decodes; the model for any length; attention with 2 masks in tiles of one token, and in larger
         # tiles; the search of the sampler. (The last layer uses larger tiles only for prompt logprobs.)
         max_graphs = engine.runner.max_graphs + engine.sampler.max_graphs
-        assert num_graphs() - before == max_graphs == 3 + 1 + 2 + 2 + 1
+        assert num_graphs() - before == max_graphs == 4 + 1 + 2 + 2 + 1
         after_warmup = num_graphs()
         outputs = engine.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
         assert [output.outputs[0].token_ids for output in outputs] == expected
@@ -95,7 +95,7 @@ def test_packed_decodes_need_one_more_graph(num_packed):
         engine.warmup()
         after_warmup = num_graphs()
         max_graphs = engine.runner.max_graphs + engine.sampler.max_graphs
-        assert after_warmup - before == max_graphs == 3 + 1 + 1 + 2 + 2 + 1, "packing adds one graph"
+        assert after_warmup - before == max_graphs == 4 + 1 + 1 + 2 + 2 + 1, "packing adds one graph"
         assert tokens_of(engine.generate(prompts, greedy(12), use_tqdm=False)) == expected
         assert num_packed[0] > 5
         counted = num_packed[0]
