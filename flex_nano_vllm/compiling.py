@@ -44,7 +44,7 @@ def compile_settings(device_type: str) -> Iterator[None]:
 
 
 class TransposedProducts(TorchFunctionMode):
-    """Computes linear layers as `(weight @ input.T).T`. The libraries for CPUs are faster that way for few rows.
+    """Computes linear layers as `(weight @ input.T).T`. The libraries for CPUs multiply few rows of float32 faster so.
 
     Quantised weights, which are subclasses of Tensor, keep their own product.
     """

@@ -196,7 +196,7 @@ def decode_function(model: PreTrainedModel, layout: TileLayout) -> Callable[[Ste
 
     def decode(vectors: StepVectors, packed: TiledQueries | None) -> Tensor:
         step = StepBatch.build(vectors, layout.tables[0].max_pages_per_row, layout, packed)
-        with TransposedProducts() if layout.tables[0].table.device.type == "cpu" else nullcontext():
+        with TransposedProducts() if model.dtype == torch.float32 and model.device.type == "cpu" else nullcontext():
             return model(**model_inputs(vectors), step=step).logits[0]
 
     return decode
