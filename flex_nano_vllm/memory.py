@@ -4,6 +4,8 @@ import bisect
 from collections import Counter
 from dataclasses import dataclass, replace
 
+import torch
+
 from flex_nano_vllm.device import free_bytes
 from flex_nano_vllm.geometry import Geometry, cdiv
 from flex_nano_vllm.logprobs import LOGPROB_ROWS_AT_ONCE
@@ -47,6 +49,18 @@ def largest_pool(spec: ModelSpec, geometry: Geometry, num_bytes: int) -> int:
     return 1 + bisect.bisect_right(sizes, num_bytes, key=lambda n: kv_bytes(spec, replace(geometry, n_pages=n)))
 
 
+def most_pages_of_kernels(spec: ModelSpec, geometry: Geometry) -> int | None:
+    """Return the largest `n_pages` for which CUDA kernels read the right keys; None: no limit.
+
+    The kernels compute offsets as int32: that of a key within its head before torch 2.14 (vllm-project/vllm#50427,
+    pytorch/pytorch#185264), and that of an entry of the page table in every version.
+    """
+    if spec.device.type != "cuda":
+        return None
+    limit = (2**31 - 1) // (geometry.max_batch_size + 1)
+    return min(limit, (2**31 - 1) // (geometry.page_size * spec.head_dim)) if torch.__version__ < "2.14" else limit
+
+
 def pool_size(spec: ModelSpec, geometry: Geometry) -> int:
     """Return the default number of pages: enough for `max_batch_size` sequences of `max_seq_length`, if memory allows.
 
@@ -56,6 +70,7 @@ def pool_size(spec: ModelSpec, geometry: Geometry) -> int:
     """
     device = spec.device
     enough = 1 + geometry.max_batch_size * geometry.most_pages(geometry.max_seq_length)
+    enough = min(enough, most_pages_of_kernels(spec, geometry) or enough)
     geometry = replace(geometry, n_pages=enough)
     share = DEFAULT_SHARE.get(device.type, DEFAULT_SHARE_ELSEWHERE)
     free = max(0, free_bytes(device) - step_bytes(spec, geometry))
@@ -127,7 +142,16 @@ def fitted_geometry(spec: ModelSpec, geometry: Geometry, n_pages: int | None) ->
 
 
 def check_pool_fits(spec: ModelSpec, geometry: Geometry) -> None:
-    """Check that the pools fit into free memory. Raises ValueError with the sizes and the largest n_pages that fits."""
+    """Check that the pools fit into free memory, and that kernels can read them.
+
+    Raises ValueError with the sizes and the largest n_pages.
+    """
+    limit = most_pages_of_kernels(spec, geometry)
+    if limit is not None and geometry.n_pages > limit:
+        raise ValueError(
+            f"n_pages={geometry.n_pages:,} is more than the {limit:,} pages of {geometry.page_size} tokens that the "
+            f"kernels of torch {torch.__version__} can read with max_batch_size={geometry.max_batch_size}"
+        )
     needed = kv_bytes(spec, geometry)
     free = max(0, free_bytes(spec.device) - step_bytes(spec, geometry))
     if needed > free:

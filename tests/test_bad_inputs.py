@@ -14,6 +14,7 @@ import pytest
 import torch
 from engines import greedy
 from tiny_models import CONFIGS, VOCABULARY, hf_generate, tiny_model
+from torch.torch_version import TorchVersion
 from transformers import AutoModel, AutoModelForCausalLM, GPT2Config
 
 from benchmarks.random_models import BYTE_VOCABULARY, byte_tokenizer
@@ -627,6 +628,30 @@ def test_a_default_pool_that_memory_limits_is_rounded_down_by_less_than_a_sixtee
 def test_a_default_pool_that_memory_does_not_limit_is_not_rounded(bare_model, monkeypatch):
     n_pages, _, wanted = limited_pool(spec_of(bare_model), monkeypatch, 10**12)
     assert n_pages == wanted == 20_001
+
+
+@pytest.mark.parametrize(
+    ("version", "rows", "page_size"), [("2.13.1", 1, 2**20), ("2.14.0", 1, 2**20), ("2.14.0", 9, 1)]
+)
+def test_a_pool_is_no_larger_than_the_offsets_of_cuda_kernels(bare_model, monkeypatch, version, rows, page_size):
+    """Offsets are int32: those of keys before torch 2.14, and those of the page table."""
+    spec = dataclasses.replace(spec_of(bare_model), device=torch.device("cuda"))
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10**18)
+    pages_per_row = 1_000 if page_size > 1 else 2**30
+    geometry = Geometry(2, page_size, rows, pages_per_row * page_size, 64, (None,))
+    enough = 1 + rows * pages_per_row
+    n_pages = memory.pool_size(spec, geometry)
+    memory.check_pool_fits(spec, dataclasses.replace(geometry, n_pages=n_pages))
+    if version < "2.14":
+        assert n_pages * page_size * spec.head_dim < 2**31 <= (n_pages + 1) * page_size * spec.head_dim
+    elif page_size > 1:
+        assert n_pages == enough and n_pages * page_size * spec.head_dim > 2**31
+    else:
+        assert n_pages * (rows + 1) < 2**31 <= (n_pages + 1) * (rows + 1) and n_pages < enough
+    if n_pages < enough:
+        with pytest.raises(ValueError, match=f"is more than the {n_pages:,} pages of {page_size} tokens"):
+            memory.check_pool_fits(spec, dataclasses.replace(geometry, n_pages=n_pages + 1))
 
 
 def test_a_larger_token_budget_keeps_no_more_memory_free_for_logits(bare_model):
