@@ -2,11 +2,14 @@
 
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
+from engines import prompt_of
 from rich.console import Console
 from tiny_models import tiny_model
+from torch.overrides import TorchFunctionMode
 
 from benchmarks import overhead
 from benchmarks.overhead import (
@@ -19,7 +22,7 @@ from benchmarks.overhead import (
 )
 from benchmarks.random_models import byte_tokenizer
 from benchmarks.workload import RunOptions
-from flex_nano_vllm import Inference
+from flex_nano_vllm import Inference, SamplingParams
 from flex_nano_vllm.async_inference import AsyncInference
 
 
@@ -192,3 +195,59 @@ def test_the_report_has_all_values_of_each_curve(monkeypatch, capsys):
     for curve in ("pages", "waiting", "streams", "max_seq_length", "followed"):
         assert set(column(curve, "batch_size")) == {2}
     assert model.config.max_position_embeddings == 512  # as before
+
+
+class Waits(TorchFunctionMode):
+    """Notes the calls for which the host has to wait for results of the device."""
+
+    NAMES = ("tolist", "item", "cpu", "nonzero", "unique", "masked_select", "equal", "allclose", "is_nonzero")
+    CONVERSIONS = ("__bool__", "__int__", "__float__", "__index__", "__contains__")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        index = args[1] if name in ("__getitem__", "__setitem__") else ()
+        by_mask = any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in as_tuple(index))
+        if name in (*self.NAMES, *self.CONVERSIONS) or by_mask:
+            self.seen.append(name)
+        return func(*args, **kwargs or {})
+
+
+def as_tuple(index):
+    return index if isinstance(index, tuple) else (index,)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        dict(temperature=0),
+        dict(temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, seed=1),
+        dict(temperature=0, logprobs=2, prompt_logprobs=1),
+        dict(temperature=0, repetition_penalty=1.2, logit_bias={5: 2.0}, allowed_token_ids=[4, 5, 6]),
+    ],
+    ids=str,
+)
+def test_the_host_waits_for_the_device_once_in_a_step(params):
+    """Prompts in chunks, decodes, a fork, a preemption and a request that ends are in these steps."""
+    params = SamplingParams(max_tokens=8, **params)
+    sizes = dict(max_batch_size=3, max_seq_length=64, n_pages=9, page_size=4, max_num_batched_tokens=10, watermark=0)
+    with Inference(tiny_model("gemma2", torch.float64), None, **sizes, compile=False) as engine:
+        for length, n in ((3, 2), (14, 1), (1, 1)):
+            engine.add_request(prompt_of(length), replace(params, n=n))
+        num_steps = 0
+        while engine.scheduler.has_unfinished_requests():
+            with Waits() as waits:
+                engine.run_one_step()
+            assert len(waits.seen) == 1 and waits.seen[0] in ("tolist", "cpu"), waits.seen
+            num_steps += 1
+        assert num_steps > 10 and engine.stats().num_preemptions > 0
+
+
+def test_waiting_for_the_device_is_noticed():
+    tensor = torch.arange(3)
+    with Waits() as waits:
+        assert tensor[tensor > 1].tolist() == [2] and tensor.sum() > 1 and int(tensor[0]) == 0
+    assert waits.seen == ["__getitem__", "tolist", "__bool__", "__int__"]
