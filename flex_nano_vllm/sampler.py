@@ -177,16 +177,16 @@ def threshold(weights: Tensor, quota: Tensor, by_count: Tensor) -> Tensor:
     """
     num_bits = 8 * weights.itemsize - 2
     as_int = torch.int32 if weights.itemsize == 4 else torch.int64
-    # A compiled pass compares with three numbers in the time of one. Uncompiled, it would take their memory, too.
+    # A compiled pass compares with three numbers in the time of one. Uncompiled, each comparison is a pass of its own.
     bits_per_pass = 2 if torch.compiler.is_compiling() else 1
-    digits = torch.arange(1, 1 << bits_per_pass, dtype=as_int, device=weights.device)
-    amounts = torch.where(by_count, 1, weights)[:, None]
-    low = torch.zeros(len(weights), 1, dtype=as_int, device=weights.device)  # all numbers below are too small to be x
+    amounts = torch.where(by_count, 1, weights)
+    low = torch.zeros(len(weights), dtype=as_int, device=weights.device)  # all numbers below are too small to be x
     for shift in range(num_bits - bits_per_pass, -1, -bits_per_pass):
-        bounds = (low + (digits << shift) - 1).view(weights.dtype)  # [S, digits]
-        above = block_sums(torch.where(weights[:, None] > bounds[:, :, None], amounts, 0)).sum(dim=-1)
-        low = low + ((above >= quota[:, None]).sum(dim=1, keepdim=True, dtype=as_int) << shift)
-    return low.view(weights.dtype).squeeze(1)
+        bounds = [low + (digit << shift) for digit in range(1, 1 << bits_per_pass)]
+        for bound in bounds:
+            is_above = weights > (bound - 1).view(weights.dtype)[:, None]
+            low = torch.where(block_sums(torch.where(is_above, amounts, 0)).sum(dim=-1) >= quota, bound, low)
+    return low.view(weights.dtype)
 
 
 def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
