@@ -66,7 +66,7 @@ def measure_crossover(
         cache = PagedKVCache(0, (NUM_KV_HEADS, n_pages * page_size, HEAD_DIM), dtype, device)
         for pool in (cache.k_cache, cache.v_cache):
             pool.normal_(generator=torch.Generator(device).manual_seed(0))
-        kinds = tile_kinds(group_size, largest, longest, device.type)
+        kinds = tile_kinds(group_size, largest, longest, device.type)  # pages are not gathered
         decode_kinds = (replace(kinds[0], num_tiles=None),)
         all_rows = [kind.tile_len * group_size for kind in kinds]
         options = kernel_options(device, all_rows, page_size, HEAD_DIM, dtype)

@@ -281,12 +281,12 @@ def engines_on(gpu: Gpu) -> Iterator[GpuCompiler]:
         return call
 
     with contextlib.ExitStack() as stack:
-        in_runner, in_cascade = ("tile_kinds", "kernel_options"), ("packed_tiles", "num_processors")
+        in_runner, in_cascade = ("tile_kinds", "kernel_options", "page_buckets"), ("packed_tiles", "num_processors")
         for module, name in [*((runner, name) for name in in_runner), *((cascade, name) for name in in_cascade)]:
             stack.enter_context(mock.patch.object(module, name, on_gpu(getattr(module, name))))
         stack.enter_context(mock.patch.object(runner, "TransposedProducts", contextlib.nullcontext))
         for module in (runner, sampler):
-            stack.enter_context(mock.patch.object(module, "inductor", lambda device_type: compiler))
+            stack.enter_context(mock.patch.object(module, "inductor", lambda *args: compiler))
         for module in (page_table, cascade):
 
             def widen_on_gpu(pages: Tensor, stride: int, width: int) -> Tensor:

@@ -98,8 +98,8 @@ def no_cuda_graphs() -> Iterator[None]:
     """Launch the kernels of a step of decodes one by one."""
     inductor = runner.inductor
 
-    def backend_of(device_type: str) -> str | Callable[..., object]:
-        backend = inductor(device_type)
+    def backend_of(*args: object) -> str | Callable[..., object]:
+        backend = inductor(*args)
         return without_options if backend == "inductor" else backend
 
     with mock.patch.object(runner, "inductor", backend_of):

@@ -44,7 +44,8 @@ def compile_settings(device_type: str) -> Iterator[None]:
 
 
 class TransposedProducts(TorchFunctionMode):
-    """Computes linear layers as `(weight @ input.T).T`. The libraries for CPUs multiply few rows of float32 faster so.
+    """Computes linear layers as `(weight @ input.T).T`. The libraries for CPUs are faster in this form for few rows of
+    float32.
 
     Quantised weights, which are subclasses of Tensor, keep their own product.
     """
@@ -92,9 +93,9 @@ def inductor_on_cpu(graph: torch.fx.GraphModule, inputs: list[Tensor], packing_r
       is changed.
     - In bfloat16, a kernel for few query rows computes the product of weights and values itself, with register tiles of
       4 x 64 where AVX-512 has registers for them. Attention of 32 decodes takes six tenths of the time.
-    - A kernel for tiles of `packing_rows` query rows packs keys and values, if they are bfloat16 (`gather.py`), and no
-      other kernel does. Torch packs for 64 rows and more, and only on a CPU with AMX, although the library that
-      multiplies packed numbers needs AVX-512 only.
+    - A kernel for tiles of `packing_rows` query rows packs keys and values of 16 bits (`gather.py`). No other kernel
+      does. Torch packs for 64 rows and more, and only on a CPU with AMX, although the library that multiplies packed
+      numbers needs AVX-512 only.
     - tanh is computed from exp (`use_decompose_tanh`), for softcaps and GELU, with an absolute error of about 1e-7. The
       library function takes longer.
     - The kernel includes two headers, and reading them takes as long as compiling the kernel. Declarations replace

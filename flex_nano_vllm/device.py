@@ -118,7 +118,7 @@ class TileKind:
 # Query rows of a large tile: tokens times G. On a GPU they fill a matrix-multiply tile. On a CPU this number was the
 # fastest.
 LARGE_TILE_ROWS = {"cuda": 128, "cpu": 16}
-# The same for tiles whose pages are gathered: those of packed keys are multiplied by a library, in larger blocks.
+# The same for tiles whose pages are gathered. A library multiplies the packed keys, in larger blocks.
 GATHERED_TILE_ROWS = 32
 
 
@@ -144,7 +144,7 @@ def tile_kinds(
 
     A step has one call for its small tiles, and at most four calls for its large ones (more if their pages are
     gathered), because each chunk has at most one unfilled tile and a step has at most `max_batch_size` chunks. One size
-    of calls means one graph. Most steps with a prompt need one call.
+    of calls means one graph.
 
     Args:
         budget: the token budget of a step.

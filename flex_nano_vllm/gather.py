@@ -28,9 +28,15 @@ from flex_nano_vllm.page_table import PageMap, PageTable
 PAGE_BUCKETS = (4, 16, 64, 256, 1024, 4096)
 
 
-def page_buckets(device: torch.device, dtype: torch.dtype, max_pages_per_row: int) -> tuple[int, ...]:
-    """Return the numbers of pages that calls receive, the largest for the longest row; () if nothing is gathered."""
-    if device.type != "cpu" or dtype != torch.bfloat16 or not torch.cpu._is_avx512_bf16_supported():
+def page_buckets(device: torch.device, dtype: torch.dtype, page_size: int, max_pages_per_row: int) -> tuple[int, ...]:
+    """Return the numbers of pages that calls receive, the largest for the longest row; () if nothing is gathered.
+
+    Torch's kernel reads packed values of pages with an odd number of tokens from wrong places.
+    """
+    has_instructions = torch.cpu._is_avx512_bf16_supported() and torch.backends.mkldnn.enabled
+    is_used = torch.backends.cpu.get_cpu_capability().startswith("AVX512")  # ATEN_CPU_CAPABILITY may limit it
+    packs = has_instructions and is_used and torch.__version__ < "2.16.dev0"  # see `compiling.REPLACEMENTS`
+    if device.type != "cpu" or dtype != torch.bfloat16 or page_size % 2 or not packs:
         return ()
     return *itertools.takewhile(lambda bucket: bucket < max_pages_per_row, PAGE_BUCKETS), max_pages_per_row
 
@@ -62,18 +68,18 @@ def gather(
     Args:
         mask: the mask of the layers.
         q_pos: [tiles, L] int32, position of each query in its sequence; -1 for padding.
-        rows: [tiles, L] int32, the page-table row of each query: that of its tile, or row 0 for padding.
+        rows: [tiles] int32, the page-table row of each tile; row 0 for padding.
         buckets: the number of pages is padded to one of these.
     Returns:
         Where the pages of each row lie in the copy, and the physical pages to copy, [N] int32.
     """
     begin, _ = mask.visible_pages(q_pos[:, 0], last := q_pos.amax(dim=1), table.page_size)[0]
-    logical = torch.arange(table.max_pages_per_row, dtype=torch.int32)
-    of_tiles, ends = rows.amax(dim=1).long(), torch.zeros_like(table.table[:, 0])
-    begins = torch.full_like(ends, len(logical)).scatter_reduce(0, of_tiles, begin, "amin")
-    ends = ends.scatter_reduce(0, of_tiles, last // table.page_size + 1, "amax")
+    logical = torch.arange(table.max_pages_per_row, dtype=torch.int32, device=rows.device)
+    begin = torch.where(last < 0, len(logical), begin.int())  # padding visits nothing
+    begins = torch.full_like(table.table[:, 0], len(logical)).scatter_reduce(0, rows.long(), begin, "amin")
+    ends = torch.zeros_like(begins).scatter_reduce(0, rows.long(), last // table.page_size + 1, "amax")
     row, page = ((begins[:, None] <= logical) & (logical < ends[:, None])).nonzero().unbind(dim=1)
-    places = torch.arange(len(row), dtype=torch.int32)
+    places = torch.arange(len(row), dtype=torch.int32, device=rows.device)
     num_pages = next(bucket for bucket in buckets if bucket >= len(row))
     forward, inverse = torch.zeros_like(table.table), table.table.new_full((len(begins), num_pages), -1)
     forward[row, page], inverse[row, places] = places, page.int()

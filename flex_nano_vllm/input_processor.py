@@ -205,7 +205,7 @@ class InputProcessor:
             sampling_params = SamplingParams()
         if isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params] * len(prompts)
-        if not isinstance(sampling_params, list | tuple):
+        if not isinstance(sampling_params, list | tuple) or any(params is None for params in sampling_params):
             raise ValueError(
                 f"sampling_params must be SamplingParams or a list of them, got {shortened(sampling_params)}"
             )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from flex_nano_vllm.device import free_bytes
+from flex_nano_vllm.gather import page_buckets
 from flex_nano_vllm.geometry import Geometry, cdiv
 from flex_nano_vllm.logprobs import LOGPROB_ROWS_AT_ONCE
 from flex_nano_vllm.models import ModelSpec
@@ -20,11 +21,16 @@ DEFAULT_SHARE_ELSEWHERE = 0.5
 
 
 def step_bytes(spec: ModelSpec, geometry: Geometry) -> int:
-    """Return the bytes of the largest temporaries of a step: the logits, a copy of them, and those of the sampler."""
+    """Return the bytes of the largest temporaries of a step: the logits, a copy of them, and those of the sampler.
+
+    If pages are gathered, also the keys and values of the longest row in one layer, copied and packed.
+    """
     num_rows = min(geometry.max_batch_size + MAX_PROMPT_LOGITS, geometry.max_num_batched_tokens)
     of_logits = num_rows * 2 * spec.dtype.itemsize
     of_sampler = max(geometry.max_batch_size, min(num_rows, LOGPROB_ROWS_AT_ONCE)) * BYTES_PER_LOGIT
-    return (of_logits + of_sampler) * spec.num_embeddings
+    sizes = geometry.page_size, geometry.max_pages_per_row
+    of_copies = 2 * geometry.max_row_tokens * token_bytes(spec) if page_buckets(spec.device, spec.dtype, *sizes) else 0
+    return (of_logits + of_sampler) * spec.num_embeddings + of_copies
 
 
 def token_bytes(spec: ModelSpec) -> int:

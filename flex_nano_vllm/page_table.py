@@ -62,7 +62,7 @@ class PageMap:
         self.page_size, self.table, self.physical_to_logical = page_size, table, physical_to_logical
         self.n_pages = physical_to_logical.shape[1]
 
-    def convert_logical_block_mask(self, block_mask: BlockMask, rows: Tensor, row_of: RowOf, kv_len: int) -> BlockMask:
+    def convert_logical_block_mask(self, block_mask: BlockMask, rows: Tensor, kv_len: int) -> BlockMask:
         """Rewrite a mask over logical positions into one over slots, of the pool or of a copy.
 
         A logical mask has one batch entry per *tile*, and every tile belongs to one sequence. The KV blocks of the tile
@@ -85,8 +85,7 @@ class PageMap:
 
         Args:
             block_mask: logical; `kv_indices` [tiles, 1, 1, N] with N logical pages, blocks of (query rows, page_size).
-            rows: [tiles, L] int32, the page-table row of each query: that of its tile, or row 0 for padding.
-            row_of: the same as a function for `mask_mod`.
+            rows: [tiles] int32, the page-table row of each tile; row 0 for padding, which sees nothing.
             kv_len: slots that attention receives: all of the pool or of the copy, or the used part of the pool.
         Returns:
             The physical BlockMask: `kv_indices` [tiles, 1, 1, >= kv_len / page_size], with equal blocks.
@@ -94,16 +93,16 @@ class PageMap:
 
         def physical(number: Tensor, logical: Tensor) -> PageList:  # [tiles, 1, 1] and [tiles, 1, 1, <= N]
             existing = logical[:, 0, 0].clamp(max=self.table.shape[1] - 1)
-            pages = self.table[rows.amax(dim=1, keepdim=True), existing]
+            pages = self.table[rows[:, None], existing]
             return number[:, 0, 0], widen(pages, self.table.shape[1], cdiv(kv_len, self.page_size))
 
         partial = physical(block_mask.kv_num_blocks, block_mask.kv_indices)
         full = physical(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
-        mask_mod = self.physical_mask(block_mask.mask_mod, row_of)
+        mask_mod = self.physical_mask(block_mask.mask_mod, lambda tile, q_idx: rows[tile])
         return mask_of_tiles(partial, full, block_mask.BLOCK_SIZE, mask_mod, kv_len)
 
     def physical_mask(self, logical_mask: MaskMod, row_of: RowOf) -> MaskMod:
-        """Rewrite a mask_mod(tile, h, q_idx, kv_pos) into one over the slots of the pool.
+        """Rewrite a mask_mod(tile, h, q_idx, kv_pos) into one over the slots of the pool or of a copy.
 
         `row_of(tile, q_idx)` returns the page-table row of a query. Slots on pages that this row does not use are
         masked.

@@ -36,7 +36,7 @@ class ModelRunner:
     attention included, with static shapes. The host has no work between layers, and a GPU replays it as a CUDA graph.
     All other steps share one graph for any number of tokens. That graph calls FlexAttention through an operator.
     FlexAttention is then compiled separately with static shapes: one graph for each kind of tile and each distinct
-    mask, and one more for each further bucket of gathered pages.
+    mask, and one more for each mask and each further bucket of gathered pages.
     `warmup()` compiles all graphs. Without it, a graph is compiled in the first step that needs it. There are at most
     `max_graphs`, because the budget and the number of rows bound every step to the largest bucket.
 
@@ -52,7 +52,7 @@ class ModelRunner:
         num_kv_heads, group_size = spec.num_kv_heads, spec.num_heads // spec.num_kv_heads
         kinds, options, packing_rows = (TileKind(tile_len=1, num_tiles=None),), {}, 0
         if compiled:
-            buckets = page_buckets(model.device, spec.dtype, geometry.max_pages_per_row)
+            buckets = page_buckets(model.device, spec.dtype, geometry.page_size, geometry.max_pages_per_row)
             kinds = tile_kinds(group_size, max_batch_size, budget, model.device.type, buckets)
             packing_rows = kinds[-1].tile_len * group_size if buckets else 0
             all_rows = [kind.tile_len * group_size for kind in kinds]
@@ -62,8 +62,7 @@ class ModelRunner:
         tables = tuple(kv.table(mask.window) for mask in masks)
         self.layout = TileLayout(kinds, num_kv_heads, group_size, masks, tables, indices[-1], compiled, rule, options)
         self.decode_buckets = decode_buckets(min(max_batch_size, budget))
-        decodes = replace(kinds[0], num_tiles=None)
-        self.decode_layout = replace(self.layout, kinds=(decodes,)) if compiled else None
+        self.decode_layout = replace(self.layout, kinds=(replace(kinds[0], num_tiles=None),)) if compiled else None
         self.flex = compile_flex_attention(model.device.type, compiled, packing_rows)
         self.model_of_any_length, self.model_of_decodes = model, None
         self._compiled_shapes: set[tuple] = set()  # what identifies the graphs of the steps so far
@@ -102,8 +101,7 @@ class ModelRunner:
         as_decodes = self.compiled and all(chunk.length == 1 for chunk in chunks)
         layout = self.decode_layout if as_decodes else self.layout
         # A dimension of size 1 would need another graph.
-        buckets = self.decode_buckets if as_decodes else (max(2, len(chunks)),)
-        padded = next(bucket for bucket in buckets if bucket >= len(chunks))
+        padded = next(n for n in self.decode_buckets if n >= len(chunks)) if as_decodes else max(2, len(chunks))
         num_padding = padded - len(chunks)
         chunks = chunks + [padding_chunk(1)] * num_padding
         self.kv.sync()
@@ -156,7 +154,7 @@ class ModelRunner:
     def warmup(self) -> None:
         """Compile every graph by running each bucket with padding chunks.
 
-        The padding is in row 0: its queries see nothing, and its keys are written to page 0.
+        The padding is in row 0: its keys are written to page 0, and its output is not used.
         """
         if self.compiled:
             with compile_settings(self.model.device.type):
@@ -179,7 +177,8 @@ class ModelRunner:
         # The last layer uses large tiles for prompt logprobs only. Other layers always use them.
         *others, last = distinct_masks(self.spec, geometry)[1]
         for bucket in large.page_buckets or (1,):
-            end = min(max(bucket * geometry.page_size, shortest), geometry.max_row_tokens)
+            # The last token alone on its page: then a window covers the most pages.
+            end = min(max((bucket - 1) * geometry.page_size + 1, shortest), geometry.max_row_tokens)
             length = min(large.num_tiles * large.tile_len, geometry.max_num_batched_tokens, end)
             if shortest <= length:
                 yield [padding_chunk(length, end - length, last not in others)], None
@@ -193,10 +192,11 @@ def model_inputs(vectors: StepVectors) -> dict[str, object]:
 
 def decode_function(model: PreTrainedModel, layout: TileLayout) -> Callable[[StepVectors, TiledQueries | None], Tensor]:
     """Return the function to compile for steps of decodes. Its graph also computes the page lists of the step."""
+    products = TransposedProducts if model.dtype == torch.float32 and model.device.type == "cpu" else nullcontext
 
     def decode(vectors: StepVectors, packed: TiledQueries | None) -> Tensor:
         step = StepBatch.build(vectors, layout.tables[0].max_pages_per_row, layout, packed)
-        with TransposedProducts() if model.dtype == torch.float32 and model.device.type == "cpu" else nullcontext():
+        with products():
             return model(**model_inputs(vectors), step=step).logits[0]
 
     return decode

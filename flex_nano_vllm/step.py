@@ -12,10 +12,10 @@ For FlexAttention, every tile is a batch entry with one query block:
     tiles of 1  [ a0 | b7 | ·  | ·  ]                              4 tiles in a call, 2 used
     tiles of 4  [ c0 c1 c2 c3 | c4 · · · ]                         2 tiles in a call
 
-FlexAttention is called once for the small tiles, and for each few large tiles. The outputs are then put back into the
-order of the tokens. Decodes use small tiles, in which each page is read for few query rows. Prompts use large tiles, at
-matrix-multiply speed. All calls for a kind have the same number of tiles, so that compiled kernels get only a few
-shapes. A padding query sees nothing.
+FlexAttention is called once for the small tiles. Large tiles are divided among calls. The outputs are then put back
+into the order of the tokens. Decodes use small tiles, in which each page is read for few query rows. Prompts use large
+tiles, at matrix-multiply speed. All calls for a kind have the same number of tiles, so that compiled kernels get only a
+few shapes. A padding query sees nothing.
 
 On CPUs that multiply bfloat16, the pages of large tiles are gathered: see `gather.py`.
 
@@ -88,7 +88,7 @@ class Cut:
 
     tokens: Tensor  # [tiles, L] int64, index of each token in the step; -1 for padding
     q_pos: Tensor  # [tiles, L] int32, position of each token; -1 for padding, which sees nothing
-    rows: Tensor  # [tiles, L] int32, page-table row of each token; 0 for padding
+    rows: Tensor  # [tiles] int32, page-table row of each tile; 0 for padding. [tiles, L] for packed decodes
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class TiledQueries:
             kv_len = (keys.n_pages if layout.whole_pool else table.num_live_pages) * table.page_size
             if packed is None:
                 logical = logical_block_mask(cut.q_pos, mask, group_size, table.page_size, width)
-                block_mask = keys.convert_logical_block_mask(logical, cut.rows, row_of, kv_len)
+                block_mask = keys.convert_logical_block_mask(logical, cut.rows, kv_len)
             else:
                 block_mask = packed_block_mask(packed, row_of, cut.q_pos, mask, group_size, table, kv_len)
             if mask.score_mod is not None:
@@ -199,7 +199,9 @@ class TiledQueries:
     def of_packed(cls, packed: PackedDecodes, chunks: list[Chunk], layout: TileLayout) -> "TiledQueries":
         """Build the tiles of packed decodes. Chunks in none of the tiles are padding. Their output is undefined."""
         positions, rows = np.array([(chunk.start, chunk.sequence.row) for chunk in chunks]).T
-        queries = InTiles.of(*upload(in_tiles([packed.members], positions, rows), layout.tables[0].table.device))
+        *arrays, _ = in_tiles([packed.members], positions, rows)
+        arrays.append(np.where(packed.members < 0, 0, rows[packed.members]).astype(np.int32))  # a row for each query
+        queries = InTiles.of(*upload(arrays, layout.tables[0].table.device))
         return cls.build(queries, layout.packed_mask, 0, layout, packed)
 
 
@@ -276,7 +278,7 @@ def _cut(kind: TileKind, firsts: np.ndarray, lengths: np.ndarray, pages: np.ndar
 
 
 def in_tiles(tiles: list[np.ndarray], positions: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
-    """Return the arrays of `InTiles`, given the tokens of each kind of tile, and position and row of each token [T].
+    """Return the arrays of `InTiles`, given the tokens of each call, and position and row of each token [T].
 
     The place of a token in none of the tiles is 0.
     """
@@ -286,14 +288,14 @@ def in_tiles(tiles: list[np.ndarray], positions: np.ndarray, rows: np.ndarray) -
     places[every[used]] = used
     arrays = [places]
     for tokens in tiles:
-        of_tokens = np.where(tokens < 0, -1, positions[tokens]), np.where(tokens < 0, 0, rows[tokens])
-        arrays += [tokens, *(numbers.astype(np.int32) for numbers in of_tokens)]
+        q_pos, first = np.where(tokens < 0, -1, positions[tokens]), tokens[:, 0]
+        arrays += [tokens, q_pos.astype(np.int32), np.where(first < 0, 0, rows[first]).astype(np.int32)]
     return arrays
 
 
 def _row_of(rows: Tensor, group_size: int) -> RowOf:
     """Return the function that gives the page-table row of a query, for `rows` of a `Cut`."""
-    return lambda tile, q_idx: rows[tile, q_idx // group_size]
+    return (lambda tile, q: rows[tile]) if rows.ndim == 1 else (lambda tile, q: rows[tile, q // group_size])
 
 
 def logical_block_mask(q_pos: Tensor, mask: LayerMask, group_size: int, page_size: int, width: int) -> BlockMask:

@@ -317,9 +317,7 @@ def test_compiled_attention_over_gathered_pages_equals_uncompiled(dtype, window)
         step, flex = scene.step(kinds, compiled), compile_flex_attention("cpu", compiled, packing_rows)
         if compiled:
             shapes = [len(tiles.pages) for tiles in step.queries[0].tiles if tiles.pages is not None]
-            assert shapes == [9, 2, 2], (
-                "a row of three pages, and rows that do not fit into the smaller bucket together"
-            )
+            assert shapes == [9, 2], "five of the six tiles and their pages, and the last tile with two pages"
         with torch.no_grad(), torch._dynamo.config.patch(DYNAMO_CONFIG), step_in_progress(step, flex):
             outputs.append(scene.cache.attend(scene.query, scale=0.3, cap=5.0).double())
     assert (outputs[0] - outputs[1]).abs().max() < (1e-5 if dtype == torch.float32 else 2e-2)
@@ -420,7 +418,8 @@ def test_quantised_weights_keep_their_own_product():
         assert torch.nn.functional.linear(torch.ones(1, 4), torch.ones(3, 4).as_subclass(Quantised)) == "own product"
 
 
-def test_only_the_graphs_of_decodes_have_transposed_products(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_the_graphs_of_float32_decodes_have_transposed_products(dtype, monkeypatch):
     numbers = []
 
     def uncompiled(graph, inputs):
@@ -430,11 +429,30 @@ def test_only_the_graphs_of_decodes_have_transposed_products(monkeypatch):
         return graph.forward
 
     monkeypatch.setattr(runner, "inductor", lambda *args: uncompiled)
-    with Inference(tiny_model("gemma2", dtype=torch.float32), None, **ONE_BY_ONE, compile=True) as engine:
+    with Inference(tiny_model("gemma2", dtype), None, **ONE_BY_ONE, compile=True) as engine:
         num_layers = engine.model.config.num_hidden_layers
         engine.generate(SHORT_PROMPTS[:1], greedy(2), use_tqdm=False)
     # The last layer runs its attention twice (`patching.pruned_forward`).
-    assert numbers == [7 * num_layers + 4 + 1, 0]
+    assert numbers == [7 * num_layers + 4 + 1, 0 if dtype == torch.float32 else 7 * num_layers + 1]
+
+
+@pytest.mark.parametrize("buckets", [(2, 5, 24), (1, 2, 4, 6, 24), (24,)], ids=str)
+def test_the_warm_up_reaches_every_bucket_of_gathered_pages(buckets, monkeypatch):
+    """Rows have up to 24 pages, and the window of the other mask covers up to nine of them. Nothing is compiled."""
+    sizes = dict(max_batch_size=3, max_seq_length=96, page_size=4, max_num_batched_tokens=24)
+    with Inference(tiny_model("gemma2", torch.float64), None, **sizes, compile=False) as engine:
+        vocabulary, of_engine = engine.spec.num_logits, engine.runner
+        kinds = tile_kinds(2, 3, 24, "cpu", buckets)
+        of_engine.compiled, of_engine.layout = True, replace(of_engine.layout, kinds=kinds, whole_pool=True)
+        of_engine.decode_layout, of_engine.decode_buckets = replace(of_engine.layout, kinds=kinds[:1]), (1, 2, 3)
+        of_engine.model_of_decodes = lambda vectors, packed: torch.zeros(len(vectors.chunk_ends), vocabulary)
+        engine.runner.warmup()
+        monkeypatch.setattr(of_engine, "_announce_compilation", lambda: pytest.fail("a step needs another graph"))
+        rng = random.Random(0)
+        for _ in range(40):
+            prompts = [prompt_of(rng.randint(1, 95), rng.random()) for _ in range(rng.randint(1, 5))]
+            engine.generate(prompts, greedy(1), use_tqdm=False)
+        assert len(of_engine._compiled_shapes) <= of_engine.max_graphs
 
 
 def test_default_sizes_of_a_cpu():
