@@ -145,7 +145,7 @@ class Day:
             "status": status,
             "exit_status": process.returncode,
             "command": command,
-            "seconds": round(time.monotonic() - started, 1),
+            "seconds": round(time.monotonic() - started, 3),
             "device": self.device,
             "versions": {name: version(name) for name in ("flex-nano-vllm", "torch", "transformers")},
             "result": json.loads(results[-1]) if results and status == "done" else None,

@@ -436,9 +436,9 @@ def test_only_the_graphs_of_float32_decodes_have_transposed_products(dtype, monk
     assert numbers == [7 * num_layers + 4 + 1, 0 if dtype == torch.float32 else 7 * num_layers + 1]
 
 
-@pytest.mark.parametrize("buckets", [(2, 5, 24), (1, 2, 4, 6, 24), (24,)], ids=str)
+@pytest.mark.parametrize("buckets", [(2, 5, 24), (1, 2, 4, 6, 24), (2, 9, 24), (24,)], ids=str)
 def test_the_warm_up_reaches_every_bucket_of_gathered_pages(buckets, monkeypatch):
-    """Rows have up to 24 pages, and the window of the other mask covers up to nine of them. Nothing is compiled."""
+    """Rows have up to 24 pages, and the window of the other mask covers up to ten of them. Nothing is compiled."""
     sizes = dict(max_batch_size=3, max_seq_length=96, page_size=4, max_num_batched_tokens=24)
     with Inference(tiny_model("gemma2", torch.float64), None, **sizes, compile=False) as engine:
         vocabulary, of_engine = engine.spec.num_logits, engine.runner
