@@ -33,6 +33,10 @@ from flex_nano_vllm import page_table, runner
 from flex_nano_vllm.geometry import cdiv
 from flex_nano_vllm.inference import Inference
 from flex_nano_vllm.page_table import PageList, PageTable
+from flex_nano_vllm.sampler import ARGMAX
+from flex_nano_vllm.scheduler import Chunk
+from flex_nano_vllm.sequence import Sample
+from flex_nano_vllm.step import StepBatch, StepVectors
 
 NUM_UNTIMED = 3  # decode steps that compile the graph, record it as a CUDA graph, and replay it for the first time
 
@@ -125,6 +129,72 @@ def static_tables() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def host_one_step_behind() -> Iterator[None]:
+    """Launch the next decodes before the host reads the tokens of a step, which stay on the device as their inputs.
+
+    For greedy requests only. The host then schedules and commits while the device computes. If the scheduler chooses
+    other chunks than those that were launched, because a request has ended or another one is admitted, their result is
+    not used: the keys and values that they wrote are written again.
+    """
+    launched: dict[Inference, tuple[list[Chunk], Tensor]] = {}  # what runs ahead
+
+    def step(engine: Inference) -> None:
+        started, chunks = time.perf_counter(), engine.scheduler.schedule()
+        ahead, tokens = launched.pop(engine, (None, None))
+        if chunks:
+            if chunks != ahead:
+                tokens = chosen(engine, chunks)
+            on_host = copy_begun(tokens)
+            following = [Chunk(chunk.sequence, chunk.start + chunk.length, 1) for chunk in chunks]
+            if all(chunk.needs_sample and next_is_known(engine, chunk) for chunk in chunks):
+                launched[engine] = following, launch(engine, following, tokens)
+            samples = [Sample(None if token < 0 else [token]) for token in on_host()]
+            for sequence in engine.scheduler.commit(chunks, samples):
+                engine._close(sequence.group)
+            engine.statistics.count_step(chunks, started)
+
+    def next_is_known(engine: Inference, chunk: Chunk) -> bool:
+        sequence, end = chunk.sequence, chunk.start + chunk.length
+        return end + 1 < sequence.max_total_tokens and engine.kv.reserve(sequence.row, end + 1)
+
+    def launch(engine: Inference, chunks: list[Chunk], token_ids: Tensor) -> Tensor:
+        def with_token_ids(run: Callable[..., Tensor], inputs: StepVectors | StepBatch, *others: object) -> Tensor:
+            getattr(inputs, "vectors", inputs).input_ids[: len(token_ids)] = token_ids.clamp(min=0)
+            return run(inputs, *others)
+
+        for chunk in chunks:
+            chunk.sequence.token_ids.append(0)  # in place of the token that the host does not know yet
+        try:
+            with mock.patch.object(engine.runner, "call_model", with_token_ids):
+                return chosen(engine, chunks)
+        finally:
+            for chunk in chunks:
+                chunk.sequence.token_ids.pop()
+
+    with mock.patch.object(Inference, "_step", step):
+        yield
+
+
+def chosen(engine: Inference, chunks: list[Chunk]) -> Tensor:
+    return engine.sampler.choose(engine.runner.forward(chunks), [ARGMAX] * len(chunks))
+
+
+def copy_begun(tokens: Tensor) -> Callable[[], list[int]]:
+    """Begin to copy tokens to the host. Returns the function that waits for this copy only, and gives them."""
+    if not tokens.is_cuda:
+        return tokens.tolist
+    on_host, is_done = torch.empty_like(tokens, device="cpu", pin_memory=True), torch.cuda.Event()
+    on_host.copy_(tokens, non_blocking=True)
+    is_done.record()
+
+    def wait() -> list[int]:
+        is_done.synchronize()
+        return on_host.tolist()
+
+    return wait
+
+
 SWITCHES: dict[str, Callable[[], AbstractContextManager]] = {
     "default": nullcontext,
     "AUTO": partial(tiles_of_decodes, BACKEND="AUTO"),
@@ -136,6 +206,7 @@ SWITCHES: dict[str, Callable[[], AbstractContextManager]] = {
     "4 stages": partial(tiles_of_decodes, num_stages=4),
     "no CUDA graphs": no_cuda_graphs,
     "static tables": static_tables,
+    "host one step behind": host_one_step_behind,
 }
 
 

@@ -1,4 +1,4 @@
-"""Settings of torch for compiled code, the form of its linear layers, and the backend that compiles it.
+"""Settings of torch for compiled code, and the backend that compiles it.
 
 Independent of what is compiled.
 """
@@ -11,8 +11,6 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
-from torch.overrides import TorchFunctionMode
 
 DYNAMO_CONFIG = {
     # All engines of a process share one table of graphs. Torch's default limit of 8 is meant for one model.
@@ -41,24 +39,6 @@ def compile_settings(device_type: str) -> Iterator[None]:
         torch.no_grad(),
     ):
         yield
-
-
-class TransposedProducts(TorchFunctionMode):
-    """Computes linear layers as `(weight @ input.T).T`. The libraries for CPUs are faster in this form for few rows of
-    float32.
-
-    Quantised weights, which are subclasses of Tensor, keep their own product.
-    """
-
-    def __torch_function__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
-        return (transposed_linear if func is linear and not types else func)(*args, **kwargs or {})
-
-
-def transposed_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute a linear layer of [..., K] with weights [N, K]. Returns [..., N], contiguous."""
-    columns = input.flatten(0, -2).T
-    product = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)
-    return product.T.contiguous().unflatten(0, input.shape[:-1])
 
 
 @functools.cache  # torch shares graphs only between equal backends

@@ -91,6 +91,13 @@ def why_not_compiled(device: torch.device, dtype: torch.dtype, page_size: int) -
     return None
 
 
+def multiplies_bfloat16(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether oneDNN multiplies numbers of this type with the bfloat16 instructions of the CPU."""
+    has_instructions = torch.cpu._is_avx512_bf16_supported() and torch.backends.mkldnn.enabled
+    is_used = torch.backends.cpu.get_cpu_capability().startswith("AVX512")  # ATEN_CPU_CAPABILITY may limit it
+    return device.type == "cpu" and dtype == torch.bfloat16 and has_instructions and is_used
+
+
 def num_processors(device: torch.device) -> int:
     """Return how many tiles a kernel computes at once."""
     if device.type == "cuda":

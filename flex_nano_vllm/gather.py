@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flex_nano_vllm.device import TileKind
+from flex_nano_vllm.device import TileKind, multiplies_bfloat16
 from flex_nano_vllm.masks import LayerMask
 from flex_nano_vllm.page_table import PageMap, PageTable
 
@@ -33,10 +33,8 @@ def page_buckets(device: torch.device, dtype: torch.dtype, page_size: int, max_p
 
     Torch's kernel reads packed values of pages with an odd number of tokens from wrong places.
     """
-    has_instructions = torch.cpu._is_avx512_bf16_supported() and torch.backends.mkldnn.enabled
-    is_used = torch.backends.cpu.get_cpu_capability().startswith("AVX512")  # ATEN_CPU_CAPABILITY may limit it
-    packs = has_instructions and is_used and torch.__version__ < "2.16.dev0"  # see `compiling.REPLACEMENTS`
-    if device.type != "cpu" or dtype != torch.bfloat16 or page_size % 2 or not packs:
+    packs = multiplies_bfloat16(device, dtype) and torch.__version__ < "2.16.dev0"  # see `compiling.REPLACEMENTS`
+    if page_size % 2 or not packs:
         return ()
     return *itertools.takewhile(lambda bucket: bucket < max_pages_per_row, PAGE_BUCKETS), max_pages_per_row
 

@@ -1,7 +1,8 @@
 """Patches a model, and restores it. Independent of steps.
 
 The code of the model is not changed. `patch_model` gives its attention layers a `PagedKVCache`, replaces the `forward`
-of its last layer, and selects the engine's attention function by name. `unpatch_model` reverts all of this.
+of its last layer, and selects the engine's attention function by name. It may also pack the weights (`linear.py`).
+`unpatch_model` reverts all of this.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from flex_nano_vllm.attention import ATTN_IMPLEMENTATION, PagedKVCache, paged_flex_attention
 from flex_nano_vllm.geometry import Geometry
+from flex_nano_vllm.linear import pack_weights, unpack_weights
 from flex_nano_vllm.masks import LayerMask
 from flex_nano_vllm.models import ModelSpec, attention_layers
 
@@ -22,9 +24,10 @@ def distinct_masks(spec: ModelSpec, geometry: Geometry) -> tuple[tuple[LayerMask
     return distinct, [distinct.index(mask) for mask in masks]
 
 
-def patch_model(model: PreTrainedModel, spec: ModelSpec, geometry: Geometry) -> None:
+def patch_model(model: PreTrainedModel, spec: ModelSpec, geometry: Geometry, packs_weights: bool = False) -> None:
     """Give every attention layer a `PagedKVCache` with the slots of its pool, and route attention through it.
 
+    `packs_weights`: see `linear.pack_weights`.
     `unpatch_model` reverts this. Raises ValueError if the model is patched already.
     """
     if is_patched(model):
@@ -41,6 +44,8 @@ def patch_model(model: PreTrainedModel, spec: ModelSpec, geometry: Geometry) -> 
         last.unpatched_forward = vars(last).get("forward")  # set if a library such as accelerate wraps the layer
         last.forward = pruned_forward(last)
         model.set_attn_implementation(ATTN_IMPLEMENTATION)
+        if packs_weights:
+            pack_weights(model)
     except BaseException:
         unpatch_model(model)
         raise
@@ -73,6 +78,7 @@ def pruned_forward(layer: nn.Module) -> Callable[..., Tensor]:
 
 def unpatch_model(model: PreTrainedModel) -> None:
     """Restore the model and release the memory of its pool. Does nothing if the model is not patched."""
+    unpack_weights(model)
     for attention in attention_layers(model):
         if hasattr(attention, "unpatched_implementation"):
             model.set_attn_implementation(attention.unpatched_implementation)

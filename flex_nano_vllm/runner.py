@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 
 from flex_nano_vllm.attention import ATTN_IMPLEMENTATION, step_in_progress
 from flex_nano_vllm.cascade import PackedDecodes, cascade_rule
-from flex_nano_vllm.compiling import UNGUARDED, TransposedProducts, compile_settings, inductor
-from flex_nano_vllm.device import TileKind, decode_buckets, kernel_options, tile_kinds, upload
+from flex_nano_vllm.compiling import UNGUARDED, compile_settings, inductor
+from flex_nano_vllm.device import TileKind, decode_buckets, kernel_options, multiplies_bfloat16, tile_kinds, upload
 from flex_nano_vllm.gather import page_buckets
 from flex_nano_vllm.kv_manager import KVManager
+from flex_nano_vllm.linear import TransposedProducts
 from flex_nano_vllm.models import ModelSpec, attention_layers
 from flex_nano_vllm.patching import distinct_masks, patch_model
 from flex_nano_vllm.sampling_params import SamplingParams
@@ -73,7 +74,8 @@ class ModelRunner:
             cuda_graphs = {"triton.cudagraphs": True} if model.device.type == "cuda" else {}
             decode = decode_function(model, self.decode_layout)
             self.model_of_decodes = make(decode, dynamic=False, options=UNGUARDED | cuda_graphs)
-        patch_model(model, spec, geometry)  # last: if something above raises, the model is not patched
+        packs_weights = compiled and multiplies_bfloat16(model.device, spec.dtype)
+        patch_model(model, spec, geometry, packs_weights)  # last: if something above raises, the model is not patched
 
     @property
     def max_graphs(self) -> int:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from flex_nano_vllm import Inference, SamplingParams, models, output_processor, runner
 from flex_nano_vllm.attention import PagedKVCache, step_in_progress
-from flex_nano_vllm.compiling import DYNAMO_CONFIG, REPLACEMENTS, TransposedProducts, inductor
+from flex_nano_vllm.compiling import DYNAMO_CONFIG, REPLACEMENTS, inductor
 from flex_nano_vllm.device import TileKind, decode_buckets, kernel_options, tile_kinds, why_not_compiled
 from flex_nano_vllm.geometry import Geometry
 from flex_nano_vllm.kv_manager import KVManager
@@ -397,29 +397,9 @@ def test_the_text_of_kernels_is_changed_in_known_torch_versions(version, is_know
     assert present() == before
 
 
-@pytest.mark.parametrize("has_bias", [False, True])
-def test_transposed_products_equal_linear_layers(has_bias):
-    layer = torch.nn.Linear(5, 3, has_bias, dtype=torch.float64)
-    rows = torch.randn(2, 7, 5, dtype=torch.float64)
-    with torch.no_grad():
-        expected = layer(rows)
-        with TransposedProducts():
-            output = layer(rows)
-    assert torch.allclose(output, expected, rtol=1e-12) and output.stride() == expected.stride()
-
-
-def test_quantised_weights_keep_their_own_product():
-    class Quantised(torch.Tensor):
-        @classmethod
-        def __torch_function__(cls, func, types, args=(), kwargs=None):
-            return "own product"
-
-    with TransposedProducts():
-        assert torch.nn.functional.linear(torch.ones(1, 4), torch.ones(3, 4).as_subclass(Quantised)) == "own product"
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_only_the_graphs_of_float32_decodes_have_transposed_products(dtype, monkeypatch):
+    monkeypatch.setattr(runner, "multiplies_bfloat16", lambda *args: False)  # packed weights have an operator instead
     numbers = []
 
     def uncompiled(graph, inputs):

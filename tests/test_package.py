@@ -13,7 +13,7 @@ PACKAGE = Path(flex_nano_vllm.__file__).parent
 # Levels of modules. A module may import only modules of earlier levels.
 ORDER = [
     ["masks", "sampling_params", "prefix_cache", "compiling", "grammar", "detokenizer", "geometry", "outputs"],
-    ["device", "sequence"],
+    ["device", "linear", "sequence"],
     ["models", "page_table", "policies"],
     ["kv_manager", "gather"],
     ["scheduler", "cascade"],
@@ -55,7 +55,7 @@ def code_lines(source: str) -> int:
 
 def test_the_package_is_small():
     assert code_lines('"""Doc."""\n\nx = 1  # why\n# a comment\ny = f(\n    x,\n)\n') == 4
-    assert len([*PACKAGE.glob("*.py")]) <= 38
+    assert len([*PACKAGE.glob("*.py")]) <= 39
     sizes = {name: code_lines((PACKAGE / f"{name}.py").read_text(encoding="utf-8")) for name in CORE}
     assert sum(sizes.values()) <= 1850, sizes
 

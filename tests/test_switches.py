@@ -100,6 +100,30 @@ def test_no_cuda_graphs_compiles_without_the_option_of_the_engine(monkeypatch):
     assert noted == [(None, False)]
 
 
+def test_decodes_are_launched_before_the_tokens_of_their_last_step_are_read(monkeypatch):
+    """Two of three requests run at once, and they end at different times: then the launched decodes are not used."""
+    model, prompts, events = copy.deepcopy(tiny_model("gemma2", torch.float64)), [[5, 6, 7], [8], [9, 10]], []
+    copy_begun, forward = switches.copy_begun, runner.ModelRunner.forward
+
+    def noted_copy(tokens):
+        return lambda: events.append("read") or copy_begun(tokens)()
+
+    def noted_forward(of_engine, chunks):
+        events.append(len(chunks))
+        return forward(of_engine, chunks)
+
+    monkeypatch.setattr(switches, "copy_begun", noted_copy)
+    monkeypatch.setattr(runner.ModelRunner, "forward", noted_forward)
+    with SWITCHES["host one step behind"](), Inference(model, None, 2, 32, page_size=4, compile=False) as engine:
+        outputs = engine.generate(prompts, [greedy(9), greedy(4), greedy(6)], use_tqdm=False)
+        engine.check_invariants()
+    for prompt, output, length in zip(prompts, outputs, (9, 4, 6)):
+        assert output.outputs[0].token_ids == hf_generate(model, prompt, length, ignore_eos=True)
+    # The second request ends with the fourth step, the third with the tenth, the first with the ninth.
+    assert events[:8] == [2, 2, "read", 2, "read", 2, "read", "read"]
+    assert events.count("read") == len([event for event in events if event != "read"])
+
+
 def test_switches_need_a_gpu(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(switches.torch.cuda, "is_available", lambda: False)
