@@ -46,7 +46,7 @@ from torch._inductor.runtime.triton_compat import libdevice
 from triton.backends.compiler import GPUTarget
 from triton.runtime import interpreter
 
-from flex_nano_vllm import cascade, page_table, runner, sampler
+from flex_nano_vllm import cascade, page_table, patching, runner, sampler
 
 
 @dataclass(frozen=True)
@@ -281,8 +281,10 @@ def engines_on(gpu: Gpu) -> Iterator[GpuCompiler]:
         return call
 
     with contextlib.ExitStack() as stack:
-        in_runner, in_cascade = ("tile_kinds", "kernel_options", "page_buckets"), ("packed_tiles", "num_processors")
-        for module, name in [*((runner, name) for name in in_runner), *((cascade, name) for name in in_cascade)]:
+        in_runner = ["tile_kinds", "decode_buckets", "pads_tokens", "kernel_options", "page_buckets"]
+        in_cascade = ["packed_tiles", "num_processors"]
+        places = [*((runner, name) for name in in_runner), *((cascade, name) for name in in_cascade)]
+        for module, name in [*places, (patching, "uses_bfloat16")]:
             stack.enter_context(mock.patch.object(module, name, on_gpu(getattr(module, name))))
         stack.enter_context(mock.patch.object(runner, "TransposedProducts", contextlib.nullcontext))
         for module in (runner, sampler):

@@ -91,8 +91,8 @@ def why_not_compiled(device: torch.device, dtype: torch.dtype, page_size: int) -
     return None
 
 
-def multiplies_bfloat16(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether oneDNN multiplies numbers of this type with the bfloat16 instructions of the CPU."""
+def uses_bfloat16(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether numbers of this type are multiplied with the bfloat16 instructions of a CPU."""
     has_instructions = torch.cpu._is_avx512_bf16_supported() and torch.backends.mkldnn.enabled
     is_used = torch.backends.cpu.get_cpu_capability().startswith("AVX512")  # ATEN_CPU_CAPABILITY may limit it
     return device.type == "cpu" and dtype == torch.bfloat16 and has_instructions and is_used
@@ -164,12 +164,19 @@ def tile_kinds(
     return of_decodes, TileKind(large, max(2, cdiv(bound, 4)), hands, page_buckets)
 
 
-def decode_buckets(max_batch_size: int) -> tuple[int, ...]:
-    """Return the numbers of decodes to which steps are padded. The linear layers compute the padding too.
+def decode_buckets(max_batch_size: int, device_type: str) -> tuple[int, ...]:
+    """Return the numbers of tiles to which steps of decodes are padded, and their tokens too if `pads_tokens`.
 
-    A single stream is not padded: with 8 decodes its steps would take twice as long.
+    A single stream is not padded. Without padding of tokens, two or more decodes need one bucket only: a padding tile
+    costs 3 microseconds in a layer.
     """
-    return tuple(sorted({1, cdiv(max_batch_size, 4), cdiv(max_batch_size, 2), max_batch_size}))
+    parts = (4, 2, 1) if pads_tokens(device_type) else (1,)
+    return tuple(sorted({1, *(cdiv(max_batch_size, part) for part in parts)}))
+
+
+def pads_tokens(device_type: str) -> bool:
+    """Return whether the graphs of decodes have a fixed number of tokens, as CUDA graphs must."""
+    return device_type == "cuda"
 
 
 def packed_tiles(group_size: int, device_type: str) -> tuple[int, float, float]:

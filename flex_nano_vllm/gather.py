@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flex_nano_vllm.device import TileKind, multiplies_bfloat16
+from flex_nano_vllm.device import TileKind, uses_bfloat16
 from flex_nano_vllm.masks import LayerMask
 from flex_nano_vllm.page_table import PageMap, PageTable
 
@@ -33,7 +33,7 @@ def page_buckets(device: torch.device, dtype: torch.dtype, page_size: int, max_p
 
     Torch's kernel reads packed values of pages with an odd number of tokens from wrong places.
     """
-    packs = multiplies_bfloat16(device, dtype) and torch.__version__ < "2.16.dev0"  # see `compiling.REPLACEMENTS`
+    packs = uses_bfloat16(device, dtype) and torch.__version__ < "2.16.dev0"  # see `compiling.REPLACEMENTS`
     if page_size % 2 or not packs:
         return ()
     return *itertools.takewhile(lambda bucket: bucket < max_pages_per_row, PAGE_BUCKETS), max_pages_per_row

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from flex_nano_vllm.attention import ATTN_IMPLEMENTATION, step_in_progress
 from flex_nano_vllm.cascade import PackedDecodes, cascade_rule
 from flex_nano_vllm.compiling import UNGUARDED, compile_settings, inductor
-from flex_nano_vllm.device import TileKind, decode_buckets, kernel_options, multiplies_bfloat16, tile_kinds, upload
+from flex_nano_vllm.device import TileKind, decode_buckets, kernel_options, pads_tokens, tile_kinds, upload
 from flex_nano_vllm.gather import page_buckets
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.linear import TransposedProducts
@@ -33,8 +33,9 @@ logger = logging.getLogger(__name__)
 class ModelRunner:
     """Owns the patched model, in two compiled forms.
 
-    A step of decodes, in which every chunk is one token, is padded to a bucket. It runs a graph of the whole model,
-    attention included, with static shapes. The host has no work between layers, and a GPU replays it as a CUDA graph.
+    A step of decodes, in which every chunk is one token, has its tiles padded to a bucket. It runs a graph of the whole
+    model, attention included. The host has no work between layers. On a GPU the tokens are padded too, because a CUDA
+    graph is replayed with static shapes. On a CPU one graph takes any number of decodes, and another one takes one.
     All other steps share one graph for any number of tokens. That graph calls FlexAttention through an operator.
     FlexAttention is then compiled separately with static shapes: one graph for each kind of tile and each distinct
     mask, and one more for each mask and each further bucket of gathered pages.
@@ -62,8 +63,9 @@ class ModelRunner:
         rule = cascade_rule(num_kv_heads, group_size, geometry, model.device) if cascade else None
         tables = tuple(kv.table(mask.window) for mask in masks)
         self.layout = TileLayout(kinds, num_kv_heads, group_size, masks, tables, indices[-1], compiled, rule, options)
-        self.decode_buckets = decode_buckets(min(max_batch_size, budget))
-        self.decode_layout = replace(self.layout, kinds=(replace(kinds[0], num_tiles=None),)) if compiled else None
+        buckets = decode_buckets(min(max_batch_size, budget), model.device.type) if compiled else ()
+        self.decode_layouts = {n: replace(self.layout, kinds=(replace(kinds[0], num_tiles=n),)) for n in buckets}
+        self.pads_tokens = pads_tokens(model.device.type)
         self.flex = compile_flex_attention(model.device.type, compiled, packing_rows)
         self.model_of_any_length, self.model_of_decodes = model, None
         self._compiled_shapes: set[tuple] = set()  # what identifies the graphs of the steps so far
@@ -72,19 +74,16 @@ class ModelRunner:
             make = functools.partial(torch.compile, fullgraph=True, backend=inductor(model.device.type))
             self.model_of_any_length = make(model, dynamic=True, options=dict(UNGUARDED))
             cuda_graphs = {"triton.cudagraphs": True} if model.device.type == "cuda" else {}
-            decode = decode_function(model, self.decode_layout)
+            decode = decode_function(model, self.layout)
             self.model_of_decodes = make(decode, dynamic=False, options=UNGUARDED | cuda_graphs)
-        packs_weights = compiled and multiplies_bfloat16(model.device, spec.dtype)
-        patch_model(model, spec, geometry, packs_weights)  # last: if something above raises, the model is not patched
+        patch_model(model, spec, geometry, compiled)  # last: if something above raises, the model is not patched
 
     @property
     def max_graphs(self) -> int:
         """The largest number of graphs that serving can compile for the model."""
-        if not self.compiled:
-            return 0
         of_attention = len(self.layout.masks) * sum(len(kind.page_buckets) or 1 for kind in self.layout.kinds)
-        of_decodes = len(self.decode_buckets) + (self.layout.cascade is not None)
-        return of_decodes + 1 + of_attention
+        of_decodes = len(self.decode_layouts) + (self.layout.cascade is not None)
+        return of_decodes + 1 + of_attention if self.compiled else 0
 
     def forward(self, chunks: list[Chunk]) -> Tensor:
         """Compute the chunks, and return the logits [W, V] of the last `num_logits` tokens of each chunk.
@@ -101,16 +100,20 @@ class ModelRunner:
 
     def _run(self, chunks: list[Chunk], packed: PackedDecodes | None = None) -> Tensor:
         as_decodes = self.compiled and all(chunk.length == 1 for chunk in chunks)
-        layout = self.decode_layout if as_decodes else self.layout
-        # A dimension of size 1 would need another graph.
-        padded = next(n for n in self.decode_buckets if n >= len(chunks)) if as_decodes else max(2, len(chunks))
-        num_padding = padded - len(chunks)
+        bucket = next(n for n in self.decode_layouts if n >= len(chunks)) if as_decodes else 2
+        layout = self.decode_layouts[bucket] if as_decodes else self.layout
+        # Apart from decodes, a dimension of size 1 would need another graph.
+        num_padding = 0 if as_decodes and not self.pads_tokens else max(0, bucket - len(chunks))
         chunks = chunks + [padding_chunk(1)] * num_padding
         self.kv.sync()
         vectors = StepVectors.build(chunks, layout, self.kv.device)
         packed = packed and TiledQueries.of_packed(packed, chunks, layout)
         if as_decodes:
-            shapes, run, inputs = {("decodes", padded, packed is not None)}, self.model_of_decodes, (vectors, packed)
+            shapes, run, inputs = {("decodes", bucket, packed is not None)}, self.model_of_decodes, (vectors, packed)
+            of_tokens = [vectors.input_ids, vectors.positions, vectors.rows, vectors.queries.places]
+            of_tokens += [] if packed is None else [packed.output_rows]
+            for tensor in () if self.pads_tokens or len(chunks) == 1 else of_tokens:
+                torch._dynamo.mark_dynamic(tensor, 0)
         else:
             step = StepBatch.build(vectors, num_pages(chunks, self.kv.geometry.page_size), layout, packed)
             shapes, run, inputs = _shapes(step, layout.last_mask), self._run_any_length, (step,)
@@ -168,10 +171,10 @@ class ModelRunner:
     def _warmup_steps(self) -> Iterator[tuple[list[Chunk], PackedDecodes | None]]:
         """Yield steps that together need every graph."""
         rule, geometry = self.layout.cascade, self.kv.geometry
-        for bucket in self.decode_buckets:
+        for bucket in self.decode_layouts:
             yield [padding_chunk(1)] * bucket, None
         if rule is not None:
-            yield [padding_chunk(1)] * self.decode_buckets[-1], PackedDecodes.empty(rule)
+            yield [padding_chunk(1)] * max(self.decode_layouts), PackedDecodes.empty(rule)
         # Two tokens and a padding token: with as many tokens as chunks, dynamo would treat both sizes as one.
         yield [padding_chunk(2)], None
         small, large = self.layout.kinds

@@ -184,7 +184,7 @@ def test_an_engine_with_too_short_or_too_few_sequences_has_no_cascade_rule():
     assert rule(32, 4096) is not None
     assert rule(1, 4096) is None and rule(32, 64) is None
     for max_batch_size in (16, 32, 33):  # packed decodes have a graph for the largest bucket only
-        assert rule(max_batch_size, 4096).least_decodes == decode_buckets(max_batch_size)[-2] + 1
+        assert rule(max_batch_size, 4096).least_decodes == decode_buckets(max_batch_size, "cuda")[-2] + 1
     assert rule(32, 4096).num_tiles * rule(32, 4096).tile_len >= 32
 
 

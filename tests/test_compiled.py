@@ -27,7 +27,7 @@ from tiny_models import VOCABULARY, hf_generate, tiny_model
 from torch.torch_version import TorchVersion
 from tqdm import tqdm
 
-from flex_nano_vllm import Inference, SamplingParams, models, output_processor, runner
+from flex_nano_vllm import Inference, SamplingParams, models, output_processor, patching, runner
 from flex_nano_vllm.attention import PagedKVCache, step_in_progress
 from flex_nano_vllm.compiling import DYNAMO_CONFIG, REPLACEMENTS, inductor
 from flex_nano_vllm.device import TileKind, decode_buckets, kernel_options, tile_kinds, why_not_compiled
@@ -71,7 +71,7 @@ def test_compiled_engine_equals_generate_and_never_compiles_after_warmup():
         # 4 buckets of decodes; the model for any length; attention with 2 masks in tiles of one token, and in larger
         # tiles; the search of the sampler. (The last layer uses larger tiles only for prompt logprobs.)
         max_graphs = engine.runner.max_graphs + engine.sampler.max_graphs
-        assert num_graphs() - before == max_graphs == 4 + 1 + 2 + 2 + 1
+        assert num_graphs() - before == max_graphs == 2 + 1 + 2 + 2 + 1
         after_warmup = num_graphs()
         outputs = engine.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
         assert [output.outputs[0].token_ids for output in outputs] == expected
@@ -95,7 +95,7 @@ def test_packed_decodes_need_one_more_graph(num_packed):
         engine.warmup()
         after_warmup = num_graphs()
         max_graphs = engine.runner.max_graphs + engine.sampler.max_graphs
-        assert after_warmup - before == max_graphs == 4 + 1 + 1 + 2 + 2 + 1, "packing adds one graph"
+        assert after_warmup - before == max_graphs == 2 + 1 + 1 + 2 + 2 + 1, "packing adds one graph"
         assert tokens_of(engine.generate(prompts, greedy(12), use_tqdm=False)) == expected
         assert num_packed[0] > 5
         counted = num_packed[0]
@@ -399,7 +399,7 @@ def test_the_text_of_kernels_is_changed_in_known_torch_versions(version, is_know
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_only_the_graphs_of_float32_decodes_have_transposed_products(dtype, monkeypatch):
-    monkeypatch.setattr(runner, "multiplies_bfloat16", lambda *args: False)  # packed weights have an operator instead
+    monkeypatch.setattr(patching, "uses_bfloat16", lambda *args: False)  # packed weights have an operator instead
     numbers = []
 
     def uncompiled(graph, inputs):
@@ -424,7 +424,8 @@ def test_the_warm_up_reaches_every_bucket_of_gathered_pages(buckets, monkeypatch
         vocabulary, of_engine = engine.spec.num_logits, engine.runner
         kinds = tile_kinds(2, 3, 24, "cpu", buckets)
         of_engine.compiled, of_engine.layout = True, replace(of_engine.layout, kinds=kinds, whole_pool=True)
-        of_engine.decode_layout, of_engine.decode_buckets = replace(of_engine.layout, kinds=kinds[:1]), (1, 2, 3)
+        kind = kinds[0]
+        of_engine.decode_layouts = {n: replace(of_engine.layout, kinds=(replace(kind, num_tiles=n),)) for n in (1, 3)}
         of_engine.model_of_decodes = lambda vectors, packed: torch.zeros(len(vectors.chunk_ends), vocabulary)
         engine.runner.warmup()
         monkeypatch.setattr(of_engine, "_announce_compilation", lambda: pytest.fail("a step needs another graph"))
@@ -450,7 +451,7 @@ def test_a_window_of_at_least_max_seq_length_needs_no_kernel_of_its_own(max_seq_
         kinds = tile_kinds(2, 2, 8, "cpu")
         runner = engine.runner
         runner.compiled, runner.layout = True, replace(runner.layout, kinds=kinds)
-        runner.decode_buckets = (1, 2)
+        runner.decode_layouts = dict.fromkeys((1, 2))
         assert runner.max_graphs == 2 + 1 + num_masks * 2
     num_tokens = max_seq_length - len(prompt)
     assert output.outputs[0].token_ids == hf_generate(model, prompt, num_tokens)
@@ -527,7 +528,7 @@ def test_steps_have_at_most_four_calls_for_prompts(device_type, group_size, max_
     """The worst steps have chunks of one token, chunks of one token more than a tile, or one chunk of all tokens."""
     kinds = tile_kinds(group_size, max_batch_size, budget, device_type)
     most = min(max_batch_size, budget)
-    assert decode_buckets(most)[-1] == most
+    assert decode_buckets(most, device_type)[-1] == most
     layout = layout_of(kinds, 1, group_size, (None,), None, whole_pool=True)
     assert [kind.tile_len for kind in kinds] == sorted(kind.tile_len for kind in kinds)
     for chunk_len in {1, *(kind.tile_len + 1 for kind in kinds), budget}:

@@ -12,14 +12,14 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 
-from flex_nano_vllm import Inference, runner
+from flex_nano_vllm import Inference
 from flex_nano_vllm import linear as linear_module
-from flex_nano_vllm.device import multiplies_bfloat16
+from flex_nano_vllm.device import uses_bfloat16
 from flex_nano_vllm.linear import TransposedProducts, pack_weights, unpack_weights
 
 CPU = torch.device("cpu")
 packs = pytest.mark.skipif(
-    not multiplies_bfloat16(CPU, torch.bfloat16), reason="needs a CPU with bfloat16 instructions (avx512_bf16)"
+    not uses_bfloat16(CPU, torch.bfloat16), reason="needs a CPU with bfloat16 instructions (avx512_bf16)"
 )
 
 
@@ -204,6 +204,5 @@ def test_an_uncompiled_engine_and_other_types_do_not_pack():
         model = tiny_model("llama", dtype)
         with Inference(model, None, 2, 32, compile=compiled):
             assert not linear_module._packed_by_handle and model.state_dict()
-    assert not multiplies_bfloat16(CPU, torch.float32)
-    assert not multiplies_bfloat16(torch.device("cuda"), torch.bfloat16)
-    assert runner.multiplies_bfloat16 is multiplies_bfloat16
+    assert not uses_bfloat16(CPU, torch.float32)
+    assert not uses_bfloat16(torch.device("cuda"), torch.bfloat16)
