@@ -1,4 +1,4 @@
-"""Time of a decode step outside the model, and whether it grows with anything but the bucket of its decodes."""
+"""Time of a decode step outside the model, and whether it grows with anything but the number of its decodes."""
 
 import asyncio
 import json

@@ -284,7 +284,7 @@ def engines_on(gpu: Gpu) -> Iterator[GpuCompiler]:
         in_runner = ["tile_kinds", "decode_buckets", "pads_tokens", "kernel_options", "page_buckets"]
         in_cascade = ["packed_tiles", "num_processors"]
         places = [*((runner, name) for name in in_runner), *((cascade, name) for name in in_cascade)]
-        for module, name in [*places, (patching, "uses_bfloat16")]:
+        for module, name in [*places, (patching, "packs_weights")]:
             stack.enter_context(mock.patch.object(module, name, on_gpu(getattr(module, name))))
         stack.enter_context(mock.patch.object(runner, "TransposedProducts", contextlib.nullcontext))
         for module in (runner, sampler):

@@ -1,9 +1,9 @@
-"""Decode steps of one engine, with one decision about its GPU code changed at a time, measured in turns.
+"""Decode steps of one engine, with one decision about its work on a GPU changed at a time, measured in turns.
 
     uv run python -m benchmarks.switches
 
-A switch is a context manager in which engines are built and run. Each one patches one function of the package, and the
-two parts of "AUTO, all pages partial" one each. No switch changes a token.
+A switch is a context manager in which engines are built and run. It patches functions of the package. No switch changes
+a token.
 """
 
 import gc
@@ -135,7 +135,7 @@ def host_one_step_behind() -> Iterator[None]:
 
     For greedy requests only. The host then schedules and commits while the device computes. If the scheduler chooses
     other chunks than those that were launched, because a request has ended or another one is admitted, their result is
-    not used: the keys and values that they wrote are written again.
+    not used. The keys and values that they wrote are written again, or lie behind the last token of an ended request.
     """
     launched: dict[Inference, tuple[list[Chunk], Tensor]] = {}  # what runs ahead
 
@@ -155,8 +155,11 @@ def host_one_step_behind() -> Iterator[None]:
             engine.statistics.count_step(chunks, started)
 
     def next_is_known(engine: Inference, chunk: Chunk) -> bool:
-        sequence, end = chunk.sequence, chunk.start + chunk.length
-        return end + 1 < sequence.max_total_tokens and engine.kv.reserve(sequence.row, end + 1)
+        sequence, end = chunk.sequence, chunk.start + chunk.length + 1
+        if end >= sequence.max_total_tokens:
+            return False
+        # Not through `KVManager.reserve`, which also notes the tokens of the page, one of which is not known yet.
+        return all(table.reserve(sequence.row, end) for table in engine.kv.pools.values())
 
     def launch(engine: Inference, chunks: list[Chunk], token_ids: Tensor) -> Tensor:
         def with_token_ids(run: Callable[..., Tensor], inputs: StepVectors | StepBatch, *others: object) -> Tensor:
@@ -201,6 +204,7 @@ SWITCHES: dict[str, Callable[[], AbstractContextManager]] = {
     "all pages partial": all_pages_partial,
     "AUTO, all pages partial": splits_of_decodes,
     "blocks of torch": blocks_of_torch,
+    "no checks of the pool's end": partial(tiles_of_decodes, IS_DIVISIBLE=True),  # blocks divide queries and pages
     "8 warps": partial(tiles_of_decodes, num_warps=8),  # 4 is the default in bfloat16, with 3 stages
     "2 stages": partial(tiles_of_decodes, num_stages=2),
     "4 stages": partial(tiles_of_decodes, num_stages=4),

@@ -4,10 +4,10 @@ The code of the model is not changed. transformers selects a model's attention f
 and passes it query, key and value after projection, norms and RoPE. The engine uses only this interface:
 `patching.patch_model` gives every attention layer a `PagedKVCache` and selects `paged_flex_attention`.
 
-In a compiled engine, a step in which every chunk is one token runs one graph of static shapes, attention included. The
-step is an argument of the model, which passes it to every layer. Every other step runs one graph for any number of
-tokens. The slots, tiles and masks of the step are not part of that graph. They are used in two operators, which are
-opaque to the compiler:
+In a compiled engine, a step in which every chunk is one token runs one graph, attention included. The step is an
+argument of the model, which passes it to every layer. Every other step runs one graph for any number of tokens. The
+slots, tiles and masks of the step are not part of that graph. They are used in two operators, which are opaque to the
+compiler:
 
     model, compiled       norm ─ q k v ─ RoPE ─┐                      ┌─ o ─ residual ─ norm ─ MLP ─ residual
     operators                                  └─ write_kv ─ attend ──┘

@@ -7,6 +7,7 @@ The sizes for CPUs were measured: docs/log.md.
 """
 
 import contextlib
+import functools
 import math
 import os
 import shutil
@@ -98,6 +99,23 @@ def uses_bfloat16(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype == torch.bfloat16 and has_instructions and is_used
 
 
+def packs_weights(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether linear layers are faster with packed weights (`linear.py`).
+
+    In float32, torch multiplies plain weights with MKL, which is slow on AMD's CPUs. On Intel's, packing gains nothing.
+    """
+    if dtype != torch.float32:
+        return uses_bfloat16(device, dtype)
+    return device.type == "cpu" and torch.backends.mkldnn.enabled and _is_made_by_amd()
+
+
+@functools.cache
+def _is_made_by_amd() -> bool:
+    with contextlib.suppress(OSError):  # Linux only
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    return False
+
+
 def num_processors(device: torch.device) -> int:
     """Return how many tiles a kernel computes at once."""
     if device.type == "cuda":
@@ -168,7 +186,7 @@ def decode_buckets(max_batch_size: int, device_type: str) -> tuple[int, ...]:
     """Return the numbers of tiles to which steps of decodes are padded, and their tokens too if `pads_tokens`.
 
     A single stream is not padded. Without padding of tokens, two or more decodes need one bucket only: a padding tile
-    costs 3 microseconds in a layer.
+    costs 3 microseconds in a layer (so a few decodes lose where `max_batch_size` is in the hundreds).
     """
     parts = (4, 2, 1) if pads_tokens(device_type) else (1,)
     return tuple(sorted({1, *(cdiv(max_batch_size, part) for part in parts)}))

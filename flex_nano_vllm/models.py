@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from flex_nano_vllm.device import why_not_compiled
+from flex_nano_vllm.linear import repack_weights
 from flex_nano_vllm.masks import LayerMask, layer_mask
 from flex_nano_vllm.sampling_params import is_int
 
@@ -189,8 +190,8 @@ class WeightsWatch:
         self._remember()
 
     def has_changed(self) -> bool:
-        """Return whether the model has changed since the last check."""
-        if self._look() == self._seen:
+        """Return whether the model has changed since the last check. If its weights are packed, packs changed ones."""
+        if not repack_weights(self.model) and self._look() == self._seen:
             return False
         self._remember()
         return True

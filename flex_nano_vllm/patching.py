@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from flex_nano_vllm.attention import ATTN_IMPLEMENTATION, PagedKVCache, paged_flex_attention
-from flex_nano_vllm.device import uses_bfloat16
+from flex_nano_vllm.device import packs_weights
 from flex_nano_vllm.geometry import Geometry
 from flex_nano_vllm.linear import pack_weights, unpack_weights
 from flex_nano_vllm.masks import LayerMask
@@ -28,7 +28,7 @@ def distinct_masks(spec: ModelSpec, geometry: Geometry) -> tuple[tuple[LayerMask
 def patch_model(model: PreTrainedModel, spec: ModelSpec, geometry: Geometry, compiled: bool = False) -> None:
     """Give every attention layer a `PagedKVCache` with the slots of its pool, and route attention through it.
 
-    `compiled`: also pack the weights (`linear.py`), if products use the bfloat16 instructions of a CPU.
+    `compiled`: also pack the weights (`linear.py`), where this makes linear layers faster.
     `unpatch_model` reverts this. Raises ValueError if the model is patched already.
     """
     if is_patched(model):
@@ -45,7 +45,7 @@ def patch_model(model: PreTrainedModel, spec: ModelSpec, geometry: Geometry, com
         last.unpatched_forward = vars(last).get("forward")  # set if a library such as accelerate wraps the layer
         last.forward = pruned_forward(last)
         model.set_attn_implementation(ATTN_IMPLEMENTATION)
-        if compiled and uses_bfloat16(spec.device, spec.dtype):
+        if compiled and packs_weights(spec.device, spec.dtype):
             pack_weights(model)
     except BaseException:
         unpatch_model(model)

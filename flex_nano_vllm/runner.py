@@ -35,7 +35,7 @@ class ModelRunner:
 
     A step of decodes, in which every chunk is one token, has its tiles padded to a bucket. It runs a graph of the whole
     model, attention included. The host has no work between layers. On a GPU the tokens are padded too, because a CUDA
-    graph is replayed with static shapes. On a CPU one graph takes any number of decodes, and another one takes one.
+    graph is replayed with static shapes. On a CPU one graph takes any number of decodes from two on.
     All other steps share one graph for any number of tokens. That graph calls FlexAttention through an operator.
     FlexAttention is then compiled separately with static shapes: one graph for each kind of tile and each distinct
     mask, and one more for each mask and each further bucket of gathered pages.

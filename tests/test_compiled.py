@@ -68,7 +68,7 @@ def test_compiled_engine_equals_generate_and_never_compiles_after_warmup():
         torch._dynamo.reset()  # discards the graphs of other tests
         before = num_graphs()
         engine.warmup()
-        # 4 buckets of decodes; the model for any length; attention with 2 masks in tiles of one token, and in larger
+        # One decode, and more; the model for any length; attention with 2 masks in tiles of one token, and in larger
         # tiles; the search of the sampler. (The last layer uses larger tiles only for prompt logprobs.)
         max_graphs = engine.runner.max_graphs + engine.sampler.max_graphs
         assert num_graphs() - before == max_graphs == 2 + 1 + 2 + 2 + 1
@@ -399,7 +399,7 @@ def test_the_text_of_kernels_is_changed_in_known_torch_versions(version, is_know
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_only_the_graphs_of_float32_decodes_have_transposed_products(dtype, monkeypatch):
-    monkeypatch.setattr(patching, "uses_bfloat16", lambda *args: False)  # packed weights have an operator instead
+    monkeypatch.setattr(patching, "packs_weights", lambda *args: False)  # packed weights have an operator instead
     numbers = []
 
     def uncompiled(graph, inputs):
@@ -414,6 +414,22 @@ def test_only_the_graphs_of_float32_decodes_have_transposed_products(dtype, monk
         engine.generate(SHORT_PROMPTS[:1], greedy(2), use_tqdm=False)
     # The last layer runs its attention twice (`patching.pruned_forward`).
     assert numbers == [7 * num_layers + 4 + 1, 0 if dtype == torch.float32 else 7 * num_layers + 1]
+
+
+def test_one_graph_takes_any_number_of_decodes_from_two_on(monkeypatch):
+    num_graphs = 0
+
+    def uncompiled(graph, inputs):
+        nonlocal num_graphs
+        num_graphs += torch.nn.functional.embedding in [node.target for node in graph.graph.nodes]
+        return graph.forward
+
+    monkeypatch.setattr(runner, "inductor", lambda *args: uncompiled)
+    sizes = dict(max_batch_size=20, max_seq_length=16, page_size=16, max_num_batched_tokens=64)
+    with Inference(tiny_model("gemma2", torch.float32), None, **sizes, compile=True) as engine:
+        for number, expected in ((2, 2), (20, 2), (3, 2), (16, 2), (1, 3), (17, 3)):  # with that of any length
+            engine.generate([prompt_of(3, seed) for seed in range(number)], greedy(3), use_tqdm=False)
+            assert num_graphs == expected
 
 
 @pytest.mark.parametrize("buckets", [(2, 5, 24), (1, 2, 4, 6, 24), (2, 9, 24), (24,)], ids=str)

@@ -44,6 +44,7 @@ def kernels(monkeypatch):
         ("AUTO, all pages partial", ["SPLIT_KV : tl.constexpr = 2", "HAS_FULL_BLOCKS : tl.constexpr = False"]),
         ("all pages partial", ["HAS_FULL_BLOCKS : tl.constexpr = False"]),
         ("blocks of torch", ["HAS_FULL_BLOCKS : tl.constexpr = True"]),
+        ("no checks of the pool's end", ["IS_DIVISIBLE : tl.constexpr = True"]),
     ],
 )
 def test_attention_of_decodes_equals_the_definition_with_another_kernel(name, expected, kernels):
@@ -115,11 +116,15 @@ def test_decodes_are_launched_before_the_tokens_of_their_last_step_are_read(monk
     monkeypatch.setattr(switches, "copy_begun", noted_copy)
     monkeypatch.setattr(runner.ModelRunner, "forward", noted_forward)
     with SWITCHES["host one step behind"](), Inference(model, None, 2, 32, page_size=4, compile=False) as engine:
-        outputs = engine.generate(prompts, [greedy(9), greedy(4), greedy(6)], use_tqdm=False)
-        engine.check_invariants()
-    for prompt, output, length in zip(prompts, outputs, (9, 4, 6)):
-        assert output.outputs[0].token_ids == hf_generate(model, prompt, length, ignore_eos=True)
-    # The second request ends with the fourth step, the third with the tenth, the first with the ninth.
+        ids = [engine.add_request(prompt, greedy(length)) for prompt, length in zip(prompts, (9, 4, 6))]
+        outputs = {}
+        while engine.has_unfinished_requests():
+            outputs |= {output.request_id: output for output in engine.run_one_step()}
+            engine.check_invariants()
+        again = engine.generate(prompts[0] + outputs[ids[0]].outputs[0].token_ids, greedy(2), use_tqdm=False)
+        assert again[0].num_cached_tokens == 8, "the pages of the first request are cached"
+    for id_, prompt, length in zip(ids, prompts, (9, 4, 6)):
+        assert outputs[id_].outputs[0].token_ids == hf_generate(model, prompt, length, ignore_eos=True)
     assert events[:8] == [2, 2, "read", 2, "read", 2, "read", "read"]
     assert events.count("read") == len([event for event in events if event != "read"])
 
