@@ -41,8 +41,9 @@ class Inference:
         outputs = engine.generate(["The 12 months are"], SamplingParams(temperature=0, max_tokens=64))
         print(outputs[0].outputs[0].text)
 
-    The engine patches the model (see `patching.patch_model`). `close()`, the end of a `with` block, or deletion of the
-    engine restores the model. Building another engine on the model does too, if this engine has no unfinished requests.
+    The engine patches the model (see `patching.patch_model`), and on a CPU it may pack its weights (`linear.py`).
+    `close()`, the end of a `with` block, or deletion of the engine restores the model. Building another engine on the
+    model does too, if this engine has no unfinished requests.
     Only one thread at a time may call the engine. Calls from a second thread raise RuntimeError.
 
     Args:

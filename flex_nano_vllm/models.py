@@ -179,7 +179,8 @@ class WeightsWatch:
     """Detects changes of a model between two checks.
 
     It detects parameters that were written to (`load_state_dict`, an optimizer step) or replaced, modules that were
-    replaced, and PEFT adapters that were enabled, disabled, exchanged or scaled.
+    replaced, and PEFT adapters that were enabled, disabled, exchanged or scaled. Packed weights (`linear.py`) cannot be
+    written to, but can be replaced.
 
     A check costs about a microsecond per parameter. It does not detect writes through `.data` or to buffers, writes to
     parameters that were created in inference mode, or forward hooks.
