@@ -1,5 +1,5 @@
-"""What depends on the device: copies to it, its free memory, whether code is compiled for it, the kinds of tiles, and
-the blocks of the CUDA kernel.
+"""What depends on the device: copies to it, its free memory, whether code is compiled for it and weights are packed,
+the kinds of tiles, and the blocks of the CUDA kernel.
 
 Independent of models and requests.
 
