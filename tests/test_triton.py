@@ -383,8 +383,16 @@ def kernels(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.timeout(600)  # two minutes on an idle machine with no kernels on disk
-@pytest.mark.parametrize("options", [[], ["--dtype", "float32", "--gpus", "RTX 3090"]], ids=["bfloat16", "float32"])
-def test_all_kernels_fit_the_gpus(options):
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--dtype", "float32", "--gpus", "RTX 3090"],
+        ["--all-kernels", "--models", "gemma-2-2b", "--gpus", "RTX 3090"],
+    ],
+    ids=["bfloat16", "float32", "all kernels of an engine"],
+)
+def test_the_kernels_fit_the_gpus(options):
     run = kernels("-m", "benchmarks.gpu_kernels", *options)
     assert run.returncode == 0, run.stdout + run.stderr
 
