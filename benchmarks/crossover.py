@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.report import device_name
-from flex_nano_vllm.attention import PagedKVCache, step_in_progress
+from flex_nano_vllm.attention import PagedKVCache, Scores, step_in_progress
 from flex_nano_vllm.device import kernel_options, tile_kinds, why_not_compiled
 from flex_nano_vllm.geometry import Geometry, cdiv
 from flex_nano_vllm.kv_manager import KVManager
@@ -63,7 +63,7 @@ def measure_crossover(
         torch.compiler.reset()  # a pool of another size needs other graphs
         max_pages = cdiv(longest, page_size)
         n_pages = 1 + largest * max_pages
-        cache = PagedKVCache(0, (NUM_KV_HEADS, n_pages * page_size, HEAD_DIM), dtype, device)
+        cache = PagedKVCache(0, (NUM_KV_HEADS, n_pages * page_size, HEAD_DIM, HEAD_DIM), dtype, device)
         for pool in (cache.k_cache, cache.v_cache):
             pool.normal_(generator=torch.Generator(device).manual_seed(0))
         kinds = tile_kinds(group_size, largest, longest, device.type)  # pages are not gathered
@@ -122,7 +122,7 @@ def _ways(
 
     def paged() -> Tensor:
         with step_in_progress(step, flex):
-            return cache.attend(query, HEAD_DIM**-0.5, None)
+            return cache.attend(query, Scores(HEAD_DIM**-0.5))
 
     return {
         "flex, paged": paged,

@@ -24,10 +24,11 @@ from triton.backends.nvidia.compiler import get_ptxas
 
 from benchmarks.pretended_gpu import GPUS, Gpu, Kernel, engines_on, loaded, pretended
 from flex_nano_vllm import Inference
-from flex_nano_vllm.attention import attend
+from flex_nano_vllm.attention import Scores, attend
 from flex_nano_vllm.compiling import compile_settings
 from flex_nano_vllm.runner import padding_chunk
 from flex_nano_vllm.step import StepBatch, StepVectors, num_pages
+from flex_nano_vllm.warmup import warm_up
 
 # What the kernels depend on: the kind of model, query heads, kv heads, head dim, and the hidden size, which norms sum.
 SHAPES = {
@@ -84,7 +85,7 @@ def kernels_of(
         runner = engine.runner
         small, large = (kind.tile_len * num_heads // num_kv_heads for kind in runner.layout.kinds)
         if all_kernels:
-            runner.warmup()
+            warm_up(runner)
             engine.sampler.warmup(VOCABULARY, engine.spec.device)
         else:
             cache = model.get_decoder().layers[-1].self_attn.kv_cache
@@ -94,7 +95,7 @@ def kernels_of(
                 vectors = StepVectors.build(chunks, runner.layout, runner.kv.device)
                 step = StepBatch.build(vectors, num_pages(chunks, PAGE_SIZE), runner.layout)
                 query = torch.zeros(1, num_heads, length, head_dim, dtype=dtype)
-                attend(step.queries[cache.mask], runner.flex, query, cache.k_cache, cache.v_cache, 1.0, cap)
+                attend(step.queries[cache.mask], runner.flex, query, cache.k_cache, cache.v_cache, Scores(1.0, cap))
     of_attention, others = {}, {}
     for kernel in (kernel for graph in compiler.graphs for kernel in graph.kernels.values()):
         if "_tem_" in kernel.name:

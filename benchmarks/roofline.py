@@ -82,10 +82,10 @@ def step_cost(model: PreTrainedModel, chunks: list[tuple[int, int]]) -> StepCost
     layer_chunks += [(last_window, (start, length), (start + length - 1, 1)) for start, length in chunks]
     for window, (_, num_written), (start, length) in layer_chunks:
         seen = start + length if window is None else min(start + length, window - 1 + length)
-        num_bytes += 2 * (seen + num_written) * spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize
+        num_bytes += 2 * (seen + num_written) * spec.num_kv_heads * spec.key_dim * spec.dtype.itemsize
         positions = range(start + 1, start + length + 1)
         scores = sum(position if window is None else min(position, window) for position in positions)
-        num_operations += 4 * scores * spec.num_heads * spec.head_dim
+        num_operations += 4 * scores * spec.num_heads * spec.key_dim
     return StepCost(num_bytes, num_operations)
 
 

@@ -20,18 +20,29 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 
-from flex_nano_vllm.masks import softcapped
+from flex_nano_vllm.masks import softcapped, with_sinks
 from flex_nano_vllm.step import StepBatch, TiledQueries
 
 # Must not contain the name of an implementation in transformers, which tests names by prefix and substring.
 ATTN_IMPLEMENTATION = "paged_flex"
 
 Flex = Callable[..., Tensor]  # `flex_attention`, compiled or not
+Sinks = Tensor | None
+
+
+class Scores(NamedTuple):
+    """What a layer does to the product of queries and keys."""
+
+    scale: float
+    cap: float | None = None  # see `masks.softcapped`
+    sinks: Sinks = None  # [H], see `masks.with_sinks`
+
 
 _in_progress: ContextVar["StepInProgress | None"] = ContextVar("step_in_progress", default=None)
 
@@ -78,23 +89,25 @@ def _current(num_tokens: int, ends: bool) -> StepInProgress:
 
 
 def attend(
-    queries: TiledQueries, flex: Flex, query: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, cap: float | None
+    queries: TiledQueries, flex: Flex, query: Tensor, k_cache: Tensor, v_cache: Tensor, scores: Scores
 ) -> Tensor:
     """Compute attention of queries [1, H, T, D] over the pool. Returns [1, T, H, D]."""
-    head_dim = query.shape[-1]
-    rows = query.transpose(1, 2).reshape(-1, head_dim)  # [T * H, D]
+    rows = query.transpose(1, 2).flatten(0, 2)  # [T * H, D]
     outputs = []
     for tiles in queries.tiles:
+        score_mod = tiles.score_mod if scores.cap is None else softcapped(scores.cap, tiles.score_mod)
+        if scores.sinks is not None:
+            score_mod = with_sinks(scores.sinks, query.shape[1] // k_cache.shape[1], score_mod)
         output = flex(
             rows[tiles.query_rows],  # [tiles, K, L * G, D]
             tiles.of_pool(k_cache),  # shared by all tiles: the batch of 1 is broadcast
             tiles.of_pool(v_cache),
-            score_mod=tiles.score_mod if cap is None else softcapped(cap, tiles.score_mod),
+            score_mod=score_mod,
             block_mask=tiles.block_mask,
-            scale=scale,
+            scale=scores.scale,
             kernel_options=tiles.kernel_options,
         )
-        outputs.append(output.reshape(-1, head_dim))
+        outputs.append(output.flatten(0, 2))
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return output[queries.output_rows][None]
 
@@ -113,12 +126,12 @@ def write_kv_op(key: Tensor, value: Tensor, finite: Tensor, k_cache: Tensor, v_c
 
 
 def attend_op(
-    query: Tensor, k_cache: Tensor, v_cache: Tensor, mask: int, scale: float, cap: float | None, ends: bool
+    query: Tensor, keys: Tensor, values: Tensor, mask: int, ends: bool, scale: float, cap: float | None, sinks: Sinks
 ) -> Tensor:
-    """Operator form of `attend`. `ends`: only logits indices have queries (see `patching.pruned_forward`)."""
+    """Operator form of `attend`. `ends`: only logits indices have queries (see `pruning.pruned_forward`)."""
     current = _current(query.shape[2], ends)
     queries = current.step.end_queries if ends else current.step.queries[mask]
-    return attend(queries, current.flex, query, k_cache, v_cache, scale, cap)
+    return attend(queries, current.flex, query, keys, values, Scores(scale, cap, sinks))
 
 
 OPS = torch.library.Library("flex_nano_vllm", "DEF")
@@ -129,46 +142,45 @@ for _dispatch_key in ("CPU", "CUDA", "MPS", "XPU"):  # not for all keys at once,
     OPS.impl("attend", attend_op, _dispatch_key)
 
 
-@torch.library.register_fake("flex_nano_vllm::write_kv")
-def _(*args: object) -> None:
-    return None
+torch.library.register_fake("flex_nano_vllm::write_kv", lambda *args: None)
 
 
 @torch.library.register_fake("flex_nano_vllm::attend")
-def _(query: Tensor, *args: object) -> Tensor:
-    batch, num_heads, num_tokens, head_dim = query.shape
-    return query.new_empty(batch, num_tokens, num_heads, head_dim)
+def _(query: Tensor, k_cache: Tensor, v_cache: Tensor, *args: object) -> Tensor:
+    batch, num_heads, num_tokens, _ = query.shape
+    return query.new_empty(batch, num_tokens, num_heads, v_cache.shape[-1])
 
 
 class PagedKVCache(nn.Module):
     """The KV pool of one attention layer, and the index of the layer's mask in the layout.
 
-    `k_cache` and `v_cache` are two separate buffers [1, K, P * page_size, D]. The heads are outermost, so that a page
-    of one head is contiguous. The buffers are separate, because the CPU template copies a buffer that K and V share
-    (and torch 2.11 rejects it). They start as zeros and always contain finite numbers.
+    `k_cache` and `v_cache` are two separate buffers [1, K, P * page_size, D], which may differ in D. The heads are
+    outermost, so that a page of one head is contiguous. The buffers are separate, because the CPU template copies a
+    buffer that K and V share (and torch 2.11 rejects it). They start as zeros and always contain finite numbers.
 
     Args:
         mask: index of the mask of the layer in the layout.
-        shape: (K, P * page_size, D).
+        shape: (K, P * page_size, D of the keys, D of the values).
     """
 
-    def __init__(self, mask: int, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device):
+    def __init__(self, mask: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
         super().__init__()
         self.mask = mask
-        for name in ("k_cache", "v_cache"):
-            self.register_buffer(name, torch.zeros((1, *shape), dtype=dtype, device=device), persistent=False)
+        for name, dim in (("k_cache", shape[2]), ("v_cache", shape[3])):
+            pool = torch.zeros((1, *shape[:2], dim), dtype=dtype, device=device)
+            self.register_buffer(name, pool, persistent=False)
 
     def update(self, key: Tensor, value: Tensor) -> None:
         """Write keys and values [1, K, T, D] of the step in progress into their slots."""
         key, value, finite = _only_finite(key, value)
         torch.ops.flex_nano_vllm.write_kv(key, value, finite, self.k_cache, self.v_cache, self.mask)
 
-    def attend(self, query: Tensor, scale: float, cap: float | None, ends: bool = False) -> Tensor:
+    def attend(self, query: Tensor, scores: Scores, ends: bool = False) -> Tensor:
         """Compute attention of the step in progress over the pool, for queries [1, H, T, D].
 
-        `ends`: the queries are those at the logits indices only (see `patching.pruned_forward`). Returns [1, T, H, D].
+        `ends`: the queries are those at the logits indices only (see `pruning.pruned_forward`). Returns [1, T, H, D].
         """
-        return torch.ops.flex_nano_vllm.attend(query, self.k_cache, self.v_cache, self.mask, scale, cap, ends)
+        return torch.ops.flex_nano_vllm.attend(query, self.k_cache, self.v_cache, self.mask, ends, *scores)
 
     def copy_pages(self, sources: Tensor, targets: Tensor, page_size: int) -> None:
         """Copy whole pages on the device. `sources` and `targets` are physical page numbers."""
@@ -176,18 +188,19 @@ class PagedKVCache(nn.Module):
             pages = pool.unflatten(2, (-1, page_size))  # [1, K, P, page_size, D]
             pages[:, :, targets] = pages[:, :, sources]
 
-    def update_and_attend(
-        self, decodes: StepBatch, query: Tensor, key: Tensor, value: Tensor, scale: float, cap: float | None
+    def attend_in_graph(
+        self, step: StepBatch, query: Tensor, key: Tensor, value: Tensor, scores: Scores, writes: bool = True
     ) -> Tensor:
-        """Run `update` and `attend` for a step of decodes, compiled into the graph of the model.
+        """Run `update` (if the layer `writes`) and `attend` for a step of decodes, compiled into the model's graph.
 
         The output of a token with non-finite keys or values is NaN. Its logits then are NaN too, because each token is
         the end of its chunk.
         """
         key, value, finite = _only_finite(key, value)
-        write_kv(decodes.slots[self.mask], key, value, self.k_cache, self.v_cache)
+        if writes:
+            write_kv(step.slots[self.mask], key, value, self.k_cache, self.v_cache)
         flex = functools.partial(flex_in_graph, self.mask)
-        output = attend(decodes.queries[self.mask], flex, query, self.k_cache, self.v_cache, scale, cap)
+        output = attend(step.queries[self.mask], flex, query, self.k_cache, self.v_cache, scores)
         return output.masked_fill(~finite[:, None, None], torch.nan)
 
 
@@ -202,7 +215,7 @@ def _only_finite(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         Keys and values [1, K, T, D] for the pool, and a mask [T] bool of the tokens that were finite.
     """
-    finite = (key.isfinite() & value.isfinite()).all(dim=-1, keepdim=True).all(dim=1, keepdim=True)  # [1, 1, T, 1]
+    finite = (key.isfinite().all(dim=-1) & value.isfinite().all(dim=-1)).all(dim=1)[:, None, :, None]  # [1, 1, T, 1]
     return torch.where(finite, key, 0), torch.where(finite, value, 0), finite.flatten()
 
 
@@ -212,8 +225,9 @@ def paged_flex_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float,
+    scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     part: str | None = None,
     step: StepBatch | None = None,
     **kwargs: object,
@@ -224,7 +238,9 @@ def paged_flex_attention(
         query: [1, H, T, D], after RoPE.
         key: [1, K, T, D], after RoPE.
         value: [1, K, T, D].
-        part: see `patching.pruned_forward`. "keys" only writes keys and values, and the output is not used. "ends" only
+        scaling: None means D ** -0.5.
+        s_aux: [H], attention sinks, see `masks.with_sinks`.
+        part: see `pruning.pruned_forward`. "keys" only writes keys and values, and the output is not used. "ends" only
             computes attention. None does both.
         step: the step, if it is a step of decodes that is compiled with its attention. None: the step in progress.
     Returns:
@@ -232,11 +248,12 @@ def paged_flex_attention(
     Raises:
         RuntimeError: the model was not called by the engine, so that no step provides slots and masks.
     """
-    cache = module.kv_cache
+    cache, writes = module.kv_cache, module.writes_kv_cache
+    scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
     if step is not None:
-        return cache.update_and_attend(step, query, key, value, scaling, softcap), None
-    if part != "ends":
+        return cache.attend_in_graph(step, query, key, value, scores, writes), None
+    if part != "ends" and writes:
         cache.update(key, value)
     if part == "keys":
         return query.transpose(1, 2), None
-    return cache.attend(query, scaling, softcap, ends=part == "ends"), None
+    return cache.attend(query, scores, ends=part == "ends"), None

@@ -28,13 +28,16 @@ from flex_nano_vllm.page_table import PageMap, PageTable
 PAGE_BUCKETS = (4, 16, 64, 256, 1024, 4096)
 
 
-def page_buckets(device: torch.device, dtype: torch.dtype, page_size: int, max_pages_per_row: int) -> tuple[int, ...]:
+def page_buckets(
+    device: torch.device, dtype: torch.dtype, page_size: int, max_pages_per_row: int, sinks: bool
+) -> tuple[int, ...]:
     """Return the numbers of pages that calls receive, the largest for the longest row; () if nothing is gathered.
 
-    Torch's kernel reads packed values of pages with an odd number of tokens from wrong places.
+    Torch's kernel reads packed values of pages with an odd number of tokens from wrong places. Attention sinks are in
+    page 0, which the copy does not have.
     """
     packs = uses_bfloat16(device, dtype) and torch.__version__ < "2.16.dev0"  # see `compiling.REPLACEMENTS`
-    if page_size % 2 or not packs:
+    if sinks or page_size % 2 or not packs:
         return ()
     return *itertools.takewhile(lambda bucket: bucket < max_pages_per_row, PAGE_BUCKETS), max_pages_per_row
 

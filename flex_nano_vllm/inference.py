@@ -27,6 +27,7 @@ from flex_nano_vllm.sampler import Sampler
 from flex_nano_vllm.sampling_params import SamplingParams, default_params
 from flex_nano_vllm.scheduler import Scheduler
 from flex_nano_vllm.sequence import Sequence
+from flex_nano_vllm.warmup import warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,8 @@ class Inference:
         enable_cascade: put decodes that share many pages into packed tiles, which read each page once.
         compile: whether to compile the model and FlexAttention. Default: True if possible; otherwise the reason is
             logged once.
+        verify: whether to compare packed sequences with the unpatched model, and reject a model whose results differ
+            (`probe.verify`). Default: True, except on a CPU for weights of 8 GB or more.
         record_steps: append a `StepMetrics` for every step to `engine.steps`.
     Raises:
         ValueError: for an unsupported model, for a size that is out of range or does not fit into memory, or for
@@ -85,15 +88,17 @@ class Inference:
         enable_window_release: bool = True,
         enable_cascade: bool = True,
         compile: bool | None = None,
+        verify: bool | None = None,
         record_steps: bool = False,
     ):
-        spec = spec_of(model)
+        # The probe needs a model that is not patched.
+        spec = spec_of(model, verify) if (owner := _owner(model)) is None else owner.spec
         check_size("watermark", watermark, 0)
         key = queue_key(policy)
         sizes = max_batch_size, max_seq_length, n_pages, page_size, max_num_batched_tokens
         geometry = requested_geometry(spec, *sizes, enable_window_release)
         compiled = resolve_compile(compile, spec, geometry.page_size)
-        _release_model(model)  # before free memory is measured
+        _release(owner)  # before free memory is measured
         geometry = fitted_geometry(spec, geometry, n_pages)
         self.model, self.spec, self.tokenizer = model, spec, tokenizer
         self.max_seq_length, self.max_request_tokens = geometry.max_seq_length, geometry.max_request_tokens
@@ -343,7 +348,7 @@ class Inference:
         """Compile all graphs that serving can need, so that requests do not wait for the compiler."""
         with self._exclusively():
             self.sampler.warmup(self.spec.num_logits, self.spec.device)
-            self.runner.warmup()
+            warm_up(self.runner)
 
     def reset_prefix_cache(self) -> None:
         """Empty the prefix cache.
@@ -409,9 +414,14 @@ class Inference:
             self._in_use.release()
 
 
-def _release_model(model: PreTrainedModel) -> None:
-    """Close the idle engine that the model belongs to, if any, to free its pool before the new pool is allocated."""
-    engine = _engine_of_model.get(model, lambda: None)()
+def _owner(model: PreTrainedModel) -> Inference | None:
+    """Return the engine that the model belongs to, None if there is none or it is closed."""
+    engine = _engine_of_model[model]() if isinstance(model, PreTrainedModel) and model in _engine_of_model else None
+    return engine if engine is not None and engine._give_back.alive else None
+
+
+def _release(engine: Inference | None) -> None:
+    """Close the idle engine that a model belongs to, to free its pool before the new pool is allocated."""
     if engine is not None and engine.has_unfinished_requests():
         raise ValueError(
             "the model belongs to an engine with unfinished requests: finish or abort them, or close the engine"

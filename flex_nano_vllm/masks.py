@@ -95,6 +95,23 @@ class SlidingWindow(LayerMask):
         return Causal() if self.window >= num_tokens else self
 
 
+class Chunked(SlidingWindow):
+    """A query sees the tokens of its own chunk of `window` positions, up to itself (Llama-4).
+
+    It sees no more than with a sliding window of this size, so the pages before that window are released.
+    """
+
+    def mask_mod(self, b: Tensor, h: Tensor, q_pos: Tensor, kv_pos: Tensor) -> Tensor:
+        return (kv_pos <= q_pos) & (q_pos // self.window == kv_pos // self.window)
+
+    def visible_pages(self, first: Tensor, last: Tensor, page_size: int) -> list[Pages]:
+        return [(first.clamp(min=0) // self.window * self.window // page_size, last // page_size + 1)]
+
+    def full_pages(self, first: Tensor, last: Tensor, page_size: int) -> Pages:
+        chunk = last.clamp(min=0) // self.window * self.window
+        return (chunk + page_size - 1) // page_size, (first + 1) // page_size
+
+
 def of_queries(mod: Callable[..., Tensor], q_pos: Tensor, group_size: int) -> Callable[..., Tensor]:
     """Return a mask_mod or score_mod for tiles: it takes the kv head and the index of a query row instead of query head
     and position.
@@ -112,9 +129,17 @@ def of_queries(mod: Callable[..., Tensor], q_pos: Tensor, group_size: int) -> Ca
     return mod_of_queries
 
 
-def layer_mask(window: int | None) -> LayerMask:
-    """Return the mask of a layer: causal, or causal within its sliding window."""
-    return Causal() if window is None else SlidingWindow(window)
+def with_sinks(sinks: Tensor, group_size: int, score_mod: ScoreMod | None) -> ScoreMod:
+    """Return a score_mod that gives slot 0 the attention sinks [H]: a learned score for each query head (gpt-oss).
+
+    A sink takes part in the softmax and has no value. So slot 0 has a value of zeros.
+    """
+
+    def with_sink(score: Tensor, tile: Tensor, kv_head: Tensor, q_idx: Tensor, slot: Tensor) -> Tensor:
+        other = score if score_mod is None else score_mod(score, tile, kv_head, q_idx, slot)
+        return torch.where(slot == 0, sinks[kv_head * group_size + q_idx % group_size].to(score.dtype), other)
+
+    return with_sink
 
 
 def first_page(window: int | None, position: Tensor, page_size: int) -> Tensor:

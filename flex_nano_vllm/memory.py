@@ -28,14 +28,14 @@ def step_bytes(spec: ModelSpec, geometry: Geometry) -> int:
     num_rows = min(geometry.max_batch_size + MAX_PROMPT_LOGITS, geometry.max_num_batched_tokens)
     of_logits = num_rows * 2 * spec.dtype.itemsize
     of_sampler = max(geometry.max_batch_size, min(num_rows, LOGPROB_ROWS_AT_ONCE)) * BYTES_PER_LOGIT
-    sizes = geometry.page_size, geometry.max_pages_per_row
+    sizes = geometry.page_size, geometry.max_pages_per_row, spec.has_sinks
     of_copies = 2 * geometry.max_row_tokens * token_bytes(spec) if page_buckets(spec.device, spec.dtype, *sizes) else 0
     return (of_logits + of_sampler) * spec.num_embeddings + of_copies
 
 
 def token_bytes(spec: ModelSpec) -> int:
     """Return the bytes of keys and values of one token in one layer."""
-    return 2 * spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize
+    return spec.num_kv_heads * (spec.key_dim + spec.value_dim) * spec.dtype.itemsize
 
 
 def kv_bytes(spec: ModelSpec, geometry: Geometry) -> int:
@@ -119,6 +119,8 @@ def requested_geometry(
     budget = (1024 if on_cpu else 2048) if max_num_batched_tokens is None else max_num_batched_tokens
     check_size("max_batch_size", max_batch_size, 1)
     check_size("max_seq_length", max_seq_length, 2, "a prompt token and a generated token")
+    if spec.has_sinks:
+        check_size("page_size", page_size, 2, "attention sinks take a slot of page 0")
     check_size("page_size", page_size, 1)
     check_size("max_num_batched_tokens", budget, 1)
     if n_pages is not None:
@@ -126,10 +128,10 @@ def requested_geometry(
     if max_seq_length > spec.max_positions:
         raise ValueError(
             f"max_seq_length={max_seq_length} is more than the {spec.max_positions} positions of the model"
+            f"{spec.positions_limit}"
         )
     enough = 1 + max_batch_size * cdiv(max_seq_length, page_size)
-    windows = tuple(mask.window for mask in spec.masks)
-    sizes = (page_size, max_batch_size, max_seq_length, budget, windows, window_release)
+    sizes = (page_size, max_batch_size, max_seq_length, budget, spec.windows, window_release)
     return Geometry(enough if n_pages is None else n_pages, *sizes)
 
 

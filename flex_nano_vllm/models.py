@@ -1,5 +1,5 @@
-"""The Hugging Face model of an engine: loads it, reads its properties, checks whether it is supported and can be
-compiled, and detects changes of its weights. Independent of requests and steps.
+"""The Hugging Face model of an engine: loads it, checks whether it is supported and can be compiled, states its
+properties, and detects changes of its weights. Independent of requests and steps.
 """
 
 import functools
@@ -9,58 +9,83 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from flex_nano_vllm.device import why_not_compiled
 from flex_nano_vllm.linear import repack_weights
-from flex_nano_vllm.masks import LayerMask, layer_mask
+from flex_nano_vllm.masks import LayerMask
+from flex_nano_vllm.probe import AttentionLayer, Probe, observe, verify
 from flex_nano_vllm.sampling_params import is_int
 
 logger = logging.getLogger(__name__)
 
 # Trained for this package (examples/train_tiny_gemma2.py), and small enough to be included in it
 EMBEDDED_MODELS = {"tiny-gemma2": Path(__file__).parent / "tiny_gemma2"}
-# tests/test_exactness.py compares the tokens of each of these types with Hugging Face's `generate`.
-SUPPORTED_MODEL_TYPES = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
+MOST_BYTES_VERIFIED = 8e9  # on a CPU, which reads the weights three times
 
 
 @dataclass(frozen=True)
 class ModelSpec:
     """The properties of a model that the engine depends on. `spec_of` reads them once."""
 
+    layers: tuple[AttentionLayer, ...]
     masks: tuple[LayerMask, ...]  # of each layer
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int  # the same in every layer, as are the numbers of heads
+    takes_options: bool  # see `probe.Observation`
+    prunes_last_layer: bool
     num_embeddings: int  # number of token ids that a prompt may contain
     num_logits: int  # number of token ids that can be generated
     max_positions: int  # most tokens of a sequence
+    positions_limit: str  # why a sequence may not be longer, if the model could compute a longer one alone
     eos_token_ids: frozenset[int]
     dtype: torch.dtype
     device: torch.device
 
+    # Of every layer:
+
+    @property
+    def num_heads(self) -> int:
+        return self.layers[0].num_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.layers[0].num_kv_heads
+
+    @property
+    def key_dim(self) -> int:
+        return self.layers[0].key_dim
+
+    @property
+    def value_dim(self) -> int:
+        return self.layers[0].value_dim
+
+    @property
+    def head_dim(self) -> int:
+        """The larger one of the two."""
+        return max(self.key_dim, self.value_dim)
+
+    @property
+    def has_sinks(self) -> bool:
+        return self.layers[0].has_sinks
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The window of each layer that has keys of its own."""
+        return tuple(mask.window for i, (layer, mask) in enumerate(zip(self.layers, self.masks)) if layer.keys_of == i)
+
 
 def check_supported(model: PreTrainedModel) -> None:
-    """Check that paged attention computes the model correctly. Raises ValueError with the reason if it does not."""
+    """Check what a run of the model cannot show. Raises ValueError with the reason if the model is not supported."""
     if not isinstance(model, PreTrainedModel):
         got = f"model must be a loaded transformers model, not an object of type {type(model).__name__}"
         if hasattr(model, "get_base_model"):  # PEFT's wrapper; the layers of the base model contain the adapters
             raise ValueError(f"{got}: pass its get_base_model()")
         raise ValueError(f"{got}: see Inference.from_pretrained")
-    name, config = type(model).__name__, model.config
-    if config.model_type not in SUPPORTED_MODEL_TYPES:
-        supported = ", ".join(SUPPORTED_MODEL_TYPES)
-        raise ValueError(f"{name} (model_type {config.model_type!r}) is not supported; supported are {supported}")
+    name = type(model).__name__
     if model.get_output_embeddings() is None:
         raise ValueError(f"{name} has no language-model head: load it with AutoModelForCausalLM")
-    if getattr(config, "use_bidirectional_attention", False):
-        raise ValueError(f"{name} uses bidirectional attention (use_bidirectional_attention), which cannot be paged")
-    rope = config.rope_parameters
-    for parameters in [entry for entry in rope.values() if isinstance(entry, dict)] or [rope]:
-        # Both types choose their frequencies by the longest sequence of a call, and a call contains many sequences.
-        if parameters.get("rope_type") in ("dynamic", "longrope"):
-            raise ValueError(f"{name} uses rope_type {parameters['rope_type']!r}, which depends on the batch")
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{name} has an encoder: only decoders are supported")
     for module in model.modules():
         if type(module).__module__.startswith("torch.ao.nn.quantized.dynamic"):
             raise ValueError(
@@ -74,51 +99,75 @@ def check_supported(model: PreTrainedModel) -> None:
         raise ValueError(f"{name} must be on one device, but its parameters are on {sorted(map(str, devices))}")
 
 
-def max_positions(model: PreTrainedModel) -> int:
-    """Return the number of positions of a model: `max_position_embeddings`, or more if RoPE is scaled.
+def max_positions(model: PreTrainedModel) -> tuple[int, str]:
+    """Return the most positions of a sequence, and if a step of several sequences is the reason, an explanation.
 
-    YaRN supports `factor` times `original_max_position_embeddings`. Linear scaling supports `factor` times the number
-    in the config. If a config has one RoPE for each layer type (Gemma-3), its number already includes the scaling.
+    The number is `max_position_embeddings`, or more if RoPE is scaled. YaRN supports `factor` times
+    `original_max_position_embeddings`. Linear scaling supports `factor` times the number in the config. If a config has
+    one RoPE for each layer type (Gemma-3), its number already includes the scaling.
+
+    Some models compute with the length of the longest sequence of a call, which a step of several sequences does not
+    have. They are right up to the length where this begins.
     """
-    config, rope = model.config, model.config.rope_parameters
-    stated, kind = config.max_position_embeddings, rope.get("rope_type")
-    if kind not in ("yarn", "linear"):
-        return stated
-    original = rope.get("original_max_position_embeddings") if kind == "yarn" else None
-    return max(stated, int((original or stated) * rope["factor"]))
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    number, kind = getattr(config, "max_position_embeddings", None), rope.get("rope_type")
+    if number is None:
+        raise ValueError(f"{type(model).__name__} has no number of positions in its config (max_position_embeddings)")
+    if kind in ("yarn", "linear"):
+        original = rope.get("original_max_position_embeddings") if kind == "yarn" else None
+        number = max(number, int((original or number) * rope["factor"]))
+    limits = {number: ""}
+    for parameters in [entry for entry in rope.values() if isinstance(entry, dict)] or [rope]:
+        kind = parameters.get("rope_type")
+        if kind in ("dynamic", "longrope"):
+            original = parameters.get("original_max_position_embeddings") if kind == "longrope" else None
+            limits[original or config.max_position_embeddings] = (
+                f"; beyond, its frequencies (rope_type {kind!r}) would depend on the other sequences of a step"
+            )
+    if getattr(config, "attn_temperature_tuning", False) and hasattr(config, "floor_scale"):
+        # Llama-4 counts the tokens of a call instead of reading their positions. Nothing short shows it.
+        limits[config.floor_scale - 1] = "; beyond, its attn_temperature_tuning would depend on the other sequences"
+    number = min(limits)
+    return number, limits[number]
 
 
-def attention_layers(model: PreTrainedModel) -> list[nn.Module]:
-    return [layer.self_attn for layer in model.get_decoder().layers]
+def spec_of(model: PreTrainedModel, verified: bool | None = None) -> ModelSpec:
+    """Observe the properties of a model. Raises ValueError with the reason if it is not supported.
 
-
-def layer_windows(model: PreTrainedModel) -> list[int | None]:
-    """Return the sliding window of each layer, as the model passes it to its attention function.
-
-    None means full attention.
+    `verified`: whether to run `probe.verify`. Default: unless the weights are so large that a CPU takes seconds.
     """
-    # Mistral's layers have no `sliding_window` attribute and read the config. Llama's layers do not read it.
-    default = model.config.sliding_window if model.config.model_type == "mistral" else None
-    return [getattr(attention, "sliding_window", default) for attention in attention_layers(model)]
-
-
-def spec_of(model: PreTrainedModel) -> ModelSpec:
-    """Read the properties of a model. Raises ValueError with the reason if `check_supported` rejects the model."""
     check_supported(model)
-    config, head = model.config, model.get_output_embeddings()
-    weight = getattr(head, "weight", None)  # a quantised head may not have it as a tensor
+    num_embeddings = model.get_input_embeddings().num_embeddings
+    positions, limit = max_positions(model)
+    probe = Probe(model, positions, num_embeddings)
+    observation, *first_run = observe(probe)
+    if verified is None:
+        verified = model.device.type != "cpu" or _num_bytes(model) < MOST_BYTES_VERIFIED
+    if verified:
+        observation = verify(probe, observation, *first_run)
+    layers = observation.layers
+    for layer in layers:
+        for what in ("num_heads", "num_kv_heads", "key_dim", "value_dim", "has_sinks"):
+            if getattr(layer, what) != getattr(layers[0], what):
+                raise ValueError(f"{probe.title(layer.name)} has another {what} than {probe.title(layers[0].name)}")
     return ModelSpec(
-        masks=tuple(layer_masks(model)),
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        num_embeddings=model.get_input_embeddings().num_embeddings,
-        num_logits=len(weight) if isinstance(weight, Tensor) else head.out_features,
-        max_positions=max_positions(model),
-        eos_token_ids=_eos_token_ids(model.generation_config, config),
+        layers=layers,
+        masks=tuple(layer_masks(layers)),
+        takes_options=observation.takes_options,
+        prunes_last_layer=observation.prunes_last_layer,
+        num_embeddings=num_embeddings,
+        num_logits=observation.num_logits,
+        max_positions=positions,
+        positions_limit=limit,
+        eos_token_ids=_eos_token_ids(model.generation_config, model.config, model.config.get_text_config()),
         dtype=model.dtype,
         device=model.device,
     )
+
+
+def _num_bytes(model: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
 
 
 def _eos_token_ids(*configs: object) -> frozenset[int]:
@@ -127,9 +176,9 @@ def _eos_token_ids(*configs: object) -> frozenset[int]:
     return frozenset(i for entry in ids if entry is not None for i in ([entry] if is_int(entry) else entry))
 
 
-def layer_masks(model: PreTrainedModel) -> list[LayerMask]:
+def layer_masks(layers: tuple[AttentionLayer, ...]) -> list[LayerMask]:
     """Return the mask of each layer. To try another mask, return it here."""
-    return [layer_mask(window) for window in layer_windows(model)]
+    return [layer.mask for layer in layers]
 
 
 def resolve_compile(compile: bool | None, spec: ModelSpec, page_size: int) -> bool:

@@ -38,6 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.functional import pad
 
 from flex_nano_vllm.device import upload
 from flex_nano_vllm.geometry import cdiv
@@ -62,7 +63,7 @@ class PageMap:
         self.page_size, self.table, self.physical_to_logical = page_size, table, physical_to_logical
         self.n_pages = physical_to_logical.shape[1]
 
-    def convert_logical_block_mask(self, block_mask: BlockMask, rows: Tensor, kv_len: int) -> BlockMask:
+    def convert_logical_block_mask(self, block_mask: BlockMask, rows: Tensor, kv_len: int, sinks: bool) -> BlockMask:
         """Rewrite a mask over logical positions into one over slots, of the pool or of a copy.
 
         A logical mask has one batch entry per *tile*, and every tile belongs to one sequence. The KV blocks of the tile
@@ -87,21 +88,22 @@ class PageMap:
             block_mask: logical; `kv_indices` [tiles, 1, 1, N] with N logical pages, blocks of (query rows, page_size).
             rows: [tiles] int32, the page-table row of each tile; row 0 for padding, which sees nothing.
             kv_len: slots that attention receives: all of the pool or of the copy, or the used part of the pool.
+            sinks: every query also sees slot 0, see `masks.with_sinks`.
         Returns:
             The physical BlockMask: `kv_indices` [tiles, 1, 1, >= kv_len / page_size], with equal blocks.
         """
 
-        def physical(number: Tensor, logical: Tensor) -> PageList:  # [tiles, 1, 1] and [tiles, 1, 1, <= N]
+        def physical(number: Tensor, logical: Tensor, zeros: int = 0) -> PageList:  # [tiles, 1, 1], [tiles, 1, 1, <= N]
             existing = logical[:, 0, 0].clamp(max=self.table.shape[1] - 1)
-            pages = self.table[rows[:, None], existing]
-            return number[:, 0, 0], widen(pages, self.table.shape[1], cdiv(kv_len, self.page_size))
+            pages = pad(self.table[rows[:, None], existing], (zeros, 0))
+            return number[:, 0, 0] + zeros, widen(pages, self.table.shape[1] + zeros, cdiv(kv_len, self.page_size))
 
-        partial = physical(block_mask.kv_num_blocks, block_mask.kv_indices)
+        partial = physical(block_mask.kv_num_blocks, block_mask.kv_indices, int(sinks))
         full = physical(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
-        mask_mod = self.physical_mask(block_mask.mask_mod, lambda tile, q_idx: rows[tile])
+        mask_mod = self.physical_mask(block_mask.mask_mod, lambda tile, q_idx: rows[tile], sinks)
         return mask_of_tiles(partial, full, block_mask.BLOCK_SIZE, mask_mod, kv_len)
 
-    def physical_mask(self, logical_mask: MaskMod, row_of: RowOf) -> MaskMod:
+    def physical_mask(self, logical_mask: MaskMod, row_of: RowOf, sinks: bool = False) -> MaskMod:
         """Rewrite a mask_mod(tile, h, q_idx, kv_pos) into one over the slots of the pool or of a copy.
 
         `row_of(tile, q_idx)` returns the page-table row of a query. Slots on pages that this row does not use are
@@ -111,7 +113,8 @@ class PageMap:
 
         def physical_mask(tile: Tensor, h: Tensor, q_idx: Tensor, slot: Tensor) -> Tensor:
             kv_pos = position_of(row_of(tile, q_idx), slot)
-            return (kv_pos >= 0) & logical_mask(tile, h, q_idx, kv_pos)
+            visible = (kv_pos >= 0) & logical_mask(tile, h, q_idx, kv_pos)
+            return visible | (slot == 0) if sinks else visible
 
         return physical_mask
 

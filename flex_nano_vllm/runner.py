@@ -1,9 +1,8 @@
 """Runs the model on a step: compilation, buckets, warm-up. Independent of scheduling and sampling."""
 
 import functools
-import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -20,8 +19,8 @@ from flex_nano_vllm.device import TileKind, decode_buckets, kernel_options, pads
 from flex_nano_vllm.gather import page_buckets
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.linear import TransposedProducts
-from flex_nano_vllm.models import ModelSpec, attention_layers
-from flex_nano_vllm.patching import distinct_masks, patch_model
+from flex_nano_vllm.models import ModelSpec
+from flex_nano_vllm.patching import attention_layers, distinct_masks, patch_model
 from flex_nano_vllm.sampling_params import SamplingParams
 from flex_nano_vllm.scheduler import Chunk
 from flex_nano_vllm.sequence import Sequence
@@ -39,7 +38,7 @@ class ModelRunner:
     All other steps share one graph for any number of tokens. That graph calls FlexAttention through an operator.
     FlexAttention is then compiled separately with static shapes: one graph for each kind of tile and each distinct
     mask, and one more for each mask and each further bucket of gathered pages.
-    `warmup()` compiles all graphs. Without it, a graph is compiled in the first step that needs it. There are at most
+    `warmup.py` compiles all graphs. Without it, a graph is compiled in the first step that needs it. There are at most
     `max_graphs`, because the budget and the number of rows bound every step to the largest bucket.
 
     Uncompiled, the model and FlexAttention run operator by operator. This needs no compiler and supports any dtype, but
@@ -49,34 +48,40 @@ class ModelRunner:
 
     def __init__(self, model: PreTrainedModel, spec: ModelSpec, kv: KVManager, compiled: bool, cascade: bool):
         self.model, self.spec, self.kv, self.compiled = model, spec, kv, compiled
-        geometry = kv.geometry
+        device, geometry = model.device, kv.geometry
         max_batch_size, budget = geometry.max_batch_size, geometry.max_num_batched_tokens
-        num_kv_heads, group_size = spec.num_kv_heads, spec.num_heads // spec.num_kv_heads
+        heads, group_size = spec.num_kv_heads, spec.num_heads // spec.num_kv_heads
         kinds, options, packing_rows = (TileKind(tile_len=1, num_tiles=None),), {}, 0
         if compiled:
-            buckets = page_buckets(model.device, spec.dtype, geometry.page_size, geometry.max_pages_per_row)
-            kinds = tile_kinds(group_size, max_batch_size, budget, model.device.type, buckets)
+            buckets = page_buckets(device, spec.dtype, geometry.page_size, geometry.max_pages_per_row, spec.has_sinks)
+            kinds = tile_kinds(group_size, max_batch_size, budget, device.type, buckets)
             packing_rows = kinds[-1].tile_len * group_size if buckets else 0
             all_rows = [kind.tile_len * group_size for kind in kinds]
-            options = kernel_options(model.device, all_rows, geometry.page_size, spec.head_dim, spec.dtype)
+            options = kernel_options(device, all_rows, geometry.page_size, spec.head_dim, spec.dtype)
         masks, indices = distinct_masks(spec, geometry)
-        rule = cascade_rule(num_kv_heads, group_size, geometry, model.device) if cascade else None
+        # Only a model that passes options to attention can be given a step, or a part of a layer's work.
+        takes_steps = compiled and spec.takes_options
+        packs = cascade and (takes_steps or not compiled) and not spec.has_sinks
+        rule = cascade_rule(heads, group_size, geometry, device) if packs else None
         tables = tuple(kv.table(mask.window) for mask in masks)
-        self.layout = TileLayout(kinds, num_kv_heads, group_size, masks, tables, indices[-1], compiled, rule, options)
-        buckets = decode_buckets(min(max_batch_size, budget), model.device.type) if compiled else ()
+        self.prunes = compiled and spec.prunes_last_layer
+        last = indices[-1] if self.prunes else None
+        self.layout = TileLayout(kinds, heads, group_size, masks, tables, last, compiled, rule, options, spec.has_sinks)
+        buckets = decode_buckets(min(max_batch_size, budget), device.type) if takes_steps else ()
         self.decode_layouts = {n: replace(self.layout, kinds=(replace(kinds[0], num_tiles=n),)) for n in buckets}
-        self.pads_tokens = pads_tokens(model.device.type)
-        self.flex = compile_flex_attention(model.device.type, compiled, packing_rows)
+        self.pads_tokens = pads_tokens(device.type)
+        self.flex = compile_flex_attention(device.type, compiled, packing_rows)
         self.model_of_any_length, self.model_of_decodes = model, None
         self._compiled_shapes: set[tuple] = set()  # what identifies the graphs of the steps so far
         self.on_compile: Callable[[str], None] | None = None  # called with a notice before a step that compiles
         if compiled:
-            make = functools.partial(torch.compile, fullgraph=True, backend=inductor(model.device.type))
+            make = functools.partial(torch.compile, fullgraph=True, backend=inductor(device.type))
             self.model_of_any_length = make(model, dynamic=True, options=dict(UNGUARDED))
-            cuda_graphs = {"triton.cudagraphs": True} if model.device.type == "cuda" else {}
+            cuda_graphs = {"triton.cudagraphs": True} if device.type == "cuda" else {}
             decode = decode_function(model, self.layout)
             self.model_of_decodes = make(decode, dynamic=False, options=UNGUARDED | cuda_graphs)
         patch_model(model, spec, geometry, compiled)  # last: if something above raises, the model is not patched
+        self.attention_layers = attention_layers(model, spec)
 
     @property
     def max_graphs(self) -> int:
@@ -91,15 +96,16 @@ class ModelRunner:
         The result is valid until the next call. A logits row has a NaN if any token of its chunk had numbers that are
         not finite.
         """
-        if self.model.config._attn_implementation != ATTN_IMPLEMENTATION:
+        if self.attention_layers[0].config._attn_implementation != ATTN_IMPLEMENTATION:
             raise RuntimeError("set_attn_implementation was called on the engine's model: close the engine first")
         with compile_settings(self.model.device.type):
             if self.kv.copies:
                 self._copy_pages()
-            return self._run(chunks, pack_decodes(chunks, self.layout) if self.layout.cascade else None)
+            return self.run(chunks, pack_decodes(chunks, self.layout) if self.layout.cascade else None)
 
-    def _run(self, chunks: list[Chunk], packed: PackedDecodes | None = None) -> Tensor:
-        as_decodes = self.compiled and all(chunk.length == 1 for chunk in chunks)
+    def run(self, chunks: list[Chunk], packed: PackedDecodes | None = None) -> Tensor:
+        """Compute chunks whose pages are reserved and copied, under `compile_settings`; see `forward`."""
+        as_decodes = bool(self.decode_layouts) and all(chunk.length == 1 for chunk in chunks)
         bucket = next(n for n in self.decode_layouts if n >= len(chunks)) if as_decodes else 2
         layout = self.decode_layouts[bucket] if as_decodes else self.layout
         # Apart from decodes, a dimension of size 1 would need another graph.
@@ -137,8 +143,8 @@ class ModelRunner:
         for table in {table for table, _, _ in copies}:
             pairs = np.array([(source, target) for other, source, target in copies if other is table])
             sources, targets = upload([*pairs.T], table.table.device)
-            for attention in attention_layers(self.model):
-                if self.layout.tables[attention.kv_cache.mask] is table:
+            for attention in self.attention_layers:
+                if attention.writes_kv_cache and self.layout.tables[attention.kv_cache.mask] is table:
                     attention.kv_cache.copy_pages(sources, targets, table.page_size)
         self.kv.copies.clear()
 
@@ -149,44 +155,14 @@ class ModelRunner:
     def _run_any_length(self, step: StepBatch) -> Tensor:
         vectors = step.vectors
         with step_in_progress(step, self.flex) as finite:
-            output = self.model_of_any_length(**model_inputs(vectors), logits_indices=vectors.logits_indices)
+            # A pruned layer takes the indices. Otherwise the model takes them, and computes logits only there.
+            indices = {"logits_indices" if self.prunes else "logits_to_keep": vectors.logits_indices}
+            output = self.model_of_any_length(**model_inputs(vectors), **indices)
         logits = output.logits[0]
         chunk_of_token = torch.searchsorted(vectors.chunk_ends, torch.arange(len(finite), device=logits.device))
         failed = torch.zeros_like(vectors.chunk_ends).index_add_(0, chunk_of_token, (~finite).long()) > 0
         logits[:, 0].masked_fill_(failed[chunk_of_token[vectors.logits_indices]], torch.nan)
         return logits
-
-    def warmup(self) -> None:
-        """Compile every graph by running each bucket with padding chunks.
-
-        The padding is in row 0: its keys are written to page 0, and its output is not used.
-        """
-        if self.compiled:
-            with compile_settings(self.model.device.type):
-                for chunks, packed in self._warmup_steps():
-                    for _ in range(2 if self.model.device.type == "cuda" else 1):  # twice, to record CUDA graphs
-                        self._run(chunks, packed)
-            gc.collect()  # else garbage from compiling would soon pause a step for 0.3 s
-
-    def _warmup_steps(self) -> Iterator[tuple[list[Chunk], PackedDecodes | None]]:
-        """Yield steps that together need every graph."""
-        rule, geometry = self.layout.cascade, self.kv.geometry
-        for bucket in self.decode_layouts:
-            yield [padding_chunk(1)] * bucket, None
-        if rule is not None:
-            yield [padding_chunk(1)] * max(self.decode_layouts), PackedDecodes.empty(rule)
-        # Two tokens and a padding token: with as many tokens as chunks, dynamo would treat both sizes as one.
-        yield [padding_chunk(2)], None
-        small, large = self.layout.kinds
-        shortest = small.tile_len + 1  # shortest chunk that is cut into large tiles
-        # The last layer uses large tiles for prompt logprobs only. Other layers always use them.
-        *others, last = distinct_masks(self.spec, geometry)[1]
-        for bucket in large.page_buckets or (1,):
-            # The last token alone on its page: then a window covers the most pages.
-            end = min(max((bucket - 1) * geometry.page_size + 1, shortest), geometry.max_row_tokens)
-            length = min(large.num_tiles * large.tile_len, geometry.max_num_batched_tokens, end)
-            if shortest <= length:
-                yield [padding_chunk(length, end - length, last not in others)], None
 
 
 def model_inputs(vectors: StepVectors) -> dict[str, object]:
@@ -207,9 +183,9 @@ def decode_function(model: PreTrainedModel, layout: TileLayout) -> Callable[[Ste
     return decode
 
 
-def _shapes(step: StepBatch, last_mask: int) -> set[tuple]:
+def _shapes(step: StepBatch, last_mask: int | None) -> set[tuple]:
     """Return what identifies the graphs of a step of any length: the masks and shapes of its tiles."""
-    queries = [*enumerate(step.queries), (last_mask, step.end_queries)]
+    queries = [*enumerate(step.queries)] + ([] if last_mask is None else [(last_mask, step.end_queries)])
     return {(mask, *tiles.block_mask.shape) for mask, tiled in queries for tiles in tiled.tiles}
 
 

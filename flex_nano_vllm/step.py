@@ -54,11 +54,12 @@ class TileLayout:
         group_size: G; the heads of a group share their keys, so they become rows of one query block.
         masks: the distinct masks of the layers. Their indices identify them in a step.
         tables: the page table of each mask.
-        last_mask: index of the mask of the last layer.
+        last_mask: index of the mask of the last layer, if it is pruned (`pruning.py`).
         whole_pool: attention always receives the whole pool, so that its shape never changes. If False, it receives
             only the used part, because uncompiled FlexAttention evaluates every slot that it receives.
         cascade: the rule for packing decodes into common tiles; None: they are never packed.
         kernel_options: options of FlexAttention's kernel, by the query rows of a tile (`device.kernel_options`).
+        sinks: every query sees slot 0 of the pool, see `masks.with_sinks`.
     """
 
     kinds: tuple[TileKind, ...]
@@ -66,10 +67,11 @@ class TileLayout:
     group_size: int
     masks: tuple[LayerMask, ...]
     tables: tuple[PageTable, ...]
-    last_mask: int
+    last_mask: int | None
     whole_pool: bool
     cascade: CascadeRule | None = None
     kernel_options: dict[int, dict[str, object]] = field(default_factory=dict)
+    sinks: bool = False
 
     @property
     def packed_mask(self) -> int:
@@ -118,7 +120,7 @@ class StepVectors:
     chunk_ends: Tensor  # [C] int64, index of the last token of each chunk
     logits_indices: Tensor  # [W] int64, tokens whose logits are computed: chunk ends, and more for prompt logprobs
     queries: InTiles
-    end_queries: InTiles | None  # only the logits indices; None if they are all tokens
+    end_queries: InTiles | None  # only the logits indices; None if they are all tokens, or no layer is pruned
 
     @classmethod
     def build(cls, chunks: list[Chunk], layout: TileLayout, device: torch.device) -> "StepVectors":
@@ -132,7 +134,7 @@ class StepVectors:
         indices = np.arange(num_logits.sum()) + np.repeat(ends + 1 - np.cumsum(num_logits), num_logits)
         vectors, last = [np.array(input_ids), positions, rows, ends, indices], []
         queries = in_tiles(cut_into_tiles(lengths, positions, layout), positions, rows)
-        if len(positions) > len(indices):
+        if layout.last_mask is not None and len(positions) > len(indices):
             last = in_tiles(cut_into_tiles(num_logits, positions[indices], layout), positions[indices], rows[indices])
         uploaded = iter(upload([*vectors, *queries, *last], device))
         vectors, queries, last = ([next(uploaded) for _ in part] for part in (vectors, queries, last))
@@ -182,7 +184,7 @@ class TiledQueries:
             kv_len = (keys.n_pages if layout.whole_pool else table.num_live_pages) * table.page_size
             if packed is None:
                 logical = logical_block_mask(cut.q_pos, mask, group_size, table.page_size, width)
-                block_mask = keys.convert_logical_block_mask(logical, cut.rows, kv_len)
+                block_mask = keys.convert_logical_block_mask(logical, cut.rows, kv_len, layout.sinks)
             else:
                 block_mask = packed_block_mask(packed, row_of, cut.q_pos, mask, group_size, table, kv_len)
             if mask.score_mod is not None:
@@ -212,7 +214,7 @@ class StepBatch:
     vectors: StepVectors
     slots: tuple[Tensor, ...]  # [T] int64 slot of each token, by the index of the mask
     queries: tuple[TiledQueries, ...]  # by the index of the mask
-    end_queries: TiledQueries  # for the logits indices, the only queries of the last layer
+    end_queries: TiledQueries | None  # for the logits indices, the only queries of a pruned last layer
 
     @classmethod
     def build(
@@ -222,11 +224,12 @@ class StepBatch:
 
         `width`: logical pages up to the last position, or more. `packed`: the queries of decodes in packed tiles.
         """
-        slots = tuple(table.slots(vectors.rows, vectors.positions) for table in layout.tables)
+        # Padding writes to slot 0, or to slot 1 if sinks need slot 0 for a value of zeros.
+        slots = tuple(table.slots(vectors.rows, vectors.positions).clamp(min=layout.sinks) for table in layout.tables)
         given = {} if packed is None else {layout.packed_mask: packed}
         all_masks = range(len(layout.masks))
         queries = [given.get(i) or TiledQueries.build(vectors.queries, i, width, layout) for i in all_masks]
-        end_queries = queries[layout.last_mask]
+        end_queries = None if layout.last_mask is None else queries[layout.last_mask]
         if vectors.end_queries is not None:
             end_queries = TiledQueries.build(vectors.end_queries, layout.last_mask, width, layout)
         return cls(vectors, slots, tuple(queries), end_queries)

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.random_models import BYTE_VOCABULARY
 from flex_nano_vllm import SamplingParams
-from flex_nano_vllm.masks import layer_mask
+from flex_nano_vllm.masks import Causal, LayerMask, SlidingWindow
 from flex_nano_vllm.sampler import NOT_FINITE
 from flex_nano_vllm.sequence import Sample, Sequence
 from flex_nano_vllm.step import StepBatch, StepVectors, TiledQueries, TileLayout, num_pages
@@ -247,6 +247,10 @@ def dense_flex(query, key, value, score_mod=None, block_mask=None, scale=None, k
         scores = score_mod(scores, b, h, q, kv)
     weights = scores.masked_fill(~block_mask.mask_mod(b, h, q, kv), -torch.inf).softmax(dim=-1)
     return torch.einsum("bhqk,hkd->bhqd", weights.nan_to_num(0), value[0])  # zeros for a query that sees nothing
+
+
+def layer_mask(window: int | None) -> LayerMask:
+    return Causal() if window is None else SlidingWindow(window)
 
 
 def layout_of(kinds, num_kv_heads, group_size, windows, last_window, whole_pool, cascade=None):

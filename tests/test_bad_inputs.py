@@ -12,10 +12,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from engines import greedy
+from engines import greedy, prompt_of
 from tiny_models import CONFIGS, VOCABULARY, hf_generate, tiny_model
 from torch.torch_version import TorchVersion
-from transformers import AutoModel, AutoModelForCausalLM, GPT2Config
+from transformers import AttentionInterface, AutoModel, AutoModelForCausalLM, MambaConfig
 
 from benchmarks.random_models import BYTE_VOCABULARY, byte_tokenizer
 from flex_nano_vllm import (
@@ -30,7 +30,7 @@ from flex_nano_vllm import (
 )
 from flex_nano_vllm.attention import PagedKVCache
 from flex_nano_vllm.geometry import Geometry
-from flex_nano_vllm.models import attention_layers, spec_of
+from flex_nano_vllm.models import spec_of
 from flex_nano_vllm.patching import is_patched
 
 GOOD_PROMPT = [5, 6, 7, 8, 9]
@@ -573,7 +573,7 @@ def test_a_pool_larger_than_memory_is_rejected_in_gb_and_another_engine_can_be_b
 
 
 def pool_bytes(engine):
-    caches = [layer.kv_cache for layer in attention_layers(engine.model)]
+    caches = [layer.kv_cache for layer in engine.runner.attention_layers]
     kv_bytes = sum(cache.k_cache.nbytes + cache.v_cache.nbytes for cache in caches)
     return kv_bytes + sum(table.physical_to_logical.nbytes for table in engine.kv.pools.values())
 
@@ -644,9 +644,9 @@ def test_a_pool_is_no_larger_than_the_offsets_of_cuda_kernels(bare_model, monkey
     n_pages = memory.pool_size(spec, geometry)
     memory.check_pool_fits(spec, dataclasses.replace(geometry, n_pages=n_pages))
     if version < "2.14":
-        assert n_pages * page_size * spec.head_dim < 2**31 <= (n_pages + 1) * page_size * spec.head_dim
+        assert n_pages * page_size * spec.key_dim < 2**31 <= (n_pages + 1) * page_size * spec.key_dim
     elif page_size > 1:
-        assert n_pages == enough and n_pages * page_size * spec.head_dim > 2**31
+        assert n_pages == enough and n_pages * page_size * spec.key_dim > 2**31
     else:
         assert n_pages * (rows + 1) < 2**31 <= (n_pages + 1) * (rows + 1) and n_pages < enough
     if n_pages < enough:
@@ -689,8 +689,9 @@ def raise_at_call(monkeypatch, owner, name, number):
         (inference.PageTable, "__init__", 1),
         (PagedKVCache, "__init__", 1),
         (PagedKVCache, "__init__", 2),  # half of the layers have their caches
-        (patching.AttentionInterface, "register", 1),
-        (patching, "pruned_forward", 1),  # all layers have their caches, but the last one has its old forward
+        (AttentionInterface, "register", 1),  # the first run of the probe
+        (AttentionInterface, "register", 3),  # after both runs
+        (models, "verify", 1),
         (runner, "patch_model", 1),
         (models, "_eos_token_ids", 1),
         (inference.InputProcessor, "__init__", 1),
@@ -734,11 +735,8 @@ def assert_model_refused(model, match):
 
 
 def test_an_unsupported_model_is_rejected_with_its_name():
-    config = GPT2Config(
-        n_layer=1, n_embd=8, n_head=2, n_positions=64, vocab_size=11, bos_token_id=1, eos_token_id=1, pad_token_id=0
-    )
-    model = AutoModelForCausalLM.from_config(config).eval()
-    assert_model_refused(model, "GPT2LMHeadModel.*'gpt2'.*supported are gemma2, gemma3_text, llama, mistral, qwen2")
+    model = AutoModelForCausalLM.from_config(MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=64)).eval()
+    assert_model_refused(model, "MambaForCausalLM has no number of positions")
 
 
 @pytest.mark.parametrize("model", [None, "google/gemma-2-2b"])
@@ -761,7 +759,7 @@ LONG = dict(
     rope_type="longrope",
     short_factor=[1.0] * 6,
     long_factor=[2.0] * 6,
-    original_max_position_embeddings=256,
+    original_max_position_embeddings=48,
 )
 DEFAULT = dict(rope_type="default", rope_theta=10_000.0)
 
@@ -775,8 +773,16 @@ DEFAULT = dict(rope_type="default", rope_theta=10_000.0)
         ("gemma3_text", dict(sliding_attention=DYNAMIC, full_attention=DEFAULT), "dynamic"),
     ],
 )
-def test_rope_that_depends_on_the_batch_is_rejected(architecture, rope, name):
-    assert_model_refused(fresh_model(architecture, rope_parameters=rope), f"rope_type '{name}'")
+def test_rope_that_depends_on_the_batch_limits_the_length(architecture, rope, name):
+    """Frequencies change beyond 48 positions: `original_max_position_embeddings`, or the positions of the config."""
+    model = fresh_model(architecture, rope_parameters=rope, max_position_embeddings=192 if rope is LONG else 48)
+    with pytest.raises(ValueError, match=f"=49 is more than the 48 positions of the model; .*rope_type '{name}'"):
+        Inference(model, None, **{**SIZES, "max_seq_length": 49})
+    prompts, params = [prompt_of(40), GOOD_PROMPT], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    with Inference(model, None, **{**SIZES, "max_seq_length": None, "n_pages": 40}) as engine:
+        outputs = engine.generate(prompts, params, use_tqdm=False)
+    expected = [hf_generate(model, prompt, 8, ignore_eos=True) for prompt in prompts]
+    assert [output.outputs[0].token_ids for output in outputs] == expected
 
 
 def test_rope_that_does_not_depend_on_the_batch_is_accepted():
@@ -797,4 +803,6 @@ def test_a_model_without_weights_is_rejected():
 
 
 def test_bidirectional_attention_is_rejected():
-    assert_model_refused(fresh_model("gemma3_text", use_bidirectional_attention=True), "use_bidirectional_attention")
+    assert_model_refused(
+        fresh_model("gemma3_text", use_bidirectional_attention=True), "Gemma3Attention.*a mask that is not causal"
+    )

@@ -11,6 +11,7 @@ from rich.console import Console
 import benchmark
 from benchmarks import workload
 from benchmarks.workload import digest, make_workload
+from flex_nano_vllm.masks import Causal
 
 ARGUMENTS = ["--no_compile", "--num_requests", "4", "--max_prompt_len", "20", "--min_new_tokens", "2"]
 ARGUMENTS += ["--max_new_tokens", "6"]
@@ -60,7 +61,7 @@ def test_the_report_adds_up_and_the_csv_has_a_line_per_step(run, monkeypatch, tm
 @pytest.mark.parametrize(("model", "longest"), [("tiny-gemma2", 300), ("gemma2-tiny", 600)])
 def test_a_wrong_mask_gives_a_mismatch_and_exit_status_1(model, longest, run, monkeypatch):
     """The mask is that of Gemma-2 without its sliding window, as in the original engine."""
-    monkeypatch.setattr("flex_nano_vllm.models.layer_windows", lambda model: [None] * len(model.model.layers))
+    monkeypatch.setattr("flex_nano_vllm.models.layer_masks", lambda layers: [Causal()] * len(layers))
     status, record = run("--model", model, "--no_roofline", longest=longest)
     assert status == 1
     assert record["exactness"]["mismatches"] > 0

@@ -13,6 +13,7 @@ from engines import (
     TIGHT,
     build_step,
     greedy,
+    layer_mask,
     layout_of,
     make_sequence,
     num_cases,
@@ -30,7 +31,6 @@ from flex_nano_vllm.cascade import CascadeRule, PackedDecodes, cascade_rule, pac
 from flex_nano_vllm.device import TileKind, decode_buckets
 from flex_nano_vllm.geometry import Geometry
 from flex_nano_vllm.kv_manager import KVManager
-from flex_nano_vllm.masks import layer_mask
 from flex_nano_vllm.sampling_params import SamplingParams
 from flex_nano_vllm.scheduler import Chunk
 

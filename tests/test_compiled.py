@@ -28,7 +28,7 @@ from torch.torch_version import TorchVersion
 from tqdm import tqdm
 
 from flex_nano_vllm import Inference, SamplingParams, models, output_processor, patching, runner
-from flex_nano_vllm.attention import PagedKVCache, step_in_progress
+from flex_nano_vllm.attention import PagedKVCache, Scores, step_in_progress
 from flex_nano_vllm.compiling import DYNAMO_CONFIG, REPLACEMENTS, inductor
 from flex_nano_vllm.device import TileKind, decode_buckets, kernel_options, tile_kinds, why_not_compiled
 from flex_nano_vllm.geometry import Geometry
@@ -36,6 +36,7 @@ from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.runner import compile_flex_attention
 from flex_nano_vllm.scheduler import Chunk
 from flex_nano_vllm.step import StepBatch
+from flex_nano_vllm.warmup import warm_up
 
 pytestmark = pytest.mark.flex
 
@@ -215,7 +216,7 @@ class Scene:
                 kv.reserve(sequence.row, min(end, sequence.num_tokens))
         self.chunks = [Chunk(s, s.num_tokens - n, n) for s, n in zip(sequences, lengths)]
         num_slots = geometry.n_pages * page_size
-        self.cache = PagedKVCache(0, (num_kv_heads, num_slots, head_dim), dtype, torch.device("cpu"))
+        self.cache = PagedKVCache(0, (num_kv_heads, num_slots, head_dim, head_dim), dtype, torch.device("cpu"))
         generator = torch.Generator().manual_seed(0)
         self.query = torch.randn(1, num_heads, sum(lengths), head_dim, generator=generator).to(dtype)
         for pool in (self.cache.k_cache, self.cache.v_cache):
@@ -245,14 +246,14 @@ def test_attention_of_decodes_compiled_in_a_larger_graph_equals_uncompiled(
     value[0, 0, 2, 5] = torch.inf
 
     def around(query: torch.Tensor, step: StepBatch) -> torch.Tensor:
-        return cache.update_and_attend(step, query * 2, key, value, scale=0.3, cap=None) / 2
+        return cache.attend_in_graph(step, query * 2, key, value, Scores(0.3)) / 2
 
     with torch.no_grad(), torch._dynamo.config.patch(DYNAMO_CONFIG):
         compiled = torch.compile(around, fullgraph=True, dynamic=False, backend=inductor("cpu"))(query, step)
         with step_in_progress(reference, compile_flex_attention("cpu", compiled=False)) as finite:
             written = cache.k_cache.clone(), cache.v_cache.clone()
             cache.update(key, value)
-            expected = cache.attend(query * 2, scale=0.3, cap=None) / 2
+            expected = cache.attend(query * 2, Scores(0.3)) / 2
     assert torch.equal(written[0], cache.k_cache) and torch.equal(written[1], cache.v_cache)
     assert cache.k_cache.isfinite().all() and cache.v_cache.isfinite().all()
     assert finite.tolist() == [True, False, False, True] and compiled[0, 1:3].isnan().all()
@@ -272,7 +273,7 @@ def test_a_kernel_compiled_for_another_number_of_threads_is_not_used():
             torch.set_num_threads(threads)
             before = num_graphs()
             with torch.no_grad(), torch._dynamo.config.patch(DYNAMO_CONFIG), step_in_progress(step, flex):
-                scene.cache.attend(scene.query, scale=0.3, cap=5.0)
+                scene.cache.attend(scene.query, Scores(0.3, 5.0))
         assert num_graphs() == before + 1
     finally:
         torch.set_num_threads(num_threads)
@@ -297,7 +298,7 @@ def test_compiled_attention_equals_uncompiled(page_size, num_heads, num_kv_heads
     for compiled, kinds in ((True, tile_kinds(scene.group_size, 4, 32, "cpu")), (False, (TileKind(1, None),))):
         step, flex = scene.step(kinds, compiled), compile_flex_attention("cpu", compiled)
         with torch.no_grad(), torch._dynamo.config.patch(DYNAMO_CONFIG), step_in_progress(step, flex):
-            outputs[compiled] = scene.cache.attend(scene.query, scale=0.3, cap=5.0).double()
+            outputs[compiled] = scene.cache.attend(scene.query, Scores(0.3, 5.0)).double()
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     assert (outputs[True] - outputs[False]).abs().max() < tolerance
     assert outputs[False].abs().max() > 0.5, "outputs near zero would be equal for any attention"
@@ -319,7 +320,7 @@ def test_compiled_attention_over_gathered_pages_equals_uncompiled(dtype, window)
             shapes = [len(tiles.pages) for tiles in step.queries[0].tiles if tiles.pages is not None]
             assert shapes == [9, 2], "five of the six tiles and their pages, and the last tile with two pages"
         with torch.no_grad(), torch._dynamo.config.patch(DYNAMO_CONFIG), step_in_progress(step, flex):
-            outputs.append(scene.cache.attend(scene.query, scale=0.3, cap=5.0).double())
+            outputs.append(scene.cache.attend(scene.query, Scores(0.3, 5.0)).double())
     assert (outputs[0] - outputs[1]).abs().max() < (1e-5 if dtype == torch.float32 else 2e-2)
     assert outputs[1].abs().max() > 0.5
 
@@ -333,7 +334,7 @@ def test_the_dense_attention_of_other_tests_equals_flex_attention(
     step, outputs = scene.step((TileKind(1, None),), False), []
     for flex in (dense_flex, compile_flex_attention("cpu", compiled=False)):
         with torch.no_grad(), torch._dynamo.config.patch(DYNAMO_CONFIG), step_in_progress(step, flex):
-            outputs.append(scene.cache.attend(scene.query, scale=0.3, cap=cap))
+            outputs.append(scene.cache.attend(scene.query, Scores(0.3, cap)))
     assert (outputs[0] - outputs[1]).abs().max() < 1e-6 and outputs[0].abs().max() > 0.5
 
 
@@ -412,8 +413,8 @@ def test_only_the_graphs_of_float32_decodes_have_transposed_products(dtype, monk
     with Inference(tiny_model("gemma2", dtype), None, **ONE_BY_ONE, compile=True) as engine:
         num_layers = engine.model.config.num_hidden_layers
         engine.generate(SHORT_PROMPTS[:1], greedy(2), use_tqdm=False)
-    # The last layer runs its attention twice (`patching.pruned_forward`).
-    assert numbers == [7 * num_layers + 4 + 1, 0 if dtype == torch.float32 else 7 * num_layers + 1]
+    # The last layer runs twice (`pruning.py`). Inductor removes what is not used.
+    assert numbers == [7 * num_layers + 7 + 1, 0 if dtype == torch.float32 else 7 * num_layers + 1]
 
 
 def test_one_graph_takes_any_number_of_decodes_from_two_on(monkeypatch):
@@ -443,7 +444,7 @@ def test_the_warm_up_reaches_every_bucket_of_gathered_pages(buckets, monkeypatch
         kind = kinds[0]
         of_engine.decode_layouts = {n: replace(of_engine.layout, kinds=(replace(kind, num_tiles=n),)) for n in (1, 3)}
         of_engine.model_of_decodes = lambda vectors, packed: torch.zeros(len(vectors.chunk_ends), vocabulary)
-        engine.runner.warmup()
+        warm_up(engine.runner)
         monkeypatch.setattr(of_engine, "_announce_compilation", lambda: pytest.fail("a step needs another graph"))
         rng = random.Random(0)
         for _ in range(40):

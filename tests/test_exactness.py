@@ -13,11 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from engines import layer_mask
 from tiny_models import CONFIGS, VOCABULARY, WINDOW, hf_generate, tiny_model
 from transformers import AutoModelForCausalLM
 
 from benchmarks.exactness import greedy_tokens, greedy_under_preemption
-from flex_nano_vllm import Inference, SamplingParams
+from flex_nano_vllm import Inference, SamplingParams, models
 
 PROMPT_LENS = (1, 5, 16, 14, 15, 3 * WINDOW + 1)
 NUM_TOKENS = 8
@@ -187,14 +188,17 @@ def test_the_exactness_check_has_no_cache_hits_from_earlier_batches(run):
 @pytest.mark.flex
 @pytest.mark.parametrize(
     ("attribute", "wrong"),
-    [("sliding_window", None), ("sliding_window", WINDOW - 1), ("attn_logit_softcapping", None), ("scaling", 0.2)],
+    [("window", None), ("window", WINDOW - 1), ("attn_logit_softcapping", None), ("scaling", 0.2)],
 )
 def test_the_tokens_depend_on_window_softcap_and_scale(attribute, wrong, monkeypatch):
     """If the tokens did not change with the window, the softcap and the scale, equality would prove nothing."""
     model = tiny_model("gemma2")
     right = expected("gemma2")
-    for layer in model.model.layers:
-        if getattr(layer.self_attn, attribute) is not None:
+    if attribute == "window":
+        masks = [layer_mask(layer.mask.window and wrong) for layer in models.spec_of(model).layers]
+        monkeypatch.setattr(models, "layer_masks", lambda layers: masks)
+    else:
+        for layer in model.model.layers:
             monkeypatch.setattr(layer.self_attn, attribute, wrong)
     with Inference(model, None, max_batch_size=4, page_size=4, compile=False) as engine:
         assert generate(engine, PROMPTS) != right

@@ -145,7 +145,7 @@ def test_the_compiled_sampler_on_the_device_chooses_the_tokens_of_the_cpu_and_of
 
 def test_pages_are_copied_at_once_on_the_device():
     """Page 3 is copied to page 5, and page 5 to page 2: page 2 gets the contents of page 5 from before."""
-    cache = PagedKVCache(0, (2, 8 * 16, 32), torch.bfloat16, torch.device("cuda"))
+    cache = PagedKVCache(0, (2, 8 * 16, 32, 32), torch.bfloat16, torch.device("cuda"))
     for pool in (cache.k_cache, cache.v_cache):
         pool.normal_(generator=torch.Generator("cuda").manual_seed(0))
     before = [pool.clone().unflatten(2, (8, 16)) for pool in (cache.k_cache, cache.v_cache)]

@@ -23,7 +23,6 @@ from tiny_models import hf_generate, tiny_model
 
 from flex_nano_vllm import Inference, SamplingParams
 from flex_nano_vllm.attention import PagedKVCache
-from flex_nano_vllm.models import attention_layers
 from flex_nano_vllm.patching import is_patched
 
 # --- abort -------------------------------------------------------------------------------------------------------
@@ -238,7 +237,7 @@ def test_a_second_engine_takes_over_the_model_and_calls_of_the_first_raise(model
 def test_the_pool_of_the_first_engine_is_freed_before_the_second_allocates_its_own(model, monkeypatch):
     first = Inference(model, None, **SIZES)
     answer(first)
-    layers = attention_layers(model)
+    layers = [layer.self_attn for layer in model.model.layers]
     old = [weakref.ref(t) for layer in layers for t in (layer.kv_cache.k_cache, layer.kv_cache.v_cache)]
     alive = []
     create = PagedKVCache.__init__
@@ -291,7 +290,7 @@ def test_a_with_block_that_ends_with_an_exception_restores_the_model(model, expe
 @pytest.mark.parametrize("way", ["close", "with", "del"])
 def test_closing_or_deleting_an_engine_restores_the_model(model, expected_of_llama, way, implementation):
     model.set_attn_implementation(implementation)
-    attributes = [set(vars(layer)) for layer in attention_layers(model)]
+    attributes = [set(vars(layer)) for layer in [layer.self_attn for layer in model.model.layers]]
     buffers = [name for name, _ in model.named_buffers()]
     engine = Inference(model, None, **SIZES)
     assert is_patched(model)
@@ -308,7 +307,7 @@ def test_closing_or_deleting_an_engine_restores_the_model(model, expected_of_lla
         gc.collect()
     assert not is_patched(model)
     assert model.config._attn_implementation == implementation
-    assert [set(vars(layer)) for layer in attention_layers(model)] == attributes
+    assert [set(vars(layer)) for layer in [layer.self_attn for layer in model.model.layers]] == attributes
     assert [name for name, _ in model.named_buffers()] == buffers
     assert hf_generate(model, PROMPTS[0], 4, ignore_eos=True) == expected_of_llama
 

@@ -12,7 +12,7 @@ from tiny_models import tiny_model
 from transformers import AttentionInterface
 
 from flex_nano_vllm import Inference, models
-from flex_nano_vllm.masks import Causal, LayerMask, SlidingWindow, first_page
+from flex_nano_vllm.masks import Causal, Chunked, LayerMask, SlidingWindow, first_page
 from flex_nano_vllm.step import logical_block_mask
 
 LONGEST = 40
@@ -57,6 +57,7 @@ masks = st.one_of(
     st.just(EveryOther()),
     st.just(Alibi()),
     st.builds(SlidingWindow, st.integers(1, LONGEST)),
+    st.builds(Chunked, st.integers(1, LONGEST)),
     st.builds(SinkWindow, st.integers(0, 9), st.integers(1, 12)),
 )
 
@@ -75,7 +76,7 @@ def test_listed_pages_have_each_visible_key_once_and_full_pages_only_visible_key
         q_pos[tile, :length] = torch.arange(first, first + length)
     width = int(q_pos.max()) // page_size + 1 + slack
     block_mask = logical_block_mask(q_pos, mask, 1, page_size, width)
-    exact = type(mask) in (Causal, SlidingWindow, Alibi)  # the other masks list pages that no query needs
+    exact = type(mask) in (Causal, SlidingWindow, Chunked, Alibi)  # the other masks list pages that no query needs
     for tile, positions in enumerate(q_pos.tolist()):
         partial, full = (
             lists[tile, 0, 0, : counts[tile, 0, 0]].tolist()
@@ -107,9 +108,10 @@ def test_the_drawing_in_the_docstring_of_masks_holds():
     assert block_mask.full_kv_num_blocks.item() == 1 and block_mask.full_kv_indices[0, 0, 0, 0] == 2
 
 
+@pytest.mark.parametrize("kind", [SlidingWindow, Chunked])
 @pytest.mark.parametrize("window", [None, 1, 7, 40, 41])
-def test_a_mask_within_a_length_equals_the_mask(window):
-    mask = Causal() if window is None else SlidingWindow(window)
+def test_a_mask_within_a_length_equals_the_mask(kind, window):
+    mask = Causal() if window is None else kind(window)
     simpler = mask.within(LONGEST)
     assert (simpler == Causal()) == (window is None or window >= LONGEST)
     q_pos, kv_pos = torch.arange(LONGEST)[:, None], torch.arange(LONGEST)

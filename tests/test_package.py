@@ -12,8 +12,9 @@ import flex_nano_vllm
 PACKAGE = Path(flex_nano_vllm.__file__).parent
 # Levels of modules. A module may import only modules of earlier levels.
 ORDER = [
-    ["masks", "sampling_params", "prefix_cache", "compiling", "grammar", "detokenizer", "geometry", "outputs"],
-    ["device", "linear", "sequence"],
+    ["masks", "sampling_params", "prefix_cache", "compiling", "grammar", "detokenizer"],
+    ["geometry", "outputs", "pruning"],
+    ["device", "linear", "sequence", "probe"],
     ["models", "page_table", "policies"],
     ["kv_manager", "gather"],
     ["scheduler", "cascade"],
@@ -21,6 +22,7 @@ ORDER = [
     ["attention", "sampler"],
     ["memory", "patching"],
     ["input_processor", "runner"],
+    ["warmup"],
     ["inference"],
     ["async_inference", "llm"],
     ["__init__"],
@@ -55,7 +57,7 @@ def code_lines(source: str) -> int:
 
 def test_the_package_is_small():
     assert code_lines('"""Doc."""\n\nx = 1  # why\n# a comment\ny = f(\n    x,\n)\n') == 4
-    assert len([*PACKAGE.glob("*.py")]) <= 39
+    assert len([*PACKAGE.glob("*.py")]) <= 42
     sizes = {name: code_lines((PACKAGE / f"{name}.py").read_text(encoding="utf-8")) for name in CORE}
     assert sum(sizes.values()) <= 1850, sizes
 

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.exactness import greedy_in_batches, greedy_tokens, greedy_under_preemption, hf_generate
 from benchmarks.tasks import held_out_questions, is_right, prompt_text
 from flex_nano_vllm import Inference, SamplingParams, masks
-from flex_nano_vllm.models import EMBEDDED_MODELS, layer_windows
+from flex_nano_vllm.masks import Causal
+from flex_nano_vllm.models import EMBEDDED_MODELS, spec_of
 from flex_nano_vllm.page_table import PageTable
 
 FOLDER = EMBEDDED_MODELS["tiny-gemma2"]
@@ -77,7 +78,7 @@ def test_the_model_is_loaded_by_name_without_network(monkeypatch):
 def test_the_model_is_small_and_has_all_features_that_make_gemma2_hard():
     config = loaded().config
     assert config.model_type == "gemma2" and config.tie_word_embeddings
-    assert layer_windows(loaded()) == [WINDOW, None, WINDOW, None]
+    assert spec_of(loaded()).windows == (WINDOW, None, WINDOW, None)
     assert config.attn_logit_softcapping and config.final_logit_softcapping
     assert config.num_attention_heads == 2 * config.num_key_value_heads
     assert config.query_pre_attn_scalar != config.head_dim
@@ -192,7 +193,7 @@ def test_answers_equal_generate_in_batches_of_any_composition(dtype):
 
 def no_window(monkeypatch):
     """Remove the window everywhere: pages outside it are released, so removing only its mask would change little."""
-    monkeypatch.setattr("flex_nano_vllm.models.layer_windows", lambda model: [None] * len(model.model.layers))
+    monkeypatch.setattr("flex_nano_vllm.models.layer_masks", lambda layers: [Causal()] * len(layers))
 
 
 def windows_everywhere(monkeypatch):

@@ -26,7 +26,7 @@ if torch.__version__ < "2.15":
     pytest.skip("inductor of older versions asks for more of a GPU than is pretended", allow_module_level=True)
 from benchmarks.pretended_gpu import GPUS, Graph, engines_on
 from flex_nano_vllm import Inference, attention, cascade, page_table, runner, step
-from flex_nano_vllm.attention import PagedKVCache, attend
+from flex_nano_vllm.attention import PagedKVCache, Scores, attend
 from flex_nano_vllm.compiling import compile_settings
 from flex_nano_vllm.geometry import Geometry, cdiv
 from flex_nano_vllm.kv_manager import KVManager
@@ -36,6 +36,7 @@ from flex_nano_vllm.runner import decode_function, padding_chunk
 from flex_nano_vllm.sampler import Draw, Sampler, uniform
 from flex_nano_vllm.scheduler import Chunk
 from flex_nano_vllm.step import StepBatch, StepVectors, TiledQueries, pack_decodes
+from flex_nano_vllm.warmup import warm_up
 
 pytestmark = [pytest.mark.triton, pytest.mark.flex]
 
@@ -90,7 +91,7 @@ class Scene:
         generator = torch.Generator().manual_seed(0)
         self.caches = []
         for index in range(len(case.windows)):
-            cache = PagedKVCache(index, (K, n_pages * page_size, case.head_dim), case.dtype, cpu)
+            cache = PagedKVCache(index, (K, n_pages * page_size, case.head_dim, case.head_dim), case.dtype, cpu)
             for pool in (cache.k_cache, cache.v_cache):
                 pool.copy_(torch.randn(pool.shape, generator=generator))
             self.caches.append(cache)
@@ -145,7 +146,7 @@ def check_attention(case: Case) -> None:
             assert any((mask.kv_num_blocks + mask.full_kv_num_blocks == 0).any() for mask in masks), "no padded tile"
             assert any(mask.kv_num_blocks.max() > 0 and mask.full_kv_num_blocks.max() > 0 for mask in masks)
             pools = cache.k_cache, cache.v_cache
-            output = attend(queries, flex, query[:, :, :num_tokens], *pools, scene.scale, case.cap)
+            output = attend(queries, flex, query[:, :, :num_tokens], *pools, Scores(scene.scale, case.cap))
             scene.assert_close(output[0], scene.expected(cache.mask))
 
 
@@ -162,8 +163,8 @@ def check_decodes(case: Case, lengths: tuple[int, ...] = (33, 150, 1, 64, 97)) -
         key[0, -1, 0, 3], value[0, 0, 2, 5] = torch.nan, torch.inf
 
         def model(step: StepBatch, **inputs: object) -> CausalLMOutput:
-            args = query, key, value, scene.scale, case.cap
-            return CausalLMOutput(logits=torch.stack([c.update_and_attend(step, *args) for c in scene.caches])[None])
+            args = query, key, value, Scores(scene.scale, case.cap)
+            return CausalLMOutput(logits=torch.stack([c.attend_in_graph(step, *args) for c in scene.caches])[None])
 
         model.dtype, model.device = case.dtype, torch.device("cpu")
         scene.kv.sync()
@@ -360,7 +361,7 @@ def test_a_warm_engine_compiles_nothing_and_its_tokens_equal_generate(always_pac
     prompts = [[*common, 5], [*common, 6, 7]]
     sizes = dict(max_batch_size=2, max_seq_length=64, page_size=16, max_num_batched_tokens=32, compile=True)
     with engines_on(GPUS["H100"]) as compiler, Inference(model, None, **sizes) as engine:
-        engine.runner.warmup()
+        warm_up(engine.runner)
         assert len(compiler.graphs) == engine.runner.max_graphs
         outputs = engine.generate(prompts, [greedy(5), greedy(3)], use_tqdm=False)
         engine.check_invariants()
