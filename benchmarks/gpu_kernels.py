@@ -65,7 +65,7 @@ class Resources:
 
 def kernels_of(
     shape: str, dtype: torch.dtype, gpu: Gpu, all_kernels: bool = False
-) -> tuple[dict[str, Kernel], list[Kernel]]:
+) -> tuple[dict[str, list[Kernel]], list[Kernel]]:
     """Return the kernels of an engine: those of attention, and with `all_kernels` all others. They are not run.
 
     The others are norms, activations, RoPE, writes to the pool, lists of pages, and the search of the sampler.
@@ -96,24 +96,25 @@ def kernels_of(
                 step = StepBatch.build(vectors, num_pages(chunks, PAGE_SIZE), runner.layout)
                 query = torch.zeros(1, num_heads, length, head_dim, dtype=dtype)
                 attend(step.queries[cache.mask], runner.flex, query, cache.k_cache, cache.v_cache, Scores(1.0, cap))
-    of_attention, others = {}, {}
+    of_attention, others = {"decodes": {}, "prompts": {}}, {}
     for kernel in (kernel for graph in compiler.graphs for kernel in graph.kernels.values()):
         if "_tem_" in kernel.name:
             rows = int(re.search(r"SPARSE_Q_BLOCK_SIZE : tl.constexpr = (\d+)", kernel.source)[1])
-            of_attention[{small: "decodes", large: "prompts"}[rows]] = kernel
+            alike = of_attention[{small: "decodes", large: "prompts"}[rows]]
         else:
-            others[kernel.source.replace(kernel.name, "")] = kernel  # graphs have many kernels in common
-    return of_attention, list(others.values())
+            alike = others
+        alike[kernel.source.replace(kernel.name, "")] = kernel  # graphs have many kernels in common
+    return {name: list(alike.values()) for name, alike in of_attention.items()}, list(others.values())
 
 
 def resources(shape: str, dtype: torch.dtype, gpu: Gpu, all_kernels: bool = False) -> Iterator[Resources]:
     """Compile the kernels of a model for a GPU: those of attention, or all."""
     names = shape, str(dtype).removeprefix("torch."), gpu.name
     of_attention, others = kernels_of(shape, dtype, gpu, all_kernels)
-    for name, kernel in of_attention.items():
-        (needs,) = needs_of(gpu, kernel)
-        block = " x ".join(re.search(rf"BLOCK_{axis} : tl.constexpr = (\d+)", kernel.source)[1] for axis in "MN")
-        yield Resources(*names, name, block, *needs)
+    for name, kernels in of_attention.items():
+        needs = [needs for kernel in kernels for needs in needs_of(gpu, kernel)]
+        block = " x ".join(re.search(rf"BLOCK_{axis} : tl.constexpr = (\d+)", kernels[0].source)[1] for axis in "MN")
+        yield Resources(*names, name, block, *map(max, zip(*needs)))
     if others:
         # Inductor has several sizes of blocks for these, and takes the fastest. So one that fits is enough.
         best = [min(needs_of(gpu, kernel), key=lambda needs: (needs[-1], needs[2])) for kernel in others]

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.overhead import decoding_together
 from flex_nano_vllm.inference import Inference
-from flex_nano_vllm.models import spec_of
+from flex_nano_vllm.models import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,14 @@ class StepCost:
         return max(self.num_bytes / machine.copy_bandwidth, self.num_operations / machine.matmul_rate)
 
 
-def step_cost(model: PreTrainedModel, chunks: list[tuple[int, int]]) -> StepCost:
+def step_cost(model: PreTrainedModel, spec: ModelSpec, chunks: list[tuple[int, int]]) -> StepCost:
     """Return the lower bound of the cost of a step of (start, length) chunks.
 
     The step reads every weight once. For each chunk it reads once all keys and values that the chunk's queries may see,
     writes the chunk's own keys and values, and computes the logits of the last token. For the other tokens, the last
-    layer computes only keys and values (see `patching.pruned_forward`).
+    layer computes only keys and values (see `pruning.pruned_forward`).
     """
-    spec, layers = spec_of(model), model.get_decoder().layers
+    layers = model.get_decoder().layers
     in_layers, in_last = num_weights(layers), num_weights(layers[-1])
     keys_in_last = num_weights(layers[-1].self_attn.k_proj) + num_weights(layers[-1].self_attn.v_proj)
     head = spec.num_logits * model.config.hidden_size
@@ -125,7 +125,7 @@ def measure_shares(
             seconds = time.perf_counter() - started
             after = [sequence.num_computed_tokens for sequence in sequences]
             chunks = [(start, end - start) for start, end in zip(before, after) if end > start]
-            limit = step_cost(engine.model, chunks).seconds(machine)
+            limit = step_cost(engine.model, engine.spec, chunks).seconds(machine)
             phase = "decode" if min(before) >= prompt_len else "prefill"
             phases[phase].append((sum(length for _, length in chunks), seconds, limit))
     return [Share(phase, batch_size, *map(sum, zip(*steps))) for phase, steps in phases.items()]

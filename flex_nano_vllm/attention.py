@@ -255,5 +255,5 @@ def paged_flex_attention(
     if part != "ends" and writes:
         cache.update(key, value)
     if part == "keys":
-        return query.transpose(1, 2), None
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
     return cache.attend(query, scores, ends=part == "ends"), None

@@ -16,7 +16,7 @@ from flex_nano_vllm.input_processor import InputProcessor, Prompt, check_streame
 from flex_nano_vllm.invariants import check_scheduler
 from flex_nano_vllm.kv_manager import KVManager
 from flex_nano_vllm.memory import Plan, check_size, fitted_geometry, make_plan, requested_geometry
-from flex_nano_vllm.models import WeightsWatch, load, resolve_compile, spec_of
+from flex_nano_vllm.models import WeightsWatch, check_supported, load, resolve_compile, spec_of
 from flex_nano_vllm.output_processor import OutputReader, ProgressBar, Statistics, request_output
 from flex_nano_vllm.outputs import CompletionDelta, EngineStats, RequestOutput
 from flex_nano_vllm.page_table import PageTable
@@ -48,7 +48,7 @@ class Inference:
     Only one thread at a time may call the engine. Calls from a second thread raise RuntimeError.
 
     Args:
-        model: of a supported architecture, in eval mode, on one device; its dtype is the pool's dtype.
+        model: a decoder of transformers (docs/models.md), in eval mode, on one device; its dtype is the pool's dtype.
         tokenizer: None if all prompts are token ids; outputs then have no text.
         max_batch_size: the most sequences that run at once, limited to the number of usable pages. Others wait.
         max_seq_length: most tokens of one request, prompt and output together. Default: the positions of the model.
@@ -64,8 +64,8 @@ class Inference:
         enable_cascade: put decodes that share many pages into packed tiles, which read each page once.
         compile: whether to compile the model and FlexAttention. Default: True if possible; otherwise the reason is
             logged once.
-        verify: whether to compare packed sequences with the unpatched model, and reject a model whose results differ
-            (`probe.verify`). Default: True, except on a CPU for weights of 8 GB or more.
+        verify: compare two packed sequences with the unpatched model, and reject the model if its results differ
+            (`probe.verify`). This takes the time of two to four steps. False also stops pruning (`pruning.py`).
         record_steps: append a `StepMetrics` for every step to `engine.steps`.
     Raises:
         ValueError: for an unsupported model, for a size that is out of range or does not fit into memory, or for
@@ -88,17 +88,23 @@ class Inference:
         enable_window_release: bool = True,
         enable_cascade: bool = True,
         compile: bool | None = None,
-        verify: bool | None = None,
+        verify: bool = True,
         record_steps: bool = False,
     ):
-        # The probe needs a model that is not patched.
-        spec = spec_of(model, verify) if (owner := _owner(model)) is None else owner.spec
+        check_supported(model)
         check_size("watermark", watermark, 0)
         key = queue_key(policy)
-        sizes = max_batch_size, max_seq_length, n_pages, page_size, max_num_batched_tokens
-        geometry = requested_geometry(spec, *sizes, enable_window_release)
+        sizes = max_batch_size, max_seq_length, n_pages, page_size, max_num_batched_tokens, enable_window_release
+        if (owner := _owner(model)) is not None:
+            resolve_compile(
+                compile, owner.spec, requested_geometry(owner.spec, *sizes).page_size
+            )  # else it would close
+            if owner.has_unfinished_requests():
+                raise ValueError("the model belongs to an engine with unfinished requests: finish or abort them first")
+            owner.close()  # before free memory is measured, and before the probe
+        spec = spec_of(model, verify)
+        geometry = requested_geometry(spec, *sizes)
         compiled = resolve_compile(compile, spec, geometry.page_size)
-        _release(owner)  # before free memory is measured
         geometry = fitted_geometry(spec, geometry, n_pages)
         self.model, self.spec, self.tokenizer = model, spec, tokenizer
         self.max_seq_length, self.max_request_tokens = geometry.max_seq_length, geometry.max_request_tokens
@@ -418,13 +424,3 @@ def _owner(model: PreTrainedModel) -> Inference | None:
     """Return the engine that the model belongs to, None if there is none or it is closed."""
     engine = _engine_of_model[model]() if isinstance(model, PreTrainedModel) and model in _engine_of_model else None
     return engine if engine is not None and engine._give_back.alive else None
-
-
-def _release(engine: Inference | None) -> None:
-    """Close the idle engine that a model belongs to, to free its pool before the new pool is allocated."""
-    if engine is not None and engine.has_unfinished_requests():
-        raise ValueError(
-            "the model belongs to an engine with unfinished requests: finish or abort them, or close the engine"
-        )
-    if engine is not None:
-        engine.close()

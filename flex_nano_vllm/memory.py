@@ -123,6 +123,11 @@ def requested_geometry(
         check_size("page_size", page_size, 2, "attention sinks take a slot of page 0")
     check_size("page_size", page_size, 1)
     check_size("max_num_batched_tokens", budget, 1)
+    if spec.max_step_tokens is not None and budget > spec.max_step_tokens:
+        raise ValueError(
+            f"max_num_batched_tokens={budget} is more than the {spec.max_step_tokens} tokens up to which the model's "
+            "attn_temperature_tuning does not depend on the other sequences of a step"
+        )
     if n_pages is not None:
         check_size("n_pages", n_pages, 2, "page 0 is reserved")
     if max_seq_length > spec.max_positions:

@@ -10,7 +10,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from flex_nano_vllm.device import why_not_compiled
 from flex_nano_vllm.linear import repack_weights
@@ -22,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 # Trained for this package (examples/train_tiny_gemma2.py), and small enough to be included in it
 EMBEDDED_MODELS = {"tiny-gemma2": Path(__file__).parent / "tiny_gemma2"}
-MOST_BYTES_VERIFIED = 8e9  # on a CPU, which reads the weights three times
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,8 @@ class ModelSpec:
     num_logits: int  # number of token ids that can be generated
     max_positions: int  # most tokens of a sequence
     positions_limit: str  # why a sequence may not be longer, if the model could compute a longer one alone
+    max_step_tokens: int | None  # most tokens of a step; None: no limit
+    why_uncompiled: str | None  # why the model cannot be compiled; None: nothing is known
     eos_token_ids: frozenset[int]
     dtype: torch.dtype
     device: torch.device
@@ -125,25 +133,33 @@ def max_positions(model: PreTrainedModel) -> tuple[int, str]:
             limits[original or config.max_position_embeddings] = (
                 f"; beyond, its frequencies (rope_type {kind!r}) would depend on the other sequences of a step"
             )
-    if getattr(config, "attn_temperature_tuning", False) and hasattr(config, "floor_scale"):
-        # Llama-4 counts the tokens of a call instead of reading their positions. Nothing short shows it.
-        limits[config.floor_scale - 1] = "; beyond, its attn_temperature_tuning would depend on the other sequences"
+    if (most := _max_step_tokens(config)) is not None:
+        limits[most] = "; beyond, its attn_temperature_tuning would depend on the other sequences of a step"
     number = min(limits)
     return number, limits[number]
 
 
-def spec_of(model: PreTrainedModel, verified: bool | None = None) -> ModelSpec:
-    """Observe the properties of a model. Raises ValueError with the reason if it is not supported.
+def _max_step_tokens(config: PreTrainedConfig) -> int | None:
+    """Return how many tokens a call of Llama-4 may have. Its attention counts them instead of reading their positions.
 
-    `verified`: whether to run `probe.verify`. Default: unless the weights are so large that a CPU takes seconds.
+    The count changes nothing up to `floor_scale`, so that a run on a few tokens does not show it.
+    """
+    tuned = getattr(config, "attn_temperature_tuning", False) and hasattr(config, "floor_scale")
+    return config.floor_scale - 1 if tuned else None
+
+
+def spec_of(model: PreTrainedModel, verified: bool = True) -> ModelSpec:
+    """Observe the properties of a model, and verify them (`probe.verify`) if `verified`.
+
+    Raises ValueError with the reason if the model is not supported.
     """
     check_supported(model)
+    if "unpatched_implementations" in vars(model):
+        raise ValueError(f"{type(model).__name__} is patched: close its engine, or call unpatch_model(model)")
     num_embeddings = model.get_input_embeddings().num_embeddings
     positions, limit = max_positions(model)
     probe = Probe(model, positions, num_embeddings)
     observation, *first_run = observe(probe)
-    if verified is None:
-        verified = model.device.type != "cpu" or _num_bytes(model) < MOST_BYTES_VERIFIED
     if verified:
         observation = verify(probe, observation, *first_run)
     layers = observation.layers
@@ -160,14 +176,12 @@ def spec_of(model: PreTrainedModel, verified: bool | None = None) -> ModelSpec:
         num_logits=observation.num_logits,
         max_positions=positions,
         positions_limit=limit,
+        max_step_tokens=_max_step_tokens(model.config.get_text_config()),
+        why_uncompiled="rope_type 'dynamic' cannot be compiled" if "'dynamic'" in limit else None,
         eos_token_ids=_eos_token_ids(model.generation_config, model.config, model.config.get_text_config()),
         dtype=model.dtype,
         device=model.device,
     )
-
-
-def _num_bytes(model: nn.Module) -> int:
-    return sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
 
 
 def _eos_token_ids(*configs: object) -> frozenset[int]:
@@ -183,7 +197,7 @@ def layer_masks(layers: tuple[AttentionLayer, ...]) -> list[LayerMask]:
 
 def resolve_compile(compile: bool | None, spec: ModelSpec, page_size: int) -> bool:
     """Return whether to compile, given the option of `Inference`. Raises ValueError if it is True but impossible."""
-    obstacle = why_not_compiled(spec.device, spec.dtype, page_size)
+    obstacle = spec.why_uncompiled or why_not_compiled(spec.device, spec.dtype, page_size)
     if compile and obstacle:
         raise ValueError(f"compile=True, but {obstacle}")
     if compile is None and obstacle:

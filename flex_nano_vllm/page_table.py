@@ -63,7 +63,9 @@ class PageMap:
         self.page_size, self.table, self.physical_to_logical = page_size, table, physical_to_logical
         self.n_pages = physical_to_logical.shape[1]
 
-    def convert_logical_block_mask(self, block_mask: BlockMask, rows: Tensor, kv_len: int, sinks: bool) -> BlockMask:
+    def convert_logical_block_mask(
+        self, block_mask: BlockMask, rows: Tensor, kv_len: int, sinks: bool = False
+    ) -> BlockMask:
         """Rewrite a mask over logical positions into one over slots, of the pool or of a copy.
 
         A logical mask has one batch entry per *tile*, and every tile belongs to one sequence. The KV blocks of the tile
@@ -96,7 +98,7 @@ class PageMap:
         def physical(number: Tensor, logical: Tensor, zeros: int = 0) -> PageList:  # [tiles, 1, 1], [tiles, 1, 1, <= N]
             existing = logical[:, 0, 0].clamp(max=self.table.shape[1] - 1)
             pages = pad(self.table[rows[:, None], existing], (zeros, 0))
-            return number[:, 0, 0] + zeros, widen(pages, self.table.shape[1] + zeros, cdiv(kv_len, self.page_size))
+            return number[:, 0, 0] + zeros, widen(pages, self.table.shape[1] + sinks, cdiv(kv_len, self.page_size))
 
         partial = physical(block_mask.kv_num_blocks, block_mask.kv_indices, int(sinks))
         full = physical(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)

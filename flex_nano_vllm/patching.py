@@ -14,7 +14,7 @@ from flex_nano_vllm.geometry import Geometry
 from flex_nano_vllm.linear import pack_weights, unpack_weights
 from flex_nano_vllm.masks import LayerMask
 from flex_nano_vllm.models import ModelSpec
-from flex_nano_vllm.probe import last_layer
+from flex_nano_vllm.probe import configs_of, last_layer
 from flex_nano_vllm.pruning import prune, unprune
 
 
@@ -41,20 +41,20 @@ def patch_model(model: PreTrainedModel, spec: ModelSpec, geometry: Geometry, com
         raise ValueError(f"{type(model).__name__} is patched already: call unpatch_model(model) first")
     AttentionInterface.register(ATTN_IMPLEMENTATION, paged_flex_attention)  # no mask function: masks are ours
     layers = attention_layers(model, spec)
+    # Marks the model as patched.
+    model.unpatched_implementations = [(c, c._attn_implementation_internal) for c in configs_of(model)]
     try:
         masks, indices = distinct_masks(spec, geometry)
-        for number, (attention, layer) in enumerate(zip(layers, spec.layers)):
-            attention.unpatched_implementation = attention.config._attn_implementation_internal  # marks it as patched
+        for number, (attention, layer, mask) in enumerate(zip(layers, spec.layers, indices)):
             attention.writes_kv_cache = layer.keys_of == number
             if attention.writes_kv_cache:
-                mask = indices[number]
                 num_slots = geometry.pools[geometry.pool_of(masks[mask].window)] * geometry.page_size
                 shape = spec.num_kv_heads, num_slots, spec.key_dim, spec.value_dim
                 attention.kv_cache = PagedKVCache(mask, shape, spec.dtype, spec.device)
             else:
                 attention.kv_cache = layers[layer.keys_of].kv_cache
-        for attention in layers:
-            attention.config._attn_implementation_internal = ATTN_IMPLEMENTATION
+        for config, _ in model.unpatched_implementations:
+            config._attn_implementation_internal = ATTN_IMPLEMENTATION
         if compiled and spec.prunes_last_layer:
             prune(last_layer(model, spec.layers))
         if compiled and packs_weights(spec.device, spec.dtype):
@@ -67,14 +67,13 @@ def patch_model(model: PreTrainedModel, spec: ModelSpec, geometry: Geometry, com
 def unpatch_model(model: PreTrainedModel) -> None:
     """Restore the model and release the memory of its pool. Does nothing if the model is not patched."""
     unpack_weights(model)
+    for config, implementation in vars(model).pop("unpatched_implementations", ()):
+        config._attn_implementation_internal = implementation
     for module in model.modules():
-        if hasattr(module, "unpatched_implementation"):
-            module.config._attn_implementation_internal = module.unpatched_implementation
-            for name in ("kv_cache", "writes_kv_cache", "unpatched_implementation"):
-                if hasattr(module, name):  # missing if patching was interrupted
-                    delattr(module, name)
+        if vars(module).pop("writes_kv_cache", None) is not None:
+            module._modules.pop("kv_cache", None)  # missing if patching was interrupted
         unprune(module)
 
 
 def is_patched(model: PreTrainedModel) -> bool:
-    return any(hasattr(module, "unpatched_implementation") for module in model.modules())
+    return "unpatched_implementations" in vars(model)

@@ -14,27 +14,31 @@ that list models met such faults one by one: vllm-project/vllm#49795 masked full
 """
 
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
 from flex_nano_vllm.masks import Causal, Chunked, LayerMask, SlidingWindow
 from flex_nano_vllm.pruning import pruned
 
-# Must not contain the name of an implementation in transformers, which tests names by prefix and substring.
-IMPLEMENTATION = "probe"
+logger = logging.getLogger(__name__)
+
 NUM_TOKENS = 7  # of each of the two sequences
 # Chunks of two steps, which together contain both sequences: sequence, first token, end.
 STEPS = (((0, 0, 4), (1, 0, 3)), ((1, 3, 7), (0, 4, 7)))
 # Results for one token agree if their distance, relative to their norm, is at most this. (Norms and RoPE compute in
 # float32 in a float64 model, too.)
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
+
+# What may be passed to attention besides numbers, flags and names. (`sliding_window` is a hint: the mask counts.)
+KNOWN_OPTIONS = ("position_ids", "s_aux")
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -72,9 +76,14 @@ class Probe:
     """
 
     def __init__(self, model: PreTrainedModel, num_positions: int, num_embeddings: int):
+        if num_positions < NUM_TOKENS:
+            raise ValueError(f"{type(model).__name__} has {num_positions} positions: {NUM_TOKENS} are needed to try it")
         self.model, self.num_positions = model, num_positions
+        # Unique, because threads may build engines at once. It must not contain the name of an implementation in
+        # transformers, which tests names by prefix and substring.
+        self.implementation = f"probe_{id(self)}"
         self.names = {module: name for name, module in model.named_modules()}
-        self.configs = list({id(m.config): m.config for m in self.names if hasattr(m, "config")}.values())
+        self.configs = configs_of(model)
         numbers = torch.arange(2 * NUM_TOKENS, device=model.device).view(2, NUM_TOKENS)
         self.input_ids = numbers * 7919 % num_embeddings
         # The second sequence is at the last positions.
@@ -90,19 +99,20 @@ class Probe:
     def attention_by(self, attention: Callable[..., object], mask: Callable[..., Tensor] | None) -> Iterator[None]:
         """Let the model call these functions for attention and for masks. Without the second, its masks are None."""
         before = [config._attn_implementation_internal for config in self.configs]
-        AttentionInterface.register(IMPLEMENTATION, attention)
+        AttentionInterface.register(self.implementation, attention)
         if mask is not None:
-            AttentionMaskInterface.register(IMPLEMENTATION, mask)
+            AttentionMaskInterface.register(self.implementation, mask)
         try:
             for config in self.configs:
-                config._attn_implementation_internal = IMPLEMENTATION
-            with torch.no_grad():
+                config._attn_implementation_internal = self.implementation
+            # The caller may have set any of these.
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.model.device.type, enabled=False):
                 yield
         finally:
             for config, implementation in zip(self.configs, before):
                 config._attn_implementation_internal = implementation
             for interface in (AttentionInterface, AttentionMaskInterface):
-                interface._global_mapping.pop(IMPLEMENTATION, None)
+                interface._global_mapping.pop(self.implementation, None)
 
     def run(self, sequences: Tensor, indices: Tensor, **options: object) -> tuple[Tensor, "Rows"]:
         """Run the model on tokens [B, T] of the two sequences. Returns logits [B, T, V], and what its modules did."""
@@ -111,6 +121,12 @@ class Probe:
         with rows.recorded(self.names):
             logits = self.model(**inputs, use_cache=False, **options).logits
         return logits, rows
+
+
+def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
+    """Return the configs of all modules. Each of them names an attention implementation."""
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    return list({id(config): config for config in configs if isinstance(config, PreTrainedConfig)}.values())
 
 
 class Rows:
@@ -129,19 +145,17 @@ class Rows:
             self.of_calls[name, counts[name]] = self._of((args, kwargs)), self._of(output)
             counts[name] += 1
 
-        hooks = [module.register_forward_hook(record, with_kwargs=True) for module, name in names.items() if name]
-        try:
+        with ExitStack() as stack:
+            for module in (module for module, name in names.items() if name):
+                stack.callback(module.register_forward_hook(record, with_kwargs=True).remove)
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _of(self, value: object) -> list[Tensor]:
         """Return the tensors in a value that have a row for each token, as [B * T, numbers]."""
         if isinstance(value, Tensor):
             num_tokens = self.shape[0] * self.shape[1]
             has_rows = value.shape[:2] == self.shape or value.shape[:1] == (num_tokens,)
-            return [value.reshape(num_tokens, -1).clone()] if has_rows else []
+            return [value.reshape(num_tokens, -1).to("cpu", copy=True)] if has_rows else []
         members = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
         return [rows for member in members for rows in self._of(member)]
 
@@ -165,7 +179,8 @@ def observe(probe: Probe) -> tuple[Observation, Tensor, Rows]:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: object
     ) -> tuple[Tensor, object]:
         calls.append((module, query, key, value, attention_mask, options))
-        own = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
+        files = [vars(sys.modules[cls.__module__]) for cls in type(module).__mro__]  # the class may be a subclass
+        own = next(file["eager_attention_forward"] for file in files if "eager_attention_forward" in file)
         return own(module, query, key, value, attention_mask, **options)
 
     model_name = type(probe.model).__name__
@@ -174,21 +189,25 @@ def observe(probe: Probe) -> tuple[Observation, Tensor, Rows]:
     try:
         with probe.attention_by(attend, build_mask):
             options = dict(step=None) if takes_any else {}
-            logits, rows = probe.run(sequences, torch.arange(NUM_TOKENS).expand(2, NUM_TOKENS), **options)
+            logits, rows = probe.run(sequences, torch.arange(NUM_TOKENS).to(sequences).expand(2, NUM_TOKENS), **options)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise ValueError(f"{model_name} cannot run on token ids and positions without a cache: {error}") from error
     layers: list[AttentionLayer] = []
-    keys = [call[2].data_ptr() for call in calls]
+    keys = [(key.data_ptr(), value.data_ptr()) for _, _, key, value, _, _ in calls]
     for number, (module, query, key, value, mask, options) in enumerate(calls):
         name, title = probe.names[module], probe.title(probe.names[module])
         if name in [layer.name for layer in layers]:
             raise ValueError(f"{title} calls attention more than once per token")
-        known = ("position_ids", "s_aux")
-        unknown = [option for option, it in options.items() if isinstance(it, Tensor) and option not in known]
+        plain = (bool, int, float, str, type(None))
+        unknown = [name for name, it in options.items() if not isinstance(it, plain) and name not in KNOWN_OPTIONS]
         if unknown:
             raise ValueError(f"{title} passes {', '.join(unknown)} to attention, which paged attention does not know")
+        if key.shape[2] != NUM_TOKENS or not key.dtype == value.dtype == probe.model.dtype:
+            raise ValueError(
+                f"{title} has {key.shape[2]} keys of {key.dtype} for {NUM_TOKENS} tokens of {probe.model.dtype}"
+            )
         if mask is None or mask.untyped_storage().data_ptr() not in masks:
             raise ValueError(f"{title} has a mask that transformers' mask functions did not build")
         _, mask_function = masks[mask.untyped_storage().data_ptr()]
@@ -197,7 +216,10 @@ def observe(probe: Probe) -> tuple[Observation, Tensor, Rows]:
             raise ValueError(f"{title} has a mask that is not causal, a sliding window, or chunks")
         shape = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
         has_sinks = options.get("s_aux") is not None
-        layers.append(AttentionLayer(name, observed, *shape, keys.index(keys[number]), has_sinks))
+        keys_of = keys.index(keys[number])
+        if keys_of < number and layers[keys_of].mask != observed:
+            raise ValueError(f"{title} uses the keys of {probe.title(layers[keys_of].name)} with another mask")
+        layers.append(AttentionLayer(name, observed, *shape, keys_of, has_sinks))
     if not layers:
         raise ValueError(f"{model_name} does not call attention through transformers' AttentionInterface")
     takes_options = all("step" in options for *_, options in calls)
@@ -233,9 +255,14 @@ def verify(probe: Probe, observation: Observation, logits: Tensor, rows: Rows) -
     Returns the observation, with `prunes_last_layer`. Raises ValueError with the module and the reason.
     """
     if observation.takes_options:
-        with suppress(Exception), pruned(last_layer(probe.model, observation.layers)):
-            _run_packed(probe, observation, logits, rows, prune=True)
+        try:
+            with pruned(last_layer(probe.model, observation.layers)):
+                _run_packed(probe, observation, logits, rows, prune=True)
             return replace(observation, prunes_last_layer=True)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            logger.info("the last layer is not pruned: %s", error)
     _run_packed(probe, observation, logits, rows, prune=False)
     return observation
 
@@ -247,7 +274,7 @@ def last_layer(model: nn.Module, layers: tuple[AttentionLayer, ...]) -> nn.Modul
 
 def _run_packed(probe: Probe, observation: Observation, logits: Tensor, rows: Rows, prune: bool) -> None:
     tolerance, device = TOLERANCES.get(probe.model.dtype, 0.2), logits.device
-    packed = PackedAttention({layer.name: layer for layer in observation.layers}, probe.names)
+    packed = PackedAttention(observation.layers, probe.names)
     with probe.attention_by(packed.attend, None):
         for chunks in STEPS:
             sequences = torch.cat([torch.full((end - first,), number) for number, first, end in chunks]).to(device)
@@ -256,7 +283,7 @@ def _run_packed(probe: Probe, observation: Observation, logits: Tensor, rows: Ro
             packed.start(sequences, indices, ends)
             options = dict(logits_indices=ends) if prune else {}
             got, got_rows = probe.run(sequences[None], indices[None], **options)
-            _compare(probe, got_rows, rows, sequences * NUM_TOKENS + indices, tolerance)
+            _compare(probe, got_rows, rows, (sequences * NUM_TOKENS + indices).cpu(), tolerance)
             expected = logits[sequences, indices]
             expected = expected[ends] if prune else expected
             distance = (got[0].float().softmax(-1) - expected.float().softmax(-1)).abs().sum(-1).max().item() / 2
@@ -268,20 +295,22 @@ def _run_packed(probe: Probe, observation: Observation, logits: Tensor, rows: Ro
 
 
 def _compare(probe: Probe, got: Rows, expected: Rows, tokens: Tensor, tolerance: float) -> None:
-    """Raise ValueError for the first module whose inputs agree, and whose results do not, for some token."""
-    undecided = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)  # routed to other experts by rounding
-    for call, (inputs, results) in got.of_calls.items():
-        expected_inputs, expected_results = expected.of_calls.get(call, ([], []))
-        if len(inputs) != len(expected_inputs) or len(results) != len(expected_results):
+    """Raise ValueError for the first module whose inputs agree, and whose results do not, for some token.
+
+    Inputs must agree much better than results, because a module may enlarge the distance.
+    """
+    undecided = torch.zeros(len(tokens), dtype=torch.bool)  # tokens that rounding routes to other experts
+    for call, of_call in got.of_calls.items():
+        pairs = [list(zip(a, b)) for a, b in zip(of_call, expected.of_calls.get(call, ([], [])))]
+        lengths = [(len(a), len(b)) for a, b in zip(of_call, expected.of_calls.get(call, ([], [])))]
+        inputs, results = ([(a, b[tokens]) for a, b in pair] for pair in pairs)
+        if any(a != b or a == 0 for a, b in lengths) or any(a.shape != b.shape for a, b in inputs + results):
             continue
-        pairs = [[(a, b[tokens]) for a, b in zip(*x)] for x in ((inputs, expected_inputs), (results, expected_results))]
-        if any(a.shape != b.shape for pair in pairs for a, b in pair):
-            continue
-        same = [torch.stack([_agree(a, b, tolerance) for a, b in pair]).all(dim=0) if pair else None for pair in pairs]
-        for a, b in pairs[1]:
-            if not a.is_floating_point():
+        for a, b in inputs + results:
+            if not (a.is_floating_point() or a.is_complex()):
                 undecided |= (a != b).any(dim=1)
-        if same[0] is not None and same[1] is not None and (same[0] & ~same[1] & ~undecided).any():
+        agree = torch.stack([_agree(a, b, tolerance / 10) for a, b in inputs]).all(dim=0) & ~undecided
+        if (agree & ~torch.stack([_agree(a, b, tolerance) for a, b in results]).all(dim=0)).any():
             raise ValueError(
                 f"{probe.title(call[0])} computes a token from other tokens of the step than attention gives it: a "
                 "step contains tokens of several requests, so they would change each other"
@@ -297,9 +326,10 @@ def _agree(a: Tensor, b: Tensor, tolerance: float) -> Tensor:
 class PackedAttention:
     """Attention of packed sequences by its definition, over the keys and values of this step and of earlier ones."""
 
-    def __init__(self, layers: dict[str, AttentionLayer], names: dict[nn.Module, str]):
+    def __init__(self, layers: tuple[AttentionLayer, ...], names: dict[nn.Module, str]):
         self.layers, self.names = layers, names
-        self.kept: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}  # [1, K, N, D] by layer and sequence
+        self.index_of = {layer.name: index for index, layer in enumerate(layers)}
+        self.kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # [1, K, N, D] by layer and sequence
 
     def start(self, sequences: Tensor, indices: Tensor, ends: Tensor) -> None:
         """Begin a step with tokens `indices` [T] of `sequences` [T]. `ends`: tokens whose logits are needed."""
@@ -318,13 +348,14 @@ class PackedAttention:
         part: str | None = None,
         **options: object,
     ) -> tuple[Tensor, None]:
-        layer = self.layers[self.names[module]]
+        index = self.index_of[self.names[module]]
+        layer = self.layers[index]
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         queries = torch.arange(len(self.indices), device=query.device) if part != "ends" else self.ends
         output = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
         for sequence in range(2):
-            place = layer.name, sequence
-            if part != "ends":
+            place = layer.keys_of, sequence
+            if part != "ends" and layer.keys_of == index:
                 new = [x[:, :, self.sequences == sequence] for x in (key, value)]
                 old = self.kept.get(place, [x[:, :, :0] for x in new])
                 self.kept[place] = tuple(torch.cat(pair, dim=2) for pair in zip(old, new))

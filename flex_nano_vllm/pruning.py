@@ -20,6 +20,8 @@ def pruned_forward(layer: nn.Module) -> Callable[..., object]:
     def forward(hidden_states: Tensor, *args: object, logits_indices: Tensor | None = None, **kwargs: object) -> object:
         if logits_indices is None:  # every token of the step is one of them
             return unpruned(hidden_states, *args, **kwargs)
+        if hidden_states.shape[0] != 1:
+            raise ValueError("the layer has other hidden states than [1, T, ...]")
         unpruned(hidden_states, *args, part="keys", **kwargs)
         at_ends = rows_at(logits_indices, (hidden_states, args, kwargs), hidden_states.shape[:2])
         return unpruned(at_ends[0], *at_ends[1], part="ends", **at_ends[2])

@@ -1,27 +1,30 @@
 """The probe: models are admitted by what they do, and a model that mixes tokens outside attention is rejected."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from engines import greedy, prompt_of, tokens_of
-from tiny_models import CONFIGS, WINDOW, hf_generate
+from tiny_models import CONFIGS, VOCABULARY, WINDOW, hf_generate
 from tiny_models import tiny_model as supported_model
 
 from examples.model_survey import Result, document, survey, tiny_model
-from flex_nano_vllm import Inference, models
+from flex_nano_vllm import Inference
 from flex_nano_vllm.masks import Causal, Chunked, SlidingWindow
 from flex_nano_vllm.memory import kv_bytes
 from flex_nano_vllm.models import spec_of
 from flex_nano_vllm.patching import is_patched
+from flex_nano_vllm.probe import Probe, observe, verify
 
 # Of each kind of decoder one or two; the survey in docs/models.md has all.
 WINDOW_IN_CONFIG = ["mixtral", "phi3", "starcoder2", "ministral"]
 POST_NORM_OR_PARALLEL = ["olmo2", "exaone4", "cohere2", "gpt_neox", "phi"]
 OTHER_LAYOUTS = ["gpt2", "opt", "stablelm", "nemotron"]
+SINKS_OR_LATENT = ["gpt_oss", "deepseek_v3"]
 EXPERTS = ["qwen3_moe", "granitemoe", "glm4_moe", "phimoe"]
 SHARED_OR_CHUNKED = ["gemma3n_text", "llama4_text"]
-FAMILIES = [*WINDOW_IN_CONFIG, *POST_NORM_OR_PARALLEL, *OTHER_LAYOUTS, *EXPERTS, *SHARED_OR_CHUNKED]
+FAMILIES = [*WINDOW_IN_CONFIG, *POST_NORM_OR_PARALLEL, *OTHER_LAYOUTS, *EXPERTS, *SHARED_OR_CHUNKED, *SINKS_OR_LATENT]
 
 
 @pytest.mark.flex
@@ -93,7 +96,7 @@ def test_a_family_that_cannot_be_packed_is_rejected_with_the_reason(family, reas
 
 
 def mixing(model):
-    """The MLP of a layer adds a thousandth of the token before. Logits hardly change."""
+    """The MLP of a layer adds a hundredth of the token before. Logits hardly change."""
     mlp = model.model.layers[1].mlp
     mlp.act_fn = Mixer()
     return "mlp.act_fn"
@@ -129,11 +132,17 @@ def test_a_model_that_mixes_the_tokens_of_a_step_is_rejected_with_the_module(fau
     Inference(model, None, max_seq_length=32, compile=False, verify=False).close()
 
 
-def test_a_window_in_the_mask_that_is_not_in_the_record_is_found():
-    """The second run compares attention too, so that a wrong record is no silent error."""
-    model = copy.deepcopy(supported_model("mistral"))
+def test_a_wrong_record_is_found():
+    """The second run computes attention from the record."""
+    model = copy.deepcopy(supported_model("mistral", torch.float32))
     model.config.sliding_window = 3  # shorter than the sequences of the probe
-    assert {layer.mask for layer in spec_of(model).layers} == {SlidingWindow(3)}
+    probe = Probe(model, 64, VOCABULARY)
+    observation, *first_run = observe(probe)
+    assert verify(probe, observation, *first_run).prunes_last_layer
+    for wrong in (dict(mask=Causal()), dict(mask=SlidingWindow(4)), dict(keys_of=0)):
+        layers = observation.layers[0], replace(observation.layers[1], **wrong)
+        with pytest.raises(ValueError, match=r"layer 1 .MistralAttention.* computes a token from other"):
+            verify(probe, replace(observation, layers=layers), *first_run)
 
 
 def test_an_engine_without_verification_does_not_prune():
@@ -154,13 +163,33 @@ def test_supported_models_are_verified_in_every_dtype(architecture, dtype):
     assert spec.takes_options and spec.prunes_last_layer
 
 
-def test_a_model_whose_weights_are_large_is_not_verified_by_default(monkeypatch):
+def test_the_callers_modes_do_not_reach_the_probe():
     model = copy.deepcopy(supported_model("llama", torch.float32))
-    mixing(model)
-    monkeypatch.setattr(models, "MOST_BYTES_VERIFIED", 1000)
-    Inference(model, None, max_seq_length=32, compile=False).close()
-    with pytest.raises(ValueError, match="computes a token from other"):
-        Inference(model, None, max_seq_length=32, compile=False, verify=True)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert spec_of(model).prunes_last_layer
+
+
+def test_llama4_limits_the_tokens_of_a_step():
+    model = tiny_model("llama4_text")
+    model.config.attn_temperature_tuning, model.config.floor_scale = True, 33
+    with pytest.raises(ValueError, match="max_num_batched_tokens=33 is more than the 32 tokens"):
+        Inference(model, None, max_num_batched_tokens=33, max_seq_length=32, compile=False)
+    with pytest.raises(ValueError, match="max_seq_length=33 is more than the 32 positions"):
+        Inference(model, None, max_num_batched_tokens=32, max_seq_length=33, compile=False)
+    Inference(model, None, max_num_batched_tokens=32, compile=False).close()
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3"])
+def test_a_compiled_family_generates_the_same_tokens(family):
+    """Sinks in windows, with experts; keys and values of different sizes."""
+    model = tiny_model(family)
+    prompts = [prompt_of(40), prompt_of(19)]
+    sizes = dict(max_batch_size=2, page_size=16, n_pages=12, max_num_batched_tokens=32, enable_cascade=False)
+    with Inference(model, None, **sizes) as engine:
+        assert engine.runner.compiled and engine.runner.prunes
+        tokens = tokens_of(engine.generate(prompts, [greedy(6), greedy(6)], use_tqdm=False))
+    assert tokens == [hf_generate(model, prompt, 6, ignore_eos=True) for prompt in prompts]
 
 
 def test_the_document_counts_what_was_admitted():

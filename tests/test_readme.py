@@ -11,7 +11,7 @@ import typer
 import benchmark
 import benchmark_vllm
 from benchmarks import gpu_day, serving, switches
-from examples import train_tiny_gemma2
+from examples import model_survey, train_tiny_gemma2
 from flex_nano_vllm import cli, server
 
 ROOT = Path(__file__).parent.parent
@@ -144,8 +144,14 @@ OPTIONS = {
     "flex-nano-vllm chat": typer_options(cli.chat),
     "benchmarks.serving": typer_options(serving.main),
     "benchmarks.gpu_day": typer_options(gpu_day.main),
-    "benchmarks.gpu_kernels": {"--dtype", "--gpus"},  # not imported, because it needs triton
+    "benchmarks.gpu_kernels": {
+        "--dtype",
+        "--gpus",
+        "--models",
+        "--all-kernels",
+    },  # needs triton
     "benchmarks.pretended_gpu": set(),  # nor is this one; its options are those of another program
+    "examples.model_survey": typer_options(model_survey.main),
     "benchmarks.switches": typer_options(switches.main),
     "flex-nano-vllm serve": typer_options(server.serve),
     "flex_nano_vllm.server": typer_options(server.serve),

@@ -10,6 +10,7 @@ from tiny_models import WINDOW, tiny_model
 from benchmark import Options, report_roofline
 from benchmarks.roofline import Machine, StepCost, measure_machine, measure_shares, step_cost
 from flex_nano_vllm import Inference
+from flex_nano_vllm.models import spec_of
 
 # Sizes of tiny_model("llama"): 2 layers, hidden 48, 4 heads and 2 kv heads of 12, intermediate 96, vocabulary 211.
 LINEAR = 2 * (2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 96)
@@ -19,12 +20,12 @@ HEAD = 211 * 48
 
 def test_the_costs_of_a_decode_and_of_a_prompt_equal_counts_by_hand():
     model = tiny_model("llama", torch.float32)
-    decode = step_cost(model, [(9, 1)])
+    decode = step_cost(model, spec_of(model), [(9, 1)])
     kv_of_token = 2 * 2 * 2 * 12  # keys and values, layers, kv heads, head dim
     assert decode.num_bytes == 4 * (LINEAR + NORMS + HEAD + (10 + 1) * kv_of_token)
     scores = 2 * 4 * 10  # layers, heads, visible keys
     assert decode.num_operations == 2 * (LINEAR + NORMS + HEAD) + 4 * 12 * scores
-    prompt = step_cost(model, [(0, 10)])
+    prompt = step_cost(model, spec_of(model), [(0, 10)])
     assert prompt.num_bytes == 4 * (LINEAR + NORMS + HEAD + (10 + 10) * kv_of_token)
     # The last layer computes keys and values of all tokens, and everything else for the last token only.
     layer, keys = (LINEAR + NORMS) // 2, 2 * 48 * 24
@@ -34,10 +35,16 @@ def test_the_costs_of_a_decode_and_of_a_prompt_equal_counts_by_hand():
 
 def test_a_window_saves_the_cost_of_tokens_before_it():
     model = tiny_model("mistral", torch.float32)  # a window in both layers
-    near, far = step_cost(model, [(WINDOW - 1, 1)]), step_cost(model, [(WINDOW + 40, 1)])
+    near, far = (
+        step_cost(model, spec_of(model), [(WINDOW - 1, 1)]),
+        step_cost(model, spec_of(model), [(WINDOW + 40, 1)]),
+    )
     assert near == far
-    assert step_cost(model, [(WINDOW - 2, 1)]).num_operations < near.num_operations
-    near, far = step_cost(model, [(WINDOW - 1, 9)]), step_cost(model, [(WINDOW + 40, 9)])
+    assert step_cost(model, spec_of(model), [(WINDOW - 2, 1)]).num_operations < near.num_operations
+    near, far = (
+        step_cost(model, spec_of(model), [(WINDOW - 1, 9)]),
+        step_cost(model, spec_of(model), [(WINDOW + 40, 9)]),
+    )
     assert near == far
 
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.exactness import greedy_in_batches, greedy_tokens, greedy_under_preemption, hf_generate
 from benchmarks.tasks import held_out_questions, is_right, prompt_text
-from flex_nano_vllm import Inference, SamplingParams, masks
-from flex_nano_vllm.masks import Causal
+from flex_nano_vllm import Inference, SamplingParams
+from flex_nano_vllm.masks import Causal, SlidingWindow
 from flex_nano_vllm.models import EMBEDDED_MODELS, spec_of
 from flex_nano_vllm.page_table import PageTable
 
@@ -197,7 +197,7 @@ def no_window(monkeypatch):
 
 
 def windows_everywhere(monkeypatch):
-    monkeypatch.setattr(masks.Causal, "mask_mod", masks.SlidingWindow(WINDOW).mask_mod)
+    monkeypatch.setattr("flex_nano_vllm.models.layer_masks", lambda layers: [SlidingWindow(WINDOW)] * len(layers))
 
 
 def no_softcap(monkeypatch):

@@ -259,7 +259,7 @@ def mask_of_all_pages(table: PageTable, logical_mask: MaskMod, row_of: RowOf) ->
     return lambda tile, h, q_idx, slot: logical_mask(tile, h, q_idx, position_of(row_of(tile, q_idx), slot))
 
 
-def mask_of_own_pages(table: PageTable, logical_mask: MaskMod, row_of: RowOf) -> MaskMod:
+def mask_of_own_pages(table: PageTable, logical_mask: MaskMod, row_of: RowOf, sinks: bool = False) -> MaskMod:
     position_of = table._position_of()
     return lambda tile, h, q_idx, slot: position_of(row_of(tile, q_idx), slot) >= 0
 
