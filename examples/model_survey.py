@@ -128,7 +128,8 @@ def survey(family: str) -> Result:
 def document(results: list[Result]) -> str:
     """Return the text of docs/models.md."""
     counts = {verdict: sum(r.verdict == verdict for r in results) for verdict in ("exact", "wrong", "rejected")}
-    rows = [f"| {r.family} | {r.verdict} | {r.reason.replace('|', ' ')} |" for r in results]
+    reasons = [result.reason.replace("|", " ").replace("`", "'") for result in results]
+    rows = [f"| {result.family} | {result.verdict} | {reason} |" for result, reason in zip(results, reasons)]
     return "\n".join(
         [
             "# Models",
