@@ -68,7 +68,6 @@ def test_layers_that_use_the_keys_of_another_layer_have_no_pool():
             r"FalconH1ForCausalLM layer 0 \(FalconH1Mixer, model.layers.0.mamba\) computes a token from",
         ),
         ("qwen3_next", r"layer 0 \(Qwen3NextGatedDeltaNet, model.layers.0.linear_attn\) computes a token from other"),
-        ("lfm3", r"layer 0 \(Lfm3ShortConv, model.layers.0.conv\) computes a token from other"),
         ("minimax", r"layer 1 \(MiniMaxLightningAttention, model.layers.1.self_attn\) computes a token from other"),
         ("diffllama", r"layer 0 \(DiffLlamaAttention, model.layers.0.self_attn\) calls attention more than once"),
         (
