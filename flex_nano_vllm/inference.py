@@ -96,9 +96,8 @@ class Inference:
         key = queue_key(policy)
         sizes = max_batch_size, max_seq_length, n_pages, page_size, max_num_batched_tokens, enable_window_release
         if (owner := _owner(model)) is not None:
-            resolve_compile(
-                compile, owner.spec, requested_geometry(owner.spec, *sizes).page_size
-            )  # else it would close
+            # An error in the options leaves that engine open.
+            resolve_compile(compile, owner.spec, requested_geometry(owner.spec, *sizes).page_size)
             if owner.has_unfinished_requests():
                 raise ValueError("the model belongs to an engine with unfinished requests: finish or abort them first")
             owner.close()  # before free memory is measured, and before the probe
